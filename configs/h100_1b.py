@@ -1,0 +1,32 @@
+"""A 1.3B-parameter MoE (64 experts, 8 active) in 2 bits on one 80 GB GPU.
+
+    python -m qatmoe.train --config configs/h100_1b.py --config.data.source=TEXT
+
+TEXT: your files (see "Your own text" in the README); with the bundled novels it only shows that it runs. The tokenizer
+is trained on it. Hardware: one H100. Expected: README, "On one GPU".
+"""
+
+from qatmoe.config import default_config, phase
+
+
+def get_config():
+    config = default_config()
+    config.name = "h100_1b"
+    m = config.model
+    m.vocab_size, m.dim, m.n_layers, m.n_dense_layers, m.dense_dim = 32768, 1024, 13, 1, 4096
+    m.n_heads, m.n_kv_heads, m.head_dim = 16, 8, 64
+    m.n_experts, m.top_k, m.expert_dim, m.n_shared_experts, m.n_mtp = 64, 8, 512, 0, 0
+    m.tie_embeddings = True
+    m.capacity_factor = 1.25
+    m.expert_block = 256
+    m.dtype = "bfloat16"
+    m.scan_layers = False  # unrolled layers are much faster than scanned ones on a GPU
+    config.data.seq_len = 2048
+    config.data.tokenizer = "train"
+    config.train.batch_size = 8
+    config.train.loss_chunk = 2048
+    config.optim.lr = 6e-4
+    config.train.phases.trunk = phase(steps=20_000, warmup=500)
+    config.train.phases.control = phase(start="trunk", steps=5_000, decay=5_000)
+    config.train.phases.qat = phase(start="trunk", steps=5_000, decay=5_000, quantize=True)
+    return config

@@ -1,0 +1,1 @@
+"""qatmoe: train Mixture-of-Experts language models on the exact numbers you deploy."""

@@ -1,0 +1,489 @@
+"""Checkpoints of a run, and the run's directory.
+
+    WORKDIR/config.json                     what the run is; another configuration is refused
+    WORKDIR/lock                            held while a process trains here
+    WORKDIR/checkpoints/PHASE/STEP/state/       the arrays, written by orbax under flat '/'-joined paths
+                                  /data.json     state of the data iterator
+                                  /meta.json     config, phase, step, done, version, {path: [dtype, shape]}
+                                  /manifest.json size and CRC-32 of every other file
+
+A save is staged in `.saving-STEP` and renamed to `STEP` as its very last act: a directory named by a number is
+complete, whenever the process was killed. Damage done later (a truncated or altered file) is found by the manifest
+before a single array is read.
+"""
+
+import concurrent.futures
+import fcntl
+import importlib.metadata
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from qatmoe.errors import RunError, UserError
+from qatmoe.files import write_atomically
+from qatmoe.tree import path_of
+
+log = logging.getLogger(__name__)
+
+Json = dict[str, Any]
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are not the ones that were saved."""
+
+
+class Checkpoints:
+    """The checkpoints of one phase.
+
+    All processes of a multi-host run make one and call the same methods in the same order; the first process writes
+    the small files and does the renaming. Making one and restoring from it write nothing to the directory.
+    """
+
+    def __init__(self, workdir: str | Path, phase: str, keep: int = 2):
+        self.phase = phase
+        self.directory = Path(workdir).absolute() / "checkpoints" / phase
+        self._keep = keep
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: concurrent.futures.Future[None] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def path(self, step: int) -> Path:
+        """Directory of one checkpoint."""
+        return self.directory / str(step)
+
+    def steps(self) -> list[int]:
+        """Saved steps, ascending. Each was written completely; whether it still is so is for `restore` to find out."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir())
+
+    def latest(self) -> int | None:
+        """The newest saved step."""
+        return max(self.steps(), default=None)
+
+    # Saving.
+
+    def save(
+        self, step: int, state: Any, data_state: Json, meta: Json, *, final: bool = False, wait: bool = False
+    ) -> None:
+        """Starts saving; returns when the arrays are copied off the devices, so that `state` may then be donated.
+
+        Waits first for a save that is still under way. Of the phase, the newest `keep` checkpoints and any final one
+        stay; later steps than this one are removed, for they are what the run did before it was taken back.
+
+        Args:
+          state: any tree of arrays (random keys as raw data).
+          data_state: state of the data iterator, JSON.
+          meta: what the reader must know, JSON (the config, the tokenizer's hash). Added to it: `phase`, `step`,
+            `done` (this is the phase's last checkpoint), `version` and `tensors`, {path: [dtype, shape]}.
+          final: this is the phase's last checkpoint.
+          wait: return only when it is on disk.
+
+        Raises:
+          RunError: the directory could not be written, now or by the previous save. Older checkpoints are intact.
+        """
+        self.wait()
+        arrays = {name: jnp.asarray(leaf) for name, leaf in _flatten(state).items()}
+        own = {"phase": self.phase, "step": step, "done": final, "version": _version()}
+        texts = {
+            "data.json": json.dumps(data_state),
+            "meta.json": json.dumps(meta | own | {"tensors": _shapes(arrays)}),
+        }
+        staging = self.directory / f".saving-{step}"
+        try:
+            if _first_process():
+                self._remove_leftovers()
+                staging.mkdir(parents=True)
+            _barrier(f"staged {staging}")
+            self._orbax.save(staging / "state", args=ocp.args.PyTreeSave(arrays))
+        except Exception as e:
+            self._abandon(staging, e)
+        self._pending = self._thread.submit(self._commit, step, staging, texts)
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save under way.
+
+        Raises:
+          RunError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+            _barrier(f"saved {self.directory}")
+
+    def close(self) -> None:
+        """Waits, then ends the threads. Raises as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+
+    def _commit(self, step: int, staging: Path, texts: dict[str, str]) -> None:
+        try:
+            self._orbax.wait_until_finished()
+            if not _first_process():
+                return
+            for name, text in texts.items():
+                write_atomically(staging / name, text)
+            files = sorted(p for p in staging.rglob("*") if p.is_file())
+            write_atomically(staging / "manifest.json", json.dumps({"files": _digests(staging, files)}))
+            if self.path(step).exists():
+                os.rename(self.path(step), self.directory / f".old-{step}")
+            os.rename(staging, self.path(step))
+            _sync_directory(self.directory)
+            self._prune(step)
+        except Exception as e:
+            self._abandon(staging, e)
+
+    def _abandon(self, staging: Path, error: Exception) -> None:
+        """Frees the space of a save that failed, and raises what the user can act on."""
+        if _first_process():
+            shutil.rmtree(staging, ignore_errors=True)
+        reason = _disk_error(error)
+        if reason is None:
+            raise error
+        good = f"step {self.latest()} is intact" if self.steps() else "no earlier checkpoint of this phase exists"
+        raise RunError(
+            f"cannot write a checkpoint under {self.directory}: {reason}; make room or write permission there and "
+            f"start the same command again ({good})"
+        ) from error
+
+    def _prune(self, newest: int) -> None:
+        steps = self.steps()
+        earlier = [s for s in steps if s <= newest]
+        for step in steps:
+            if step > newest or (step not in earlier[-self._keep :] and not self._is_final(step)):
+                # Renamed first: a half-deleted directory must not look like a checkpoint.
+                os.rename(self.path(step), self.directory / f".old-{step}")
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        for path in self.directory.glob(".*"):
+            if path.name.startswith((".saving-", ".old-")):
+                shutil.rmtree(path)
+
+    def _is_final(self, step: int) -> bool:
+        try:
+            return bool(json.loads((self.path(step) / "meta.json").read_text())["done"])
+        except (OSError, ValueError, KeyError):
+            return False
+
+    # Restoring.
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, Json, Json]:
+        """Reads one checkpoint, after checking every byte of it.
+
+        Args:
+          abstract_state: a tree of `jax.ShapeDtypeStruct`; arrays are put on their shardings (the first device where
+            one has none). It may hold some of the top-level groups only, e.g. {"params": ...}.
+
+        Returns:
+          The state (with the structure of `abstract_state`), the data iterator's state and `meta`.
+
+        Raises:
+          DamagedCheckpoint: a file is missing, truncated or altered.
+          UserError: there is no such step, or its arrays are of another architecture.
+        """
+        try:
+            return self._read(step, abstract_state)
+        except DamagedCheckpoint as e:
+            older = self.latest_good(before=step)
+            hint = (
+                "no older checkpoint of this phase is complete"
+                if older is None
+                else (f"step {older} is complete: to go on from there, delete {self.path(step)}")
+            )
+            raise DamagedCheckpoint(f"{e}; {hint}") from e
+
+    def restore_latest(self, abstract_state: Any) -> tuple[Any, Json, Json] | None:
+        """`restore` of the newest checkpoint that is undamaged; logs a warning for each one it passes over.
+
+        Returns None where nothing was saved yet.
+
+        Raises:
+          DamagedCheckpoint: there are checkpoints, and none of them is complete.
+          UserError: the newest complete one is of another architecture.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self._read(step, abstract_state)
+            except DamagedCheckpoint as e:
+                log.warning("skipping a damaged checkpoint: %s", e)
+        if steps:
+            raise DamagedCheckpoint(
+                f"{self.directory}: all its checkpoints ({', '.join(map(str, steps))}) are damaged; delete the "
+                "directory to train this phase again"
+            )
+        return None
+
+    def latest_good(self, before: int | None = None) -> int | None:
+        """The newest step whose files are all as they were saved, optionally among those before a step."""
+        for step in reversed(self.steps()):
+            if before is None or step < before:
+                try:
+                    self._verify(step)
+                except DamagedCheckpoint:
+                    continue
+                return step
+        return None
+
+    def meta(self, step: int) -> Json:
+        """The `meta` of one checkpoint, without its arrays.
+
+        Raises:
+          UserError: there is no such step, or it is damaged.
+        """
+        self._require(step)
+        self._verify(step)
+        return _load_json(self.path(step) / "meta.json")
+
+    def _require(self, step: int) -> None:
+        self.wait()
+        if not self.path(step).is_dir():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self.path(step)}: no such checkpoint; steps of phase {self.phase!r} there: {there}")
+
+    def _verify(self, step: int) -> None:
+        path = self.path(step)
+        files = _load_json(path / "manifest.json").get("files")
+        if not isinstance(files, dict):
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: manifest.json lists no files")
+        try:
+            found = _digests(path, [path / name for name in files])
+        except OSError as e:
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {e.filename}: {e.strerror}") from e
+        for name, (size, crc) in files.items():
+            if found[name] != [size, crc]:
+                is_ = f"{found[name][0]} bytes of {size}" if found[name][0] != size else "its contents changed"
+                raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name}: {is_}")
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, Json, Json]:
+        self._require(step)
+        self._verify(step)
+        path = self.path(step)
+        meta = _load_json(path / "meta.json")
+        wanted = _flatten(abstract_state)
+        _require_same(meta["tensors"], _shapes(wanted), path)
+        abstract = {name: _placed(leaf) for name, leaf in wanted.items()}
+        arrays = self._orbax.restore(
+            path / "state",
+            args=ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=True,
+            ),
+        )
+        leaves = [arrays[name] for name in wanted]
+        state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+        return state, _load_json(path / "data.json"), meta
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """{'/'-joined path: leaf}, in the order of the tree's leaves."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    flat = {path_of(path): leaf for path, leaf in leaves}
+    if len(flat) != len(leaves):
+        raise ValueError("two leaves of the state have one path: keys must not contain '/' where a nested key could")
+    return flat
+
+
+def _shapes(flat: dict[str, Any]) -> dict[str, list[Any]]:
+    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in flat.items()}
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _require_same(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """Compares the top-level groups that are wanted, in both directions."""
+    groups = {name.split("/")[0] for name in wanted}
+    saved = {name: what for name, what in saved.items() if name.split("/")[0] in groups}
+    differ = [name for name in sorted(saved | wanted) if saved.get(name) != wanted.get(name)]
+    if not differ:
+        return
+    show = lambda what: "absent" if what is None else f"{what[0]} {tuple(what[1])}"  # noqa: E731
+    first = "; ".join(f"{n} is {show(saved.get(n))} there, {show(wanted.get(n))} here" for n in differ[:3])
+    raise UserError(
+        f"checkpoint {path} is of another architecture: {first} ({len(differ)} tensors differ); use the config that "
+        "it was trained with, or another workdir"
+    )
+
+
+def _digests(root: Path, files: list[Path]) -> dict[str, list[int]]:
+    """{path below root: [size, CRC-32]}. The CRC releases the GIL, so that training goes on beside it."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        return dict(zip((str(f.relative_to(root)) for f in files), pool.map(_digest, files), strict=True))
+
+
+def _digest(file: Path) -> list[int]:
+    size = crc = 0
+    with open(file, "rb") as f:
+        while chunk := f.read(1 << 23):
+            size += len(chunk)
+            crc = zlib.crc32(chunk, crc)
+    return [size, crc]
+
+
+def _load_json(file: Path) -> Json:
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        why = e.strerror if isinstance(e, OSError) else "not complete JSON"
+        raise DamagedCheckpoint(f"checkpoint {file.parent} is damaged: {file.name}: {why}") from e
+    if not isinstance(value, dict):
+        raise DamagedCheckpoint(f"checkpoint {file.parent} is damaged: {file.name}: not a JSON object")
+    return value
+
+
+def _disk_error(error: BaseException) -> str | None:
+    """What the operating system said, if the error is its: tensorstore passes the code on in its message only."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    if isinstance(error, UserError):
+        return str(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else None
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("qatmoe")
+    except importlib.metadata.PackageNotFoundError:  # run from the source tree
+        return "source"
+
+
+def _first_process() -> bool:
+    return jax.process_index() == 0
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+# The run's directory.
+
+
+class RunLock:
+    """Holds a run's directory until `close`, the end of a `with`, or the process's death."""
+
+    def __init__(self, fd: int | None):
+        self._fd = fd
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets another process take the directory."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def open_workdir(workdir: str | Path, config_json: str) -> RunLock:
+    """Makes the run's directory, or enters it again, and locks it. Keep the lock for as long as the run writes.
+
+    Args:
+      config_json: the resolved config. Written to WORKDIR/config.json the first time and compared afterwards.
+
+    Raises:
+      UserError: the directory holds another configuration's run or something else, cannot be written, or is in use
+        by another process. Nothing in it was changed.
+    """
+    workdir = Path(workdir)
+    if not _first_process():
+        return RunLock(None)
+    try:
+        names = {p.name for p in workdir.iterdir()} if workdir.exists() else set()
+        if names - {"lock", ".config.json.tmp"} and "config.json" not in names:
+            raise UserError(f"workdir {workdir} is not empty and holds no qatmoe run: choose a new or empty directory")
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = _lock(workdir)
+    except OSError as e:
+        raise UserError(f"workdir {workdir}: {e.strerror}; choose a directory that can be written") from e
+    try:
+        _check_config(workdir / "config.json", config_json)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def _lock(workdir: Path) -> RunLock:
+    fd = os.open(workdir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        pid = os.read(fd, 100).decode(errors="replace").strip()
+        os.close(fd)
+        raise UserError(
+            f"workdir {workdir} is in use by process {pid or 'unknown'}: wait for it, stop it, or choose another "
+            "workdir"
+        ) from e
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return RunLock(fd)
+
+
+def _check_config(file: Path, config_json: str) -> None:
+    if not file.exists():
+        write_atomically(file, config_json)
+        return
+    try:
+        there = _leaves(json.loads(file.read_text()))
+    except ValueError as e:
+        raise UserError(f"{file} is not JSON: restore it, or choose another workdir") from e
+    here = _leaves(json.loads(config_json))
+    differ = [key for key in there | here if there.get(key) != here.get(key)]
+    if differ:
+        shown = "; ".join(f"{k}: {there.get(k, 'absent')!r} there, {here.get(k, 'absent')!r} here" for k in differ[:8])
+        more = f" and {len(differ) - 8} more" if len(differ) > 8 else ""
+        raise UserError(
+            f"workdir {file.parent} holds a run with another config ({shown}{more}): give this one another --workdir, "
+            "or set those keys as they were"
+        )
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested JSON objects."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {k: v for name in tree for k, v in _leaves(tree[name], f"{prefix}.{name}" if prefix else name).items()}

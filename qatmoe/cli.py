@@ -1,0 +1,66 @@
+"""The command line of the entry points: `--config FILE`, `--config.key=value`, and a few options of their own."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from qatmoe.config import Config, resolve
+from qatmoe.errors import UserError
+
+
+def parse(argv: Sequence[str], usage: str, options: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
+    """Reads a command line.
+
+    Args:
+      argv: the program's name and its arguments.
+      usage: printed by --help.
+      options: further options and their defaults.
+
+    Returns:
+      The checked configuration and the options' values.
+
+    Raises:
+      UserError: no or a broken configuration file, an unknown flag or key, an unusable value.
+    """
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", help_string="file under configs/", flag_values=values)
+    found = {name: flags.DEFINE_string(name, default, "", flag_values=values) for name, default in options.items()}
+    if {"--help", "-h"} & set(argv):
+        print(usage)
+        raise SystemExit(0)
+    given = _config_file(argv)
+    if given and not Path(given.partition(":")[0]).is_file():
+        raise UserError(f"--config {given}: no such file")
+    before, sys.argv = sys.argv, list(argv)  # config_flags looks for overrides there
+    try:
+        rest = values(list(argv))
+    except flags.Error as e:
+        raise UserError(_one_line(e)) from e
+    except (AttributeError, KeyError) as e:  # how a ConfigDict reports a key that it does not have
+        raise UserError(f"--config.*: no such key {_one_line(e)}") from e
+    except Exception as e:  # whatever the file's own code raised
+        raise UserError(f"--config {given}: {type(e).__name__}: {_one_line(e)}") from e
+    finally:
+        sys.argv = before
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; write --config.key=value for an override")
+    if config.value is None:
+        raise UserError("no configuration: give --config FILE, e.g. --config configs/moe_2bit.py")
+    return resolve(config.value), {name: flag.value for name, flag in found.items()}
+
+
+def _config_file(argv: Sequence[str]) -> str:
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, inline = flag.partition("=")
+        if name in ("--config", "-config"):
+            return inline if equals else value
+    return ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'").split()).strip(
+        '"'
+    )

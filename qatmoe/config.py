@@ -1,0 +1,352 @@
+"""Configuration: an ml_collections ConfigDict at the door, frozen dataclasses inside.
+
+A file under `configs/` returns a ConfigDict from `get_config()`; `resolve` turns it into `Config` and
+raises `UserError` on an unknown key, a wrong type or an impossible value. Nothing past `resolve` sees a
+ConfigDict. Every field has its default and its meaning here and nowhere else.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from qatmoe.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture. The defaults are a small GLM-4.5-shaped MoE."""
+
+    vocab_size: int = 2048
+    dim: int = 128  # D, residual width
+    n_layers: int = 4  # N, decoder layers in all, MTP modules not counted
+    n_dense_layers: int = 1  # leading layers with a dense FFN
+    dense_dim: int = 384  # FFN width of the dense layers
+    n_heads: int = 4  # H
+    n_kv_heads: int = 2  # K
+    head_dim: int = 32
+    qk_norm: bool = True  # RMSNorm on q and k, per head
+    rotary_fraction: float = 0.5  # share of head_dim that RoPE turns
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    n_experts: int = 8  # E
+    top_k: int = 2  # experts per token
+    expert_dim: int = 128  # F, width of one routed expert
+    n_shared_experts: int = 1  # always-on experts, fused into one FFN of width n_shared_experts * expert_dim
+    router: str = "sigmoid"  # "softmax" (Qwen3-MoE, OLMoE) or "sigmoid" (DeepSeek-V3, GLM-4.5)
+    router_bias: bool = True  # selection bias, moved by the balance update and not by gradients
+    norm_topk: bool = True  # chosen weights are renormalised to sum 1
+    routed_scale: float = 1.0  # factor on the routed sum (DeepSeek-V3: 2.5)
+    swiglu_limit: float = 0.0  # > 0: gate <= limit, |up| <= limit before the product (gpt-oss, DeepSeek-V4)
+    n_mtp: int = 1  # multi-token-prediction modules; module i predicts token t+1+i
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    dtype: str = "float32"  # compute dtype of activations and matmul operands
+    experts: str = "dense"  # training: "dense" (capacity), "blocked", "ragged" or "reference" (dropless)
+    eval_experts: str = "auto"  # evaluation, always dropless: "ragged" on TPU, "blocked" elsewhere
+    capacity_factor: float = 2.0  # "dense": slots per expert = factor * tokens * top_k / n_experts
+    expert_block: int = 64  # "blocked": rows per block
+    attention: str = "auto"  # "xla", "cudnn" or "auto" (cudnn on GPU where dtype and head_dim allow)
+    scan_layers: bool = True  # lax.scan over stacked layers, or the unrolled twin
+    remat: str = "none"  # "none" or "full": recompute each layer in the backward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """Which grid each family of weights is trained on. "none" leaves it in full precision.
+
+    The router and the norms are never quantized.
+    """
+
+    experts: str = "q2_0"  # routed experts
+    gate_up: str = "same"  # their gate and up projections; "same" follows `experts`
+    down: str = "same"  # their down projection; "same" follows `experts`
+    shared: str = "none"  # shared experts and the FFN of the dense layers
+    attention: str = "none"
+    embedding: str = "none"
+    head: str = "none"
+    mtp: str = "none"  # routed experts inside the MTP modules; "same" follows the trunk's
+    scale: str = "learned"  # "learned" (LSQ) or "dynamic" (recomputed from the weight every step)
+    dynamic_rule: str = "search"  # scale rule of "dynamic": "absmax" or "search" (least squared error)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it is cut into sequences."""
+
+    source: str = "default"  # "default" (bundled), a file, directory or glob, or "hf:DATASET[:CONFIG]"
+    valid: str = ""  # like source; "" = the bundled held-out text, or a split of the source by document
+    valid_fraction: float = 0.05  # share of documents held out when there is no `valid`
+    text_key: str = "text"  # field of .jsonl and .parquet rows that holds the text
+    tokenizer: str = "default"  # "default" (bundled), "train" (a byte-level BPE on the source) or a tokenizer.json
+    seq_len: int = 256  # L
+    packing: str = "windows"  # "windows" (plain cuts of the token stream) or "segments" (no attention across documents)
+    cache_dir: str = ""  # "" = $XDG_CACHE_HOME/qatmoe or ~/.cache/qatmoe
+    prefetch: int = 2  # batches prepared ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: str = "adamw"  # "adamw", or "muon": weight matrices by Muon, the rest by AdamW
+    lr: float = 2e-3
+    scale_lr: float = 1e-4  # rate of learned scales (absolute: a scale is about the size of a weight)
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    clip: float = 1.0  # global gradient norm; 0 = off
+    schedule: str = "wsd"  # "wsd" (warmup, stable, linear decay) or "cosine"
+    final_lr: float = 0.0  # lr at the end of a decay, as a share of lr
+    moments_dtype: str = "float32"  # first moments; "bfloat16" saves memory
+    ema: float = 0.0  # decay of an average of the weights used for evaluation; 0 = off
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; all four axes always exist. -1 (one at most) takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+    """One stretch of training. `start` names the phase it branches from; "" starts from random weights."""
+
+    steps: int = 0
+    start: str = ""
+    quantize: bool = False
+    warmup: int = 0  # steps of linear warmup
+    decay: int = 0  # "wsd": final steps over which the rate falls linearly
+    lr: float = 0.0  # 0 = optim.lr
+    distill: float = 0.0  # weight of KL(start phase || this) in the loss; the rest is cross-entropy
+    reset_moments: bool = False  # drop the start phase's optimizer moments
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The run: its phases, losses, logging and checkpoints."""
+
+    phases: dict[str, PhaseConfig] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    batch_size: int = 8  # B, sequences per optimizer step over all devices
+    grad_accum: int = 1  # micro-batches per step
+    mtp_weight: float = 0.3
+    balance_weight: float = 1e-3  # load-balance loss
+    bias_rate: float = 1e-3  # step of the router's selection bias per optimizer step
+    z_weight: float = 1e-4  # router z-loss
+    loss_chunk: int = 0  # tokens per chunk of the cross-entropy; 0 = all at once
+    log_every: int = 10
+    checkpoint_every: int = 200
+    keep: int = 2  # checkpoints kept per phase; a phase's last is always kept
+    tensorboard: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Validation."""
+
+    every: int = 100  # steps between validations; 0 = only at the end of a phase
+    batches: int = 16  # batches per validation while training
+    final_batches: int = 0  # batches at the end of a phase; 0 = the whole validation set
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that defines a run."""
+
+    name: str = "run"
+    init_from: str = ""  # RUN[@STEP]: take the trunk from that run's checkpoint instead of training it
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+
+# --- from a ConfigDict to a Config -----------------------------------------------------------------------------------
+
+CHOICES = {
+    "model.router": ("softmax", "sigmoid"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.experts": ("dense", "blocked", "ragged", "reference"),
+    "model.eval_experts": ("auto", "blocked", "ragged", "reference"),
+    "model.attention": ("auto", "xla", "cudnn"),
+    "model.remat": ("none", "full"),
+    "quant.scale": ("learned", "dynamic"),
+    "quant.dynamic_rule": ("absmax", "search"),
+    "data.packing": ("windows", "segments"),
+    "optim.name": ("adamw", "muon"),
+    "optim.schedule": ("wsd", "cosine"),
+    "optim.moments_dtype": ("float32", "bfloat16"),
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every key with its default, locked against misspelled ones: what a file under `configs/` starts from."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config()))
+
+
+def phase(**fields: Any) -> ml_collections.ConfigDict:
+    """One phase for `config.train.phases`, e.g. `phase(steps=600, warmup=50)`."""
+    return ml_collections.ConfigDict(dataclasses.asdict(PhaseConfig(**fields)))
+
+
+def resolve(raw: Mapping[str, Any]) -> Config:
+    """Turns a ConfigDict (or nested dict) into a checked `Config`.
+
+    Raises:
+      UserError: an unknown key, a value of the wrong type, or values that contradict each other.
+    """
+    cfg = _build(Config, raw, "config")
+    phases = _in_order(cfg.train.phases)
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, phases=phases))
+    for path, allowed in CHOICES.items():
+        value = cfg
+        for part in path.split("."):
+            value = getattr(value, part)
+        if value not in allowed:
+            raise UserError(f"config.{path}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+    _check_model(cfg.model)
+    _check_training(cfg)
+    return cfg
+
+
+def to_json(cfg: Config) -> str:
+    """The whole configuration as JSON; `resolve(json.loads(...))` gives the same `Config` back."""
+    return json.dumps(dataclasses.asdict(cfg), indent=1)
+
+
+def _build(cls: type, raw: Mapping[str, Any], path: str) -> Any:
+    if not isinstance(raw, Mapping | ml_collections.ConfigDict):
+        raise UserError(
+            f"{path}={raw!r}: expected a group of keys ({', '.join(f.name for f in dataclasses.fields(cls))})"
+        )
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key in raw:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {path}.{close[0]}?" if close else f"known keys: {', '.join(fields)}"
+            raise UserError(f"{path}.{key}: no such key; {hint}")
+        values[key] = _convert(hints[key], raw[key], f"{path}.{key}")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path)
+    origin = typing.get_origin(hint)
+    if origin is dict:
+        item = typing.get_args(hint)[1]
+        if not isinstance(value, Mapping | ml_collections.ConfigDict):
+            raise UserError(f"{path}={value!r}: expected named groups of keys")
+        return {name: _convert(item, value[name], f"{path}.{name}") for name in value}
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or not all(isinstance(v, int | float) for v in value):
+            raise UserError(f"{path}={value!r}: expected numbers in parentheses")
+        return tuple(float(v) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, types.UnionType) or type(value) is not hint:
+        raise UserError(f"{path}={value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
+    return value
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def _check_model(m: ModelConfig) -> None:
+    for name in (
+        "vocab_size",
+        "dim",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "head_dim",
+        "n_experts",
+        "top_k",
+        "expert_dim",
+    ):
+        _require(getattr(m, name) >= 1, f"config.model.{name}={getattr(m, name)}: must be at least 1")
+    for name in ("n_dense_layers", "n_shared_experts", "n_mtp"):
+        _require(getattr(m, name) >= 0, f"config.model.{name}={getattr(m, name)}: must not be negative")
+    _require(
+        m.n_heads % m.n_kv_heads == 0,
+        f"config.model.n_kv_heads={m.n_kv_heads} must divide n_heads={m.n_heads}: each k/v head serves a whole group",
+    )
+    _require(m.top_k <= m.n_experts, f"config.model.top_k={m.top_k} is more than n_experts={m.n_experts}")
+    _require(
+        m.n_dense_layers < m.n_layers,
+        f"config.model.n_dense_layers={m.n_dense_layers} leaves no MoE layer of n_layers={m.n_layers}",
+    )
+    rotary = m.head_dim * m.rotary_fraction
+    _require(
+        0 < m.rotary_fraction <= 1 and rotary % 2 == 0,
+        f"config.model.rotary_fraction={m.rotary_fraction} of head_dim={m.head_dim} gives {rotary:g} rotated dims; "
+        "it must be an even number",
+    )
+    _require(m.capacity_factor > 0, f"config.model.capacity_factor={m.capacity_factor}: must be positive")
+    _require(m.expert_block >= 1, f"config.model.expert_block={m.expert_block}: must be at least 1")
+
+
+def _check_training(cfg: Config) -> None:
+    t = cfg.train
+    for path in (
+        "train.batch_size",
+        "train.grad_accum",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep",
+        "data.seq_len",
+    ):
+        group, name = path.split(".")
+        value = getattr(getattr(cfg, group), name)
+        _require(value >= 1, f"config.{path}={value}: must be at least 1")
+    _require(
+        t.batch_size % t.grad_accum == 0,
+        f"config.train.grad_accum={t.grad_accum} must divide batch_size={t.batch_size}",
+    )
+    for name in ("lr", "scale_lr"):
+        value = getattr(cfg.optim, name)
+        _require(value > 0, f"config.optim.{name}={value}: must be positive")
+    _require(len(cfg.optim.betas) == 2, f"config.optim.betas={cfg.optim.betas}: expected two numbers")
+    _require(bool(t.phases), "config.train.phases is empty: name at least one, e.g. phases.trunk = phase(steps=100)")
+    for name, p in t.phases.items():
+        where = f"config.train.phases.{name}"
+        _require(name.isidentifier(), f"{where}: a phase name is letters, digits and '_'")
+        _require(p.steps >= 1, f"{where}.steps={p.steps}: must be at least 1")
+        _require(
+            min(p.warmup, p.decay) >= 0 and p.warmup + p.decay <= p.steps,
+            f"{where}: warmup={p.warmup} + decay={p.decay} must fit in steps={p.steps}",
+        )
+        _require(0 <= p.distill <= 1, f"{where}.distill={p.distill}: must be between 0 and 1")
+        _require(not p.distill or bool(p.start), f"{where}.distill={p.distill} needs a teacher: set {where}.start")
+
+
+def _in_order(phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
+    """Phases so that each comes after the one it starts from (a ConfigDict sorts its keys by name)."""
+    done: dict[str, PhaseConfig] = {}
+    while len(done) < len(phases):
+        ready = [n for n, p in phases.items() if n not in done and (p.start == "" or p.start in done)]
+        if not ready:
+            name = next(n for n in phases if n not in done)
+            raise UserError(
+                f"config.train.phases.{name}.start={phases[name].start!r}: must be '' or another phase that does not "
+                f"itself wait for {name} (phases: {', '.join(phases)})"
+            )
+        done |= {n: phases[n] for n in ready}
+    return done

@@ -1,0 +1,90 @@
+"""Directories of files made from other files, kept by a hash of what they were made from.
+
+An entry is written beside its place and renamed into it, so it is complete or absent; its manifest has
+every file's hash, so a damaged entry is noticed and made again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qatmoe.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_MANIFEST = "manifest.json"
+
+
+def root(cache_dir: str) -> Path:
+    """The cache directory of `data.cache_dir`; "" is $XDG_CACHE_HOME/qatmoe, else ~/.cache/qatmoe."""
+    if cache_dir:
+        return Path(cache_dir).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "qatmoe"
+
+
+def entry(cache_dir: str, key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """The directory of `key`, made by `build` if it is absent or damaged.
+
+    Args:
+      cache_dir: `data.cache_dir`.
+      key: the entry's name: a kind and a hash of everything the entry depends on.
+      build: writes files (no subdirectories) into the directory it is given, returns what else is to be kept (JSON).
+
+    Returns:
+      The entry's directory, and what `build` returned.
+
+    Raises:
+      UserError: the cache cannot be written (no such place, no permission, disk full).
+    """
+    place = root(cache_dir) / key
+    kept = _intact(place)
+    if kept is not None:
+        return place, kept
+    temporary = None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists():
+            log.warning("the cache entry %s is damaged; making it again", place)
+            shutil.rmtree(place)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=place.parent))
+        kept = build(temporary)
+        files = {path.name: _hash(path) for path in sorted(temporary.iterdir())}
+        (temporary / _MANIFEST).write_text(json.dumps({"files": files, "kept": kept}), encoding="utf-8")
+        try:
+            temporary.rename(place)
+        except OSError:
+            # Another process made the same entry meanwhile; its content is the same.
+            if _intact(place) is None:
+                raise
+    except OSError as e:
+        raise UserError(
+            f"cannot write the cache in {str(place.parent)!r} ({e.strerror or e}); "
+            "set --config.data.cache_dir to a directory with room that you may write to"
+        ) from e
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was renamed
+    return place, kept
+
+
+def _intact(place: Path) -> dict[str, Any] | None:
+    """What was kept with the entry, or None if the entry is absent or not as it was written."""
+    try:
+        manifest = json.loads((place / _MANIFEST).read_text(encoding="utf-8"))
+        if all(_hash(place / name) == digest for name, digest in manifest["files"].items()):
+            return manifest["kept"]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass  # whatever is wrong with the entry, making it again is the answer
+    return None
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -1,0 +1,86 @@
+"""Parts that every block shares: parameter declarations, linear maps, RMSNorm, rotary embedding, SwiGLU."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """Declares one parameter: its shape, the logical name of each axis, and how it starts (fill + std * normal).
+
+    Initialisation, abstract shapes and shardings are all derived from one tree of these.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    std: float = 0.0
+    fill: float = 0.0
+
+    def stacked(self, n: int) -> "Param":
+        """The same parameter for n layers, layers on axis 0."""
+        return dataclasses.replace(self, shape=(n, *self.shape), axes=("layers", *self.axes))
+
+
+def norm_param(width: int) -> Param:
+    """An RMSNorm weight: ones, on every device."""
+    return Param((width,), (None,), fill=1.0)
+
+
+def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x (..., in) times weight (out, in), cast to the dtype of x at use -> (..., out)."""
+    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in f32, returned in the dtype of x (Zhang & Sennrich 2019)."""
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale * weight).astype(x.dtype)
+
+
+def rope_angles(positions_BL: jax.Array, head_dim: int, fraction: float, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary embedding, both f32 (B, L, R/2), for the R = head_dim * fraction turned dims."""
+    rotary_dim = int(head_dim * fraction)
+    frequencies = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
+    angles = positions_BL[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x_BLHDh: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns the first dims of every head by its position's angles (RoFormer, Su et al. 2021); the rest passes through.
+
+    Dim i is paired with dim i + R/2 of the turned part ("neox" order, as in Qwen3-MoE, OLMoE and GLM-4.5).
+    """
+    half = cos.shape[-1]
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    first = x_BLHDh[..., :half].astype(jnp.float32)
+    second = x_BLHDh[..., half : 2 * half].astype(jnp.float32)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([t.astype(x_BLHDh.dtype) for t in turned] + [x_BLHDh[..., 2 * half :]], axis=-1)
+
+
+def swiglu(gate_up: jax.Array, limit: float) -> jax.Array:
+    """silu(gate) * up over the last axis, (..., 2F) -> (..., F) f32; gate first, up second (Shazeer 2020).
+
+    limit > 0 clamps gate to at most limit and up to [-limit, limit] before the product (gpt-oss, DeepSeek-V4).
+    """
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    if limit > 0:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return jax.nn.silu(gate) * up
+
+
+def ffn_params(dim: int, width: int, std: float, out_std: float) -> dict[str, Param]:
+    """A SwiGLU feed-forward net of the given width."""
+    return {
+        "gate_up": Param((2 * width, dim), ("mlp", "embed"), std),
+        "down": Param((dim, width), ("embed", "mlp"), out_std),
+    }
+
+
+def ffn(params: dict, x: jax.Array, limit: float) -> jax.Array:
+    """SwiGLU feed-forward net, (..., D) -> (..., D)."""
+    hidden = swiglu(linear(x, params["gate_up"]), limit).astype(x.dtype)
+    return linear(hidden, params["down"])

@@ -1,0 +1,219 @@
+"""Expert computation: tokens are copied into rows that lie with their experts, multiplied, and summed back.
+
+Every fast implementation is the same three moves, and differs only in where an expert's rows lie:
+
+    dense    C rows for each expert; one batched matmul; tokens over the capacity C are dropped (fast on GPU and CPU)
+    blocked  rows sorted by expert, each expert's padded to whole blocks; one batched matmul over blocks; dropless
+    ragged   rows sorted by expert; jax.lax.ragged_dot (fast on TPU); dropless
+
+Rows are gathered in both directions of differentiation: each token knows its rows and each row its token, so no
+gradient is a scatter-add. The router's weight is multiplied into the expert's inner activation, before `down`:
+down(w * h) = w * down(h), and the weight's gradient then needs no second look at the output rows.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qatmoe.config import ModelConfig
+from qatmoe.errors import UserError
+from qatmoe.mesh import constrain
+from qatmoe.model.layers import Param, swiglu
+
+
+class Rows(NamedTuple):
+    """The two-way map between the T*k choices of tokens and the R rows of experts; out-of-range means none."""
+
+    choice_R: jax.Array  # int32, flat choice t*k + j that lies in each row; T*k for an empty row
+    token_R: jax.Array  # int32, its token t; T for an empty row
+    row_Tk: jax.Array  # int32, row of each choice; R for a dropped one
+
+
+def expert_params(cfg: ModelConfig, std: float, out_std: float) -> dict[str, Param]:
+    """Declares the routed experts: gate_up (E, 2F, D), gate first, and down (E, D, F)."""
+    E, F, D = cfg.n_experts, cfg.expert_dim, cfg.dim
+    return {
+        "gate_up": Param((E, 2 * F, D), ("experts", "mlp", "embed"), std),
+        "down": Param((E, D, F), ("experts", "embed", "mlp"), out_std),
+    }
+
+
+def expert_ffn(
+    x_TD: jax.Array,
+    weights_Tk: jax.Array,
+    indices_Tk: jax.Array,
+    gate_up_EFD: jax.Array,
+    down_EDF: jax.Array,
+    cfg: ModelConfig,
+    implementation: str,
+    groups: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum over each token's chosen experts.
+
+    Matmuls run in the dtype of x; SwiGLU, router weights and the sum over experts in f32. `groups` cuts the tokens
+    into equal runs that are dispatched on their own, one or more per device: the capacity of "dense" then holds per
+    group and expert, and rows travel to their experts by all-to-all. The other implementations give the same numbers
+    for any `groups`; "blocked" keeps each group's rows on its device and brings the weights to them.
+
+    Returns:
+      (T, D) in the dtype of x, and the fraction of the T*k choices that were dropped (f32 scalar, 0 if dropless).
+
+    Raises:
+      UserError: groups does not divide T.
+    """
+    T, D = x_TD.shape
+    if T % groups:
+        raise UserError(f"groups={groups} does not divide the {T} tokens of a batch: change batch_size or seq_len")
+    weights_Tk = weights_Tk.astype(jnp.float32)
+    if implementation == "reference":
+        return _reference(x_TD, weights_Tk, indices_Tk, gate_up_EFD, down_EDF, cfg), jnp.zeros((), jnp.float32)
+    if implementation == "ragged":
+        return _ragged(x_TD, weights_Tk, indices_Tk, gate_up_EFD, down_EDF, cfg), jnp.zeros((), jnp.float32)
+    run = {"dense": _dense, "blocked": _blocked}[implementation]
+    x_GTD, weights_GTk, indices_GTk = (
+        constrain(a.reshape(groups, T // groups, -1), ("batch", None, None)) for a in (x_TD, weights_Tk, indices_Tk)
+    )
+    y_GTD, dropped = run(x_GTD, weights_GTk, indices_GTk, gate_up_EFD, down_EDF, cfg)
+    return constrain(y_GTD, ("batch", None, None)).reshape(T, D), dropped
+
+
+def capacity(tokens: int, cfg: ModelConfig) -> int:
+    """Rows per expert of "dense" for a group of `tokens`: a multiple of 8, never more than could be used."""
+    even_share = tokens * cfg.top_k / cfg.n_experts
+    return min(tokens, -8 * int(-cfg.capacity_factor * even_share // 8))
+
+
+def _dense(
+    x_GTD: jax.Array,
+    weights_GTk: jax.Array,
+    indices_GTk: jax.Array,
+    gate_up_EFD: jax.Array,
+    down_EDF: jax.Array,
+    cfg: ModelConfig,
+) -> tuple[jax.Array, jax.Array]:
+    G, T, D = x_GTD.shape
+    E, C = cfg.n_experts, capacity(T, cfg)
+    starts_E = jnp.arange(E) * C
+    rows = jax.vmap(lambda indices_Tk: _place(indices_Tk, starts_E, C, E * C, E))(indices_GTk)
+    x_GECD = jax.vmap(_to_rows)(x_GTD, rows).reshape(G, E, C, D)
+    weights_GEC = jax.vmap(_weights_to_rows)(weights_GTk, rows).reshape(G, E, C)
+
+    # Pinning both sides makes the exchange one all-to-all over the expert axis. Experts lead, so that the matmul's
+    # batch axis is already where the backends want it.
+    x_EGCD = constrain(constrain(x_GECD, ("batch", None, None, None)).swapaxes(0, 1), ("experts", "group", None, None))
+    gate_up_EGCF = jnp.einsum("egcd,efd->egcf", x_EGCD, gate_up_EFD.astype(x_GTD.dtype))
+    hidden_EGCF = swiglu(gate_up_EGCF, cfg.swiglu_limit) * weights_GEC.swapaxes(0, 1)[..., None]
+    y_EGCD = jnp.einsum("egcf,edf->egcd", hidden_EGCF.astype(x_GTD.dtype), down_EDF.astype(x_GTD.dtype))
+    y_GECD = constrain(constrain(y_EGCD, ("experts", "group", None, None)).swapaxes(0, 1), ("batch", None, None, None))
+
+    y_GTD = jax.vmap(_from_rows)(y_GECD.reshape(G, E * C, D), rows)
+    return y_GTD, jnp.mean(rows.row_Tk == E * C, dtype=jnp.float32)
+
+
+def _blocked(
+    x_GTD: jax.Array,
+    weights_GTk: jax.Array,
+    indices_GTk: jax.Array,
+    gate_up_EFD: jax.Array,
+    down_EDF: jax.Array,
+    cfg: ModelConfig,
+) -> tuple[jax.Array, jax.Array]:
+    _, T, D = x_GTD.shape
+    E, block = cfg.n_experts, cfg.expert_block
+    n_blocks = (T * cfg.top_k + E * (block - 1)) // block  # the most that E partly filled runs of blocks can need
+
+    def one_group(x_TD: jax.Array, weights_Tk: jax.Array, indices_Tk: jax.Array) -> jax.Array:
+        blocks_E = -(-jnp.bincount(indices_Tk.reshape(-1), length=E) // block)
+        ends_E = jnp.cumsum(blocks_E)
+        rows = _place(indices_Tk, (ends_E - blocks_E) * block, T, n_blocks * block, E)
+        expert_N = jnp.minimum(jnp.searchsorted(ends_E, jnp.arange(n_blocks), side="right"), E - 1)
+        x_NCD = _to_rows(x_TD, rows).reshape(n_blocks, block, D)
+        weights_NC = _weights_to_rows(weights_Tk, rows).reshape(n_blocks, block)
+        gate_up_NCF = jnp.einsum("ncd,nfd->ncf", x_NCD, gate_up_EFD.astype(x_TD.dtype)[expert_N])
+        hidden_NCF = swiglu(gate_up_NCF, cfg.swiglu_limit) * weights_NC[..., None]
+        y_NCD = jnp.einsum("ncf,ndf->ncd", hidden_NCF.astype(x_TD.dtype), down_EDF.astype(x_TD.dtype)[expert_N])
+        return _from_rows(y_NCD.reshape(-1, D), rows)
+
+    return jax.vmap(one_group)(x_GTD, weights_GTk, indices_GTk), jnp.zeros((), jnp.float32)
+
+
+def _ragged(
+    x_TD: jax.Array,
+    weights_Tk: jax.Array,
+    indices_Tk: jax.Array,
+    gate_up_EFD: jax.Array,
+    down_EDF: jax.Array,
+    cfg: ModelConfig,
+) -> jax.Array:
+    T = x_TD.shape[0]
+    counts_E = jnp.bincount(indices_Tk.reshape(-1), length=cfg.n_experts)
+    rows = _place(indices_Tk, jnp.cumsum(counts_E) - counts_E, T, T * cfg.top_k, cfg.n_experts)
+    gate_up_EDF = gate_up_EFD.astype(x_TD.dtype).swapaxes(1, 2)
+    down_EFD = down_EDF.astype(x_TD.dtype).swapaxes(1, 2)
+    gate_up_RF = jax.lax.ragged_dot(_to_rows(x_TD, rows), gate_up_EDF, counts_E)
+    hidden_RF = swiglu(gate_up_RF, cfg.swiglu_limit) * _weights_to_rows(weights_Tk, rows)[:, None]
+    return _from_rows(jax.lax.ragged_dot(hidden_RF.astype(x_TD.dtype), down_EFD, counts_E), rows)
+
+
+def _reference(
+    x_TD: jax.Array,
+    weights_Tk: jax.Array,
+    indices_Tk: jax.Array,
+    gate_up_EFD: jax.Array,
+    down_EDF: jax.Array,
+    cfg: ModelConfig,
+) -> jax.Array:
+    """Every expert on every token, then the weighted sum: the definition the others are tested against."""
+    chosen_TkE = indices_Tk[..., None] == jnp.arange(cfg.n_experts)
+    weights_TE = jnp.sum(jnp.where(chosen_TkE, weights_Tk[..., None], 0.0), axis=1)
+    gate_up_TEF = jnp.einsum("td,efd->tef", x_TD, gate_up_EFD.astype(x_TD.dtype))
+    hidden_TEF = swiglu(gate_up_TEF, cfg.swiglu_limit).astype(x_TD.dtype)
+    y_TED = jnp.einsum("tef,edf->ted", hidden_TEF, down_EDF.astype(x_TD.dtype))
+    return jnp.einsum("ted,te->td", y_TED.astype(jnp.float32), weights_TE).astype(x_TD.dtype)
+
+
+def _place(indices_Tk: jax.Array, starts_E: jax.Array, limit: int, n_rows: int, n_experts: int) -> Rows:
+    """Gives every choice a row: its expert's first row plus its rank among that expert's tokens.
+
+    Ranks follow the order of tokens, so a later token never pushes out an earlier one and the model stays causal even
+    where it drops. Choices of rank >= limit are dropped.
+    """
+    expert_A = indices_Tk.reshape(-1)
+    onehot_AE = expert_A[:, None] == jnp.arange(n_experts)
+    rank_AE = jnp.cumsum(onehot_AE, axis=0, dtype=jnp.int32) - 1
+    row_AE = jnp.where(onehot_AE & (rank_AE < limit), starts_E + rank_AE, n_rows)
+    row_A = jnp.min(row_AE, axis=1).astype(jnp.int32)
+    choices_A = jnp.arange(expert_A.size, dtype=jnp.int32)
+    choice_R = jnp.full(n_rows, expert_A.size, jnp.int32).at[row_A].set(choices_A, mode="drop", unique_indices=True)
+    return Rows(choice_R, choice_R // indices_Tk.shape[1], row_A.reshape(indices_Tk.shape))
+
+
+def _copy(x_TD: jax.Array, rows: Rows) -> jax.Array:
+    """(T, D) -> (R, D): each row takes its token; empty rows are zero."""
+    return x_TD.at[rows.token_R].get(mode="fill", fill_value=0)
+
+
+def _sum(y_RD: jax.Array, rows: Rows) -> jax.Array:
+    """(R, D) -> (T, D): each token sums its rows in f32; dropped choices add nothing. The transpose of `_copy`."""
+    chosen_TkD = y_RD.at[rows.row_Tk].get(mode="fill", fill_value=0)
+    return jnp.sum(chosen_TkD, axis=1, dtype=jnp.float32).astype(y_RD.dtype)
+
+
+_to_rows = jax.custom_vjp(_copy)
+_to_rows.defvjp(lambda x_TD, rows: (_copy(x_TD, rows), rows), lambda rows, dy_RD: (_sum(dy_RD, rows), None))
+
+_from_rows = jax.custom_vjp(_sum)
+_from_rows.defvjp(lambda y_RD, rows: (_sum(y_RD, rows), rows), lambda rows, dy_TD: (_copy(dy_TD, rows), None))
+
+
+@jax.custom_vjp
+def _weights_to_rows(weights_Tk: jax.Array, rows: Rows) -> jax.Array:
+    """(T, k) -> (R,): each row takes its choice's weight; empty rows are zero."""
+    return weights_Tk.reshape(-1).at[rows.choice_R].get(mode="fill", fill_value=0)
+
+
+_weights_to_rows.defvjp(
+    lambda weights_Tk, rows: (_weights_to_rows(weights_Tk, rows), rows),
+    lambda rows, dw_R: (dw_R.at[rows.row_Tk].get(mode="fill", fill_value=0), None),
+)

@@ -1,0 +1,285 @@
+"""The decoder: parameter tree, initialisation and forward pass.
+
+Parameters are a nested dict of f32 arrays. With scan_layers the layers of a kind are stacked on axis 0 and run by
+`jax.lax.scan`; without, the same trees hang under "0", "1", ... and run in a Python loop, to the same numbers.
+Master weights are f32 and cast to cfg.dtype where they are used; the residual stream is cfg.dtype; norms, router,
+softmax, SwiGLU and logits are f32.
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qatmoe.config import ModelConfig
+from qatmoe.mesh import constrain
+from qatmoe.model.attention import attention, attention_params
+from qatmoe.model.layers import Param, ffn, ffn_params, norm_param, rms_norm, rope_angles
+from qatmoe.model.moe import expert_ffn, expert_params
+from qatmoe.model.mtp import mtp_module, mtp_params
+from qatmoe.model.router import route, router_params
+
+STACKED = ("dense_layers", "layers", "mtp")  # top-level keys whose trees are stacked over layers
+
+
+class Output(NamedTuple):
+    """What a forward pass returns. Rows of the per-layer values: MoE layers in order, then MTP modules that ran."""
+
+    hidden_BLD: jax.Array  # after the final norm, cfg.dtype; `logits` turns it into predictions of token t+1
+    mtp_hidden: tuple[jax.Array, ...]  # per module (B, L, D) after its norm: predictions of token t+2+i
+    aux: dict[str, jax.Array]  # "balance", "z" (f32 scalars, means over rows), "load_NE", "dropped_N", ["indices_NTk"]
+
+
+# ---- parameters ----
+
+
+def param_tree(cfg: ModelConfig) -> dict[str, Any]:
+    """The whole model as a tree of `Param` declarations, in the layout cfg.scan_layers asks for."""
+    std = cfg.init_std
+    n_moe = cfg.n_layers - cfg.n_dense_layers
+    moe_block = _block_params(cfg, moe=True)
+    tree: dict[str, Any] = {"embed": Param((cfg.vocab_size, cfg.dim), ("vocab", "embed"), std)}
+    if not cfg.tie_embeddings:
+        tree["head"] = Param((cfg.vocab_size, cfg.dim), ("vocab", "embed"), std)
+    tree["norm"] = norm_param(cfg.dim)
+    for name, count, one in (
+        ("dense_layers", cfg.n_dense_layers, _block_params(cfg, moe=False)),
+        ("layers", n_moe, moe_block),
+        ("mtp", cfg.n_mtp, mtp_params(cfg, std, moe_block)),
+    ):
+        if count and cfg.scan_layers:
+            tree[name] = jax.tree.map(lambda p, n=count: p.stacked(n), one)
+        elif count:
+            tree[name] = {str(i): one for i in range(count)}
+    return tree
+
+
+def _block_params(cfg: ModelConfig, moe: bool) -> dict[str, Any]:
+    std = cfg.init_std
+    out_std = std / math.sqrt(2 * cfg.n_layers)  # writes into the residual stream: keeps its variance flat in depth
+    block: dict[str, Any] = {
+        "attn_norm": norm_param(cfg.dim),
+        "attn": attention_params(cfg, std, out_std),
+        "ffn_norm": norm_param(cfg.dim),
+    }
+    if not moe:
+        return block | {"ffn": ffn_params(cfg.dim, cfg.dense_dim, std, out_std)}
+    block |= {"router": router_params(cfg, std), "experts": expert_params(cfg, std, out_std)}
+    if cfg.n_shared_experts:
+        block["shared"] = ffn_params(cfg.dim, cfg.n_shared_experts * cfg.expert_dim, std, out_std)
+    return block
+
+
+def abstract_params(cfg: ModelConfig) -> dict[str, Any]:
+    """The parameter tree as f32 `jax.ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), param_tree(cfg))
+
+
+def logical_axes(cfg: ModelConfig) -> dict[str, Any]:
+    """The parameter tree as tuples of logical axis names, one name (or None) per array axis; see `mesh.RULES`."""
+    return jax.tree.map(lambda p: p.axes, param_tree(cfg))
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Draws f32 parameters: normal(init_std), outputs into the residual stream divided by sqrt(2N), norms 1, biases 0.
+
+    Each parameter's key comes from its path and layer number, so both layouts start from the same numbers, and adding a
+    module leaves the others as they were. Pure: jit it with out_shardings to create parameters in place.
+    """
+
+    def draw(path: tuple, param: Param) -> jax.Array:
+        names = [str(entry.key) for entry in path]
+        layer = int(names.pop(1)) if names[0] in STACKED and names[1].isdigit() else None
+        path_key = jax.random.fold_in(key, zlib.crc32("/".join(names).encode()))
+        if names[0] not in STACKED:
+            return _draw(path_key, param.shape, param)
+        if layer is not None:
+            return _draw(jax.random.fold_in(path_key, layer), param.shape, param)
+        layer_keys = jax.vmap(lambda i: jax.random.fold_in(path_key, i))(jnp.arange(param.shape[0]))
+        return jax.vmap(lambda layer_key: _draw(layer_key, param.shape[1:], param))(layer_keys)
+
+    return jax.tree_util.tree_map_with_path(draw, param_tree(cfg))
+
+
+def _draw(key: jax.Array, shape: tuple[int, ...], param: Param) -> jax.Array:
+    if not param.std:
+        return jnp.full(shape, param.fill, jnp.float32)
+    return param.fill + param.std * jax.random.normal(key, shape, jnp.float32)
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Unrolled layout ("layers/0/...") -> scan layout (layers on axis 0)."""
+    out = dict(params)
+    for name in STACKED:
+        if name in params:
+            layers = [params[name][str(i)] for i in range(len(params[name]))]
+            out[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return out
+
+
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Scan layout (layers on axis 0) -> unrolled layout ("layers/0/...")."""
+    out = dict(params)
+    for name in STACKED:
+        if name in params:
+            count = jax.tree.leaves(params[name])[0].shape[0]
+            out[name] = {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], params[name]) for i in range(count)}
+    return out
+
+
+# ---- forward pass ----
+
+
+def forward(
+    params: dict[str, Any],
+    cfg: ModelConfig,
+    tokens_BL: jax.Array,
+    *,
+    positions_BL: jax.Array | None = None,
+    segments_BL: jax.Array | None = None,
+    mtp_tokens: jax.Array | None = None,
+    train: bool,
+    groups: int = 1,
+    return_routing: bool = False,
+) -> Output:
+    """Runs the trunk and, when their inputs are given, the MTP modules.
+
+    Args:
+      params: nested dict in the layout of cfg.scan_layers; quantized weights arrive already decoded.
+      tokens_BL: int token ids.
+      positions_BL: int rotary positions; None counts 0..L-1 along each row.
+      segments_BL: int document ids; attention stays inside a document. None means one document per row.
+      mtp_tokens: int (n_mtp, B, L), [i][:, t] is token t+1+i, the input of module i; None skips the modules.
+      train: experts run as cfg.experts; otherwise as cfg.eval_experts, which drops no token.
+      groups: equal groups of tokens dispatched to experts on their own; a multiple of the devices that split the batch.
+      return_routing: adds "indices_NTk", the chosen experts of every row of "load_NE", to aux.
+
+    Returns:
+      `Output`; aux["load_NE"] is the share of assignments each expert got (rows sum to 1), aux["dropped_N"] the share
+      of assignments that found no room, both f32.
+    """
+    B, L = tokens_BL.shape
+    dtype = jnp.dtype(cfg.dtype)
+    if positions_BL is None:
+        positions_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
+    rope = rope_angles(positions_BL, cfg.head_dim, cfg.rotary_fraction, cfg.rope_theta)
+    implementation = cfg.experts if train else _eval_experts(cfg, groups)
+
+    def embed(ids_BL: jax.Array) -> jax.Array:
+        return constrain(params["embed"][ids_BL].astype(dtype), ("batch", None, None))
+
+    def block(layer: dict[str, Any], x_BLD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        x_BLD = constrain(x_BLD, ("batch", None, None))
+        normed_BLD = rms_norm(x_BLD, layer["attn_norm"], cfg.norm_eps)
+        x_BLD += attention(layer["attn"], cfg, normed_BLD, rope, segments_BL)
+        normed_BLD = rms_norm(x_BLD, layer["ffn_norm"], cfg.norm_eps)
+        if "ffn" in layer:
+            return x_BLD + ffn(layer["ffn"], normed_BLD, cfg.swiglu_limit), {}
+        y_BLD, aux = _moe(layer, cfg, normed_BLD, implementation, groups, return_routing)
+        return x_BLD + y_BLD, aux
+
+    if cfg.remat == "full":
+        block = jax.checkpoint(block)
+    x_BLD = embed(tokens_BL)
+    x_BLD, _ = _run_layers(block, params.get("dense_layers"), x_BLD, cfg.scan_layers)
+    x_BLD, layers_aux = _run_layers(block, params.get("layers"), x_BLD, cfg.scan_layers)
+    hidden_BLD = rms_norm(x_BLD, params["norm"], cfg.norm_eps)
+
+    mtp_hidden: list[jax.Array] = []
+    rows = [layers_aux]
+    for i, ids_BL in enumerate([] if mtp_tokens is None else mtp_tokens):
+        previous_BLD = mtp_hidden[-1] if mtp_hidden else hidden_BLD
+        module = _layer(params["mtp"], i, cfg.scan_layers)
+        module_BLD, module_aux = mtp_module(module, cfg, previous_BLD, embed(ids_BL), block)
+        mtp_hidden.append(module_BLD)
+        rows.append(jax.tree.map(lambda a: a[None], module_aux))
+    return Output(hidden_BLD, tuple(mtp_hidden), _collect_aux(rows))
+
+
+def logits(params: dict[str, Any], cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Scores of the next token, (..., D) -> (..., V) f32, accumulated in f32 from cfg.dtype operands.
+
+    hidden is `Output.hidden_BLD`, one of `Output.mtp_hidden`, or any chunk of them.
+    """
+    weight_VD = params["embed" if cfg.tie_embeddings else "head"]
+    hidden = hidden.astype(jnp.dtype(cfg.dtype))
+    scores = jnp.einsum("...d,vd->...v", hidden, weight_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return constrain(scores, ("batch", None, "vocab")) if scores.ndim == 3 else scores
+
+
+def _moe(
+    layer: dict[str, Any], cfg: ModelConfig, x_BLD: jax.Array, implementation: str, groups: int, return_routing: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Routed experts plus shared experts."""
+    x_TD = x_BLD.reshape(-1, cfg.dim)
+    routing = route(layer["router"], cfg, x_TD)
+    experts = layer["experts"]
+    y_TD, dropped = expert_ffn(
+        x_TD, routing.weights_Tk, routing.indices_Tk, experts["gate_up"], experts["down"], cfg, implementation, groups
+    )
+    y_BLD = y_TD.reshape(x_BLD.shape)
+    if cfg.n_shared_experts:
+        y_BLD += ffn(layer["shared"], x_BLD, cfg.swiglu_limit)
+    aux = {"balance": routing.balance, "z": routing.z, "load_NE": routing.load_E, "dropped_N": dropped}
+    if return_routing:
+        aux["indices_NTk"] = routing.indices_Tk
+    return y_BLD, aux
+
+
+def _run_layers(
+    block: Callable, layers: dict[str, Any] | None, x_BLD: jax.Array, scan: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Runs the layers of one kind in order; auxiliary values come back stacked on axis 0."""
+    if layers is None:
+        return x_BLD, {}
+    if scan:
+        return jax.lax.scan(lambda x_BLD, layer: block(layer, x_BLD), x_BLD, layers)
+    auxes = []
+    for i in range(len(layers)):
+        x_BLD, aux = block(layers[str(i)], x_BLD)
+        auxes.append(aux)
+    return x_BLD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
+
+
+def _layer(layers: dict[str, Any], i: int, stacked: bool) -> dict[str, Any]:
+    return jax.tree.map(lambda leaf: leaf[i], layers) if stacked else layers[str(i)]
+
+
+def _eval_experts(cfg: ModelConfig, groups: int) -> str:
+    """What "auto" means: ragged_dot is fast on a TPU, but cannot keep groups of tokens on their own devices."""
+    if cfg.eval_experts != "auto":
+        return cfg.eval_experts
+    return "ragged" if jax.default_backend() == "tpu" and groups == 1 else "blocked"
+
+
+def _collect_aux(rows: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Joins the trunk's rows and the modules'; the two losses become means over rows, whatever the depth."""
+    aux = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *rows)
+    return aux | {"balance": jnp.mean(aux["balance"]), "z": jnp.mean(aux["z"])}
+
+
+# ---- container ----
+
+
+class Transformer(nnx.Module):
+    """The model as an NNX module, for building and looking at it (`nnx.display`, `nnx.tabulate`).
+
+    It only holds arrays; training takes them out once (`pure_params`) and jits the functions above.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.params = nnx.data(jax.tree.map(nnx.Param, init_params(cfg, rngs.params())))
+
+    def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+        """(B, L) token ids -> (B, L, V) f32 scores of the next token."""
+        params = self.pure_params()
+        return logits(params, self.cfg, forward(params, self.cfg, tokens_BL, train=False).hidden_BLD)
+
+    def pure_params(self) -> dict[str, Any]:
+        """The parameters as a plain nested dict of arrays."""
+        return jax.tree.map(lambda p: p[...], self.params, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))

@@ -1,0 +1,111 @@
+"""The optimizer: optax, with parameter groups by path, and the learning-rate schedule.
+
+group    which                        update                     weight decay
+matrix   every other weight matrix    AdamW, or Muon             yes
+table    embed, head, router/weight   AdamW                      yes
+vector   norms                        AdamW                      no
+scale    learned quantizer scales     Adam at optim.scale_lr     no
+frozen   router/bias                  none: moved by the balance rule in `step.py`
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qatmoe.config import OptimConfig, PhaseConfig
+from qatmoe.tree import path_of
+
+GROUPS = (
+    ("scale", r"^scales/"),
+    ("frozen", r"router/bias$"),
+    ("table", r"^model/(embed|head)$|router/weight$"),
+    ("vector", r"norm$"),
+    ("matrix", r"(attn/[qkvo]|gate_up|down|eh_proj)$"),
+)
+
+
+def group_of(path: str) -> str:
+    """The group of a parameter, by its path.
+
+    Raises:
+      ValueError: no rule matches; a new kind of parameter must be given its group.
+    """
+    for group, pattern in GROUPS:
+        if re.search(pattern, path):
+            return group
+    raise ValueError(f"no optimizer group matches parameter {path!r}; add it to optim.GROUPS")
+
+
+def labels(params: Any) -> Any:
+    """The tree of group names that mirrors `params`."""
+    return jax.tree_util.tree_map_with_path(lambda p, _: group_of(path_of(p)), params)
+
+
+def make_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
+    """Gradients -> updates at the groups' full rates; `step.py` multiplies them by `schedule`."""
+    b1, b2 = cfg.betas
+    adam = optax.scale_by_adam(b1=b1, b2=b2, eps=cfg.eps, mu_dtype=jnp.dtype(cfg.moments_dtype))
+    decay = optax.add_decayed_weights(cfg.weight_decay)
+    adamw = optax.chain(adam, decay, optax.scale(-cfg.lr))
+    matrix = adamw if cfg.name == "adamw" else optax.chain(_muon(cfg), decay, optax.scale(-cfg.lr))
+    groups = optax.multi_transform(
+        {
+            "matrix": matrix,
+            "table": adamw,
+            "vector": optax.chain(adam, optax.scale(-cfg.lr)),
+            "scale": optax.chain(adam, optax.scale(-cfg.scale_lr)),
+            "frozen": optax.set_to_zero(),
+        },
+        labels,
+    )
+    return optax.chain(optax.clip_by_global_norm(cfg.clip), groups) if cfg.clip else groups
+
+
+def _muon(cfg: OptimConfig) -> optax.GradientTransformation:
+    """Muon on the last two axes (out, in); axes before them are layers and experts.
+
+    An orthogonal update has RMS 1/sqrt(max(out, in)); 0.2 sqrt(max(out, in)) gives it the size of an AdamW update, so
+    that one rate and one weight decay serve both (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4).
+    """
+    dims = optax.contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+    muon = optax.contrib.scale_by_muon(
+        beta=0.95,
+        mu_dtype=jnp.dtype(cfg.moments_dtype),
+        weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda p: optax.contrib.MuonDimensionNumbers(*(a % p.ndim for a in dims)), params
+        ),
+    )
+    resize = optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u: u * (0.2 * math.sqrt(max(u.shape[-2:]))), updates)
+    )
+    return optax.chain(muon, resize)
+
+
+def schedule(cfg: OptimConfig, phase: PhaseConfig, step: jax.Array) -> jax.Array:
+    """Factor on every rate at `step` (0-based) of a phase: warmup, then stable and linear decay ("wsd"), or cosine."""
+    peak = phase.lr / cfg.lr if phase.lr else 1.0
+    done = step.astype(jnp.float32)
+    warm = jnp.minimum(1.0, (done + 1) / phase.warmup) if phase.warmup else jnp.ones(())
+    if cfg.schedule == "cosine":
+        length = max(phase.steps - phase.warmup, 1)
+        fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((done - phase.warmup) / length, 0, 1)))
+    elif phase.decay:
+        fall = jnp.clip((phase.steps - done) / phase.decay, 0, 1)
+    else:
+        fall = jnp.ones(())
+    return peak * warm * (cfg.final_lr + (1 - cfg.final_lr) * fall)
+
+
+def carry_over(new: Any, old: Any) -> Any:
+    """Optimizer state of a branch: the trunk's moments where path and shape agree, `new` (fresh) elsewhere."""
+    known = {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(old)[0]}
+
+    def pick(path: tuple[Any, ...], fresh: jax.Array) -> jax.Array:
+        leaf = known.get(path_of(path))
+        return leaf if leaf is not None and leaf.shape == fresh.shape and leaf.dtype == fresh.dtype else fresh
+
+    return jax.tree_util.tree_map_with_path(pick, new)

@@ -1,0 +1,311 @@
+"""One phase of a run: where it starts, its loop, its checkpoints, and what is measured on the way."""
+
+import contextlib
+import functools
+import json
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qatmoe import metrics as metrics_lib
+from qatmoe import step as steps
+from qatmoe.checkpoint import Checkpoints
+from qatmoe.config import Config, PhaseConfig, to_json
+from qatmoe.errors import RunError, UserError
+from qatmoe.quant import fake
+from qatmoe.quant.grid import RULES
+from qatmoe.quant.plan import Plan
+from qatmoe.run import Run, Weights
+from qatmoe.step import TrainState
+
+Position = dict[str, Any]  # of the data iterator
+
+
+def run_phase(run: Run, name: str) -> None:
+    """Trains a phase from where it stands to its end, checkpointing on the way, and evaluates the result."""
+    cfg, phase = run.cfg, run.cfg.train.phases[name]
+    with run.checkpoints(name) as checkpoints:
+        found = checkpoints.restore_latest(run.abstract_state(phase))
+        if found is not None:
+            state, position, meta = found
+            done = meta["done"]
+        elif cfg.init_from and not phase.start:
+            state, position = import_state(run, name)
+            done = True
+            save(run, checkpoints, state, position, done=done)
+        else:
+            state, position = first_state(run, name)
+            done = False
+        run.metrics.rewind(name, int(state.step) if found else -1)
+        if not done:
+            state = loop(run, name, state, position, checkpoints)
+    if not evaluated(run, name):
+        result = run.evaluate(eval_weights(run, phase, state), cfg.eval.final_batches)
+        run.metrics.write(name, int(state.step), "final", result)
+
+
+def round_control(run: Run) -> None:
+    """PTQ: evaluates the full-precision branch rounded to the grid, under each scale rule.
+
+    The branch is `control` if there is one; else the last phase that does not quantize.
+    """
+    plain = [name for name, phase in run.cfg.train.phases.items() if not phase.quantize]
+    if not plain or not run.plan:
+        return
+    branch = "control" if "control" in plain else plain[-1]
+    missing = [rule for rule in RULES if not evaluated(run, f"ptq:{branch}:{rule}")]
+    if not missing:
+        return
+    state, _ = final_state(run, branch)
+    for rule in missing:
+        model = state.ema or state.params["model"]
+        rounded = jax.jit(functools.partial(fake.apply, run.plan, rule=rule))(model, {})
+        result = run.evaluate(rounded, run.cfg.eval.final_batches)
+        run.metrics.write(f"ptq:{branch}:{rule}", int(state.step), "final", result)
+
+
+def evaluated(run: Run, name: str) -> bool:
+    """Whether the final validation of a phase or a PTQ baseline is on record."""
+    return any(r["phase"] == name and r["split"] == "final" for r in metrics_lib.read(run.workdir))
+
+
+# ---- Where a phase starts --------------------------------------------------------------------------------------------
+
+
+def first_state(run: Run, name: str) -> tuple[TrainState, Position]:
+    """The state before a phase's first step. Deterministic: a resumed phase computes it again as its reference."""
+    cfg, phase = run.cfg, run.cfg.train.phases[name]
+    abstract = run.abstract_state(phase)
+    places = jax.tree.map(lambda s: s.sharding, abstract)
+    if phase.start:
+        parent, position = final_state(run, phase.start)
+        return jax.jit(functools.partial(steps.branch, cfg, phase, run.plan), out_shardings=places)(parent), position
+
+    def fresh(key: jax.Array) -> TrainState:
+        state = steps.init_state(cfg, key)
+        return steps.branch(cfg, phase, run.plan, state) if phase.quantize else state
+
+    return jax.jit(fresh, out_shardings=places)(jax.random.key(cfg.train.seed)), run.train_iterator.start
+
+
+def final_state(run: Run, name: str) -> tuple[TrainState, Position]:
+    """The last state of a finished phase, and where its data stood."""
+    with run.checkpoints(name) as checkpoints:
+        found = checkpoints.restore_latest(run.abstract_state(run.cfg.train.phases[name]))
+    if found is None or not found[2]["done"]:
+        raise RunError(
+            f"{run.workdir}: phase {name} has no finished checkpoint to branch from; delete the later phases"
+        )
+    return found[0], found[1]
+
+
+def import_source(cfg: Config) -> tuple[str, str, int]:
+    """Folder, phase and step that config.init_from=RUN[:PHASE][@STEP] names; PHASE is the first phase unless given.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    where = f"config.init_from={cfg.init_from!r}"
+    source, _, step = cfg.init_from.partition("@")
+    folder, _, phase = source.partition(":")
+    phase = phase or next(iter(cfg.train.phases))
+    if step and not step.isdigit():
+        raise UserError(f"{where}: what follows '@' must be a step number")
+    with Checkpoints(folder, phase) as checkpoints:
+        known = checkpoints.steps()
+    wanted = int(step) if step else max(known, default=-1)
+    if wanted not in known:
+        raise UserError(f"{where}: no such checkpoint; {folder} has steps {known} of phase {phase!r}")
+    return folder, phase, wanted
+
+
+def import_state(run: Run, name: str) -> tuple[TrainState, Position]:
+    """The state that config.init_from names, as the last one of phase `name`."""
+    folder, phase, step = import_source(run.cfg)
+    with Checkpoints(folder, phase) as checkpoints:
+        state, position, _ = checkpoints.restore(step, run.abstract_state(run.cfg.train.phases[name]))
+    if position["stream"] != run.train_iterator.start["stream"]:
+        print(f"{folder} was trained on other batches: this run's data starts from its beginning")
+        position = run.train_iterator.start
+    return state, position
+
+
+# ---- The loop --------------------------------------------------------------------------------------------------------
+
+
+def loop(run: Run, name: str, state: TrainState, position: Position, checkpoints: Checkpoints) -> TrainState:
+    """Steps until the phase is done. Host work on step n happens while the device is already on step n + 1."""
+    cfg, phase = run.cfg, run.cfg.train.phases[name]
+    watch = Watch(run, name, state)
+    train_step = jax.jit(
+        functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=run.plan, groups=run.groups), donate_argnums=0
+    )
+    run.train_iterator.set_state(position)
+    log = Log(run, name, int(state.step))
+    for n in range(int(state.step) + 1, phase.steps + 1):
+        if run.stop.signal:
+            log.close()
+            save(run, checkpoints, state, run.train_iterator.get_state(), wait=True)
+            run.stop.check(f"after step {n - 1} of {phase.steps} of phase {name}, which is saved")
+        batch = run.place(next(run.train_iterator))
+        due = bool(cfg.eval.every) and (n % cfg.eval.every == 0 or n == phase.steps)
+        before = watch.codes(state.params) if due else None
+        state, values = train_step(state, batch, watch.teacher)
+        log.flush()
+        log.pending = (n, values)
+        if due:
+            log.flush()
+            with log.paused():
+                if phase.quantize:
+                    run.metrics.write(name, n, "health", watch.health(state.params, before))
+                if n < phase.steps:  # the last step is followed by the final validation
+                    result = run.evaluate(eval_weights(run, phase, state), cfg.eval.batches)
+                    run.metrics.write(name, n, "valid", result)
+        if n % cfg.train.checkpoint_every == 0 or n == phase.steps:
+            log.flush()  # never keep a state whose loss was not looked at
+            with log.paused():
+                save(run, checkpoints, state, run.train_iterator.get_state(), done=n == phase.steps)
+    log.close()
+    checkpoints.wait()
+    return state
+
+
+def save(
+    run: Run,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    position: Position,
+    *,
+    done: bool = False,
+    wait: bool = False,
+) -> None:
+    """Saves a state under its step; `done` marks the phase's last one."""
+    meta = {"config": json.loads(to_json(run.cfg)), "data": run.data.hash}
+    checkpoints.save(int(state.step), state, position, meta, final=done, wait=wait)
+
+
+def eval_weights(run: Run, phase: PhaseConfig, state: TrainState) -> Weights:
+    """The weights that are evaluated: averaged if the run keeps an average, on their grid if the phase quantizes."""
+    return jax.jit(functools.partial(steps.eval_weights, run.cfg, run.plan, quantize=phase.quantize))(state)
+
+
+class Watch:
+    """What a phase is compared with: its teacher, and, where it quantizes, the codes and scales it began with."""
+
+    def __init__(self, run: Run, name: str, state: TrainState):
+        cfg, phase = run.cfg, run.cfg.train.phases[name]
+        self.plan, self.quantize = run.plan, phase.quantize
+        self.teacher: Weights | None = None
+        if phase.distill:
+            parent = cfg.train.phases[phase.start]
+            self.teacher = eval_weights(run, parent, final_state(run, phase.start)[0])
+        if not phase.quantize:
+            return
+        rule = cfg.quant.dynamic_rule
+        self._codes = jax.jit(lambda p: fake.codes_of(run.plan, p["model"], p["scales"], rule=rule))
+        self._health = jax.jit(functools.partial(_health, run.plan, rule))
+        # A resumed phase finds its beginning again by computing it again.
+        first = state.params if int(state.step) == 0 else first_state(run, name)[0].params
+        self._first = self._codes(first), jax.tree.map(jnp.copy, first["scales"])
+
+    def codes(self, params: Weights) -> Any:
+        """The code of every quantized weight, {path: uint8}; None where the phase does not quantize."""
+        return self._codes(params) if self.quantize else None
+
+    def health(self, params: Weights, before: Any) -> dict[str, float]:
+        """Quantizer health after a step; `before` are the codes before it. Means over weights, and per tensor."""
+        values = jax.device_get(self._health(params, before, self._first))
+        return {name: float(v) for name, v in values.items()}
+
+
+def _health(plan: Plan, rule: str, params: Weights, before: Any, first: Any) -> dict[str, Any]:
+    model, scales = params["model"], params["scales"]
+    now = fake.codes_of(plan, model, scales, rule=rule)
+    per_tensor = {
+        "weight_error": fake.weight_error(plan, model, scales, rule=rule),  # relative RMS
+        "flip_rate": fake.flip_rate(before, now),  # share of codes that this one step changed
+        "flipped": fake.flip_rate(first[0], now),  # share that differs from the start of the phase
+        "scale_drift": fake.scale_drift(scales, first[1]),
+    }
+    sizes = {path: codes.size for path, codes in now.items()}
+    values: dict[str, Any] = {}
+    for name, of in per_tensor.items():
+        if of:
+            values[name] = sum(v * sizes[p] for p, v in of.items()) / sum(sizes[p] for p in of)
+            values |= {f"{name}/{p}": v for p, v in of.items()}
+    for path, shares in fake.histogram(plan, now).items():
+        values |= {f"code_{i}/{path}": share for i, share in enumerate(shares)}
+    return values
+
+
+class Log:
+    """Turns the device's metrics of a step into records, a progress bar, and an error when they are not finite."""
+
+    def __init__(self, run: Run, name: str, start: int):
+        phases = list(run.cfg.train.phases.items())
+        after = [n for n, _ in phases].index(name) + 1
+        total = run.cfg.train.phases[name].steps
+        self.run, self.name, self.total = run, name, total
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._per_step = run.cfg.train.batch_size * run.cfg.data.seq_len
+        self._last = (start, time.perf_counter())
+        self._pause = 0.0
+        self._progress = metrics_lib.Progress(name, start, total, steps_after=sum(p.steps for _, p in phases[after:]))
+
+    def flush(self) -> None:
+        """Waits for the pending step, checks it and, every log_every steps, records it."""
+        if self.pending is None:
+            return
+        (n, values), self.pending = self.pending, None
+        loss, norm = float(values["loss"]), float(values["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self._not_finite(n, loss, norm)
+        self._progress.update(n, loss=float(values["ce"]), tokens_per_s=self._rate(n))
+        if n % self.run.cfg.train.log_every == 0 or n == self.total:
+            self._record(n, values)
+
+    def _rate(self, n: int) -> float:
+        """Tokens per second since the last record."""
+        seconds = time.perf_counter() - self._last[1] - self._pause
+        return (n - self._last[0]) * self._per_step / max(seconds, 1e-9)
+
+    def _record(self, n: int, values: dict[str, jax.Array]) -> None:
+        load_NE = jax.device_get(values["load_NE"]) * values["load_NE"].shape[1]  # 1 = an even share
+        record = {k: float(values[k]) for k in ("loss", "ce", "kl", "mtp", "balance", "z", "lr", "grad_norm")}
+        record |= {
+            "tokens": n * self._per_step,
+            "tokens_per_s": self._rate(n),
+            "moe/dropped": float(jnp.mean(values["dropped_N"])),
+            "moe/load_max": float(load_NE.max()),
+            "moe/load_min": float(load_NE.min()),
+        }
+        self.run.metrics.write(self.name, n, "train", record)
+        for row, load_E in enumerate(load_NE):
+            self.run.metrics.histogram(self.name, n, f"moe/load/layer_{row}", load_E)
+        self._last, self._pause = (n, time.perf_counter()), 0.0
+
+    def _not_finite(self, n: int, loss: float, norm: float) -> RunError:
+        lr = self.run.cfg.optim.lr
+        kept = self.run.checkpoints(self.name).latest()
+        return RunError(
+            f"phase {self.name}, step {n}: loss={loss}, gradient norm={norm}. "
+            + (f"Its checkpoint {kept} is intact" if kept is not None else "Nothing of this phase was saved yet")
+            + f"; try a lower --config.optim.lr than {lr} or a longer warmup, in another --workdir (with "
+            f"--config.init_from={self.run.workdir} to keep the trunk)"
+        )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps what happens inside out of tokens/s."""
+        start = time.perf_counter()
+        yield
+        self._pause += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Records the last step and ends the progress line."""
+        self.flush()
+        self._progress.close()

@@ -1,0 +1,147 @@
+"""Quantization in the forward pass, with gradients: the model computes with the numbers it will be deployed with.
+
+For one block of n weights w with scale s, and s^ = snap(s), u = w / s^, the forward value is exactly the decoded one,
+
+    w^ = level(code) * s^,     code = nearest level to u.
+
+Rounding has no useful derivative. Straight-through, the code follows u where u lies in the range [lo, hi] of the levels
+and stays where it is outside: d level / d u := 1 inside, 0 outside. With d u / d w = 1 / s^ and d u / d s^ = -u / s^,
+
+    d w^ / d w  = s^ * (d level / d u) / s^        = inside
+    d w^ / d s^ = level + s^ * (d level / d u) * (-u / s^) = level - inside * u
+
+and snap is passed straight through: d s^ / d s := 1. The gradient of a loss with respect to s is the sum over the block
+of g * (level - inside * u), times 1 / sqrt(n * hi), which makes the updates of scales commensurate with those of
+weights (Esser et al. 2020, "Learned Step Size Quantization", sections 2.1 and 2.2). With negative s^ all of this holds
+unchanged: u changes sign with it.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qatmoe.quant.grid import Grid
+from qatmoe.quant.plan import Plan
+from qatmoe.tree import path_of
+
+Params = dict[str, Any]
+Scales = dict[str, jax.Array]  # path -> (..., G) f32, as trained: not snapped
+Codes = dict[str, jax.Array]  # path -> (..., I) uint8
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def fake_quant(grid: Grid, w: jax.Array, scale: jax.Array) -> jax.Array:
+    """The deployed value of w (..., I) at scale (..., G): f32, bitwise `decode(nearest(w, snap(scale)), snap(scale))`.
+
+    Differentiable in w (straight-through) and in scale (LSQ); see the module's docstring.
+    """
+    return grid.quantize(w, grid.snap(scale))
+
+
+def _forward(grid: Grid, w: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return fake_quant(grid, w, scale), (w, scale)
+
+
+def _backward(grid: Grid, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    w, scale = saved
+    snapped = grid.snap(scale)
+    low, high = min(grid.levels), max(grid.levels)
+    blocks = (*scale.shape, grid.block)
+    value, g_GI = grid.quantize(w, snapped).reshape(blocks), g.astype(jnp.float32).reshape(blocks)
+    # Multiplying by the inverse: codes are not decided here, so the last bit of u does not matter.
+    inverse = jnp.where(snapped == 0, 0.0, 1.0 / snapped)[..., None]
+    u = w.reshape(blocks) * inverse
+    inside = (u >= low) & (u <= high)
+    g_w = jnp.where(inside, g_GI, 0.0).reshape(w.shape)
+    per_weight = value * inverse - jnp.where(inside, u, 0.0)
+    g_scale = jnp.sum(g_GI * per_weight, axis=-1) / math.sqrt(grid.block * high)
+    return g_w, g_scale
+
+
+fake_quant.defvjp(_forward, _backward)
+
+
+def dynamic(grid: Grid, w: jax.Array, rule: str) -> jax.Array:
+    """`fake_quant` at the scale that `rule` ("absmax" or "search") gives the weight as it is now; no gradient to it."""
+    return fake_quant(grid, w, jax.lax.stop_gradient(grid.scale_of(jax.lax.stop_gradient(w), rule)))
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+
+def init_scales(plan: Plan, params: Params) -> Scales:
+    """Scales of least squared error for every planned tensor: where learned scales start."""
+    return {path: plan[path].search(w) for path, w in _planned(plan, params).items()}
+
+
+def apply(plan: Plan, params: Params, scales: Scales, *, rule: str, dtype: Any = jnp.float32) -> Params:
+    """`params` with the planned weights replaced by their deployed values, cast to `dtype`.
+
+    A tensor that has a learned scale uses it; the others get the scale that `rule` gives them.
+    """
+
+    def replace(path: tuple[Any, ...], w: jax.Array) -> jax.Array:
+        name = path_of(path)
+        if name not in plan:
+            return w
+        grid = plan[name]
+        value = fake_quant(grid, w, scales[name]) if name in scales else dynamic(grid, w, rule)
+        return value.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(replace, params)
+
+
+def deployed_scales(plan: Plan, params: Params, scales: Scales, *, rule: str) -> Scales:
+    """The snapped scales that the deployed file stores."""
+    return {
+        path: plan[path].snap(scales[path]) if path in scales else plan[path].scale_of(w, rule)
+        for path, w in _planned(plan, params).items()
+    }
+
+
+def codes_of(plan: Plan, params: Params, scales: Scales, *, rule: str) -> Codes:
+    """The codes that the deployed file stores."""
+    snapped = deployed_scales(plan, params, scales, rule=rule)
+    return {path: plan[path].nearest(w, snapped[path]) for path, w in _planned(plan, params).items()}
+
+
+def _planned(plan: Plan, params: Params) -> dict[str, jax.Array]:
+    return {n: w for p, w in jax.tree_util.tree_flatten_with_path(params)[0] if (n := path_of(p)) in plan}
+
+
+# ---- health ----------------------------------------------------------------------------------------------------------
+
+
+def weight_error(plan: Plan, params: Params, scales: Scales, *, rule: str) -> dict[str, jax.Array]:
+    """Relative RMS difference between each weight and its deployed value, {path: () f32}."""
+    snapped = deployed_scales(plan, params, scales, rule=rule)
+    errors = {}
+    for path, w in _planned(plan, params).items():
+        off = plan[path].quantize(w, snapped[path]) - w
+        errors[path] = jnp.sqrt(jnp.sum(off * off) / jnp.maximum(jnp.sum(w * w), 1e-30))
+    return errors
+
+
+def flip_rate(before: Codes, after: Codes) -> dict[str, jax.Array]:
+    """Share of codes that differ, {path: () f32}."""
+    return {path: jnp.mean(before[path] != after[path], dtype=jnp.float32) for path in after}
+
+
+def scale_drift(scales: Scales, first: Scales) -> dict[str, jax.Array]:
+    """Relative RMS change of learned scales since `first`, {path: () f32}; {} where scales are dynamic."""
+    drift = {}
+    for path, s in scales.items():
+        off = s - first[path]
+        drift[path] = jnp.sqrt(jnp.sum(off * off) / jnp.maximum(jnp.sum(first[path] ** 2), 1e-30))
+    return drift
+
+
+def histogram(plan: Plan, codes: Codes) -> dict[str, jax.Array]:
+    """Share of each code, {path: (number of levels,) f32}."""
+    return {
+        path: jnp.stack([jnp.mean(c == code, dtype=jnp.float32) for code in range(len(plan[path].levels))])
+        for path, c in codes.items()
+    }

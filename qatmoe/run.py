@@ -1,0 +1,173 @@
+"""A run and what every phase of it shares: devices, data, the plan, and how weights are evaluated."""
+
+import dataclasses
+import functools
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qatmoe import loss as losses
+from qatmoe import step as steps
+from qatmoe.checkpoint import Checkpoints
+from qatmoe.config import Config, PhaseConfig
+from qatmoe.data import batches
+from qatmoe.errors import UserError
+from qatmoe.mesh import spec
+from qatmoe.metrics import Metrics
+from qatmoe.quant.plan import Plan, coverage, make_plan
+from qatmoe.tree import path_of
+
+Weights = dict[str, Any]
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; everything worth saving is saved. Its text says where the run stands."""
+
+
+class Stop:
+    """Turns SIGTERM and SIGINT into a note that the loops read: `with Stop() as stop: ... stop.check("here")`."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __enter__(self) -> "Stop":
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.signal = number
+
+    def check(self, where: str) -> None:
+        """Raises `Interrupted` if a signal has come."""
+        if self.signal:
+            raise Interrupted(f"{signal.Signals(self.signal).name}: stopped {where}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same from the first step of a run to its last."""
+
+    cfg: Config
+    workdir: Path
+    mesh: Mesh
+    data: batches.Data
+    plan: Plan
+    metrics: Metrics
+    stop: Stop
+
+    @property
+    def groups(self) -> int:
+        """Groups of tokens that are dispatched to experts on their own: one for each split of the batch."""
+        return math.prod(self.mesh.shape[a] for a in ("data", "fsdp", "expert"))
+
+    @functools.cached_property
+    def train_iterator(self) -> batches.TrainIterator:
+        """One iterator for all phases: each sets it to its own position."""
+        cfg = self.cfg
+        return batches.make_train_iterator(
+            self.data,
+            batch_size=cfg.train.batch_size,
+            seed=cfg.train.seed,
+            n_mtp=cfg.model.n_mtp,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def place(self, batch: batches.Batch) -> losses.Batch:
+        """Puts this process's rows of a batch on its devices."""
+        rows = NamedSharding(self.mesh, spec(("batch", None)))
+        return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+
+    def checkpoints(self, phase: str) -> Checkpoints:
+        """The checkpoints of one phase."""
+        return Checkpoints(self.workdir, phase, self.cfg.train.keep)
+
+    def abstract_state(self, phase: PhaseConfig) -> steps.TrainState:
+        """Shapes and shardings of a phase's state."""
+        return abstract_state(self.cfg, phase, self.plan, self.mesh)
+
+    @functools.cached_property
+    def _evaluate_batch(self) -> Callable[..., dict[str, jax.Array]]:
+        """Jitted once: every branch and every rounding is evaluated by the same program."""
+        sums = functools.partial(losses.evaluation_sums, cfg=self.cfg.model, chunk=self.cfg.train.loss_chunk)
+        return jax.jit(
+            lambda weights, batch: sums(weights, batch=batch), out_shardings=NamedSharding(self.mesh, PartitionSpec())
+        )
+
+    def evaluate(self, weights: Weights, limit: int) -> dict[str, float]:
+        """Validation of one set of weights on `limit` batches (0: all of it), dropless.
+
+        Returns loss (nats per token), its standard error over rows, bits per byte, perplexity, and the MTP modules'
+        losses.
+        """
+        nats, count = [], []
+        for batch in batches.valid_batches(
+            self.data,
+            batch_size=self.cfg.train.batch_size,
+            n_mtp=self.cfg.model.n_mtp,
+            limit=limit,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ):
+            self.stop.check("while evaluating; all training so far is saved")
+            sums = self._evaluate_batch(weights, self.place(batch))
+            nats.append(np.asarray(sums["nats"], np.float64))
+            count.append(np.asarray(sums["count"], np.float64))
+        nats_MR, count_MR = np.concatenate(nats, axis=1), np.concatenate(count, axis=1)
+        loss, *mtp = nats_MR.sum(axis=1) / np.maximum(count_MR.sum(axis=1), 1)
+        used = count_MR[0] > 0
+        spread = nats_MR[0, used] - loss * count_MR[0, used]  # of a ratio of sums over rows
+        result = {
+            "loss": float(loss),
+            "loss_se": float(np.sqrt(np.sum(spread**2)) / count_MR[0].sum()),
+            "perplexity": float(np.exp(min(loss, 700.0))),
+            "bits_per_byte": float(loss / math.log(2) / self.data.valid.bytes_per_token),
+            "tokens": float(count_MR[0].sum()),
+        }
+        return result | {f"mtp{i + 1}_loss": float(v) for i, v in enumerate(mtp)}
+
+
+def abstract_state(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh) -> steps.TrainState:
+    """Shapes and shardings of a phase's state, with nothing computed."""
+    shapes = jax.eval_shape(functools.partial(steps.init_state, cfg), jax.random.key(0))
+    if phase.quantize:
+        shapes = jax.eval_shape(functools.partial(steps.branch, cfg, phase, plan), shapes)
+    places = steps.state_shardings(cfg, mesh, shapes)
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
+
+
+def quant_plan(cfg: Config) -> tuple[Plan, list[dict[str, Any]]]:
+    """The plan and the coverage table of the model's parameters."""
+    state = jax.eval_shape(functools.partial(steps.init_state, cfg), jax.random.key(0))
+    shapes = {path_of(p): s.shape for p, s in jax.tree_util.tree_flatten_with_path(state.params["model"])[0]}
+    plan = make_plan(shapes, cfg.model, cfg.quant)
+    return plan, coverage(plan, shapes)
+
+
+def check_mesh(cfg: Config, mesh: Mesh) -> None:
+    """Raises UserError where the model or the batch cannot be split over the mesh."""
+    sizes = mesh.shape
+    rows = cfg.train.batch_size // cfg.train.grad_accum
+    m = cfg.model
+    for what, value, over, n in (
+        ("train.batch_size / grad_accum", rows, "data*fsdp*expert", sizes["data"] * sizes["fsdp"] * sizes["expert"]),
+        ("model.n_experts", m.n_experts, "expert", sizes["expert"]),
+        ("model.dim", m.dim, "fsdp", sizes["fsdp"]),
+        ("model.n_kv_heads", m.n_kv_heads, "tensor", sizes["tensor"]),
+        ("model.expert_dim", m.expert_dim, "tensor", sizes["tensor"]),
+    ):
+        if value % n:
+            raise UserError(f"config.{what}={value} does not divide over mesh {over}={n}: change it or config.mesh")
+    tokens, chunk = rows * cfg.data.seq_len, cfg.train.loss_chunk
+    if chunk and tokens > chunk and tokens % chunk:
+        raise UserError(f"config.train.loss_chunk={chunk} does not divide the {tokens} tokens of a micro-batch")

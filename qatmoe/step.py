@@ -1,0 +1,159 @@
+"""The training state and the pure functions on it: initialise, take one step, evaluate one batch."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qatmoe import loss as losses
+from qatmoe.config import Config, PhaseConfig
+from qatmoe.mesh import sharding
+from qatmoe.model import router, transformer
+from qatmoe.optim import carry_over, make_optimizer, schedule
+from qatmoe.quant import fake
+from qatmoe.quant.plan import Plan
+from qatmoe.tree import path_of
+
+Params = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """All that a phase carries from step to step (the data iterator aside)."""
+
+    step: jax.Array  # () i32, optimizer steps taken in this phase
+    params: Params  # {"model": tree of f32 weights, "scales": {path: f32 learned scales}, empty if none}
+    opt_state: Any
+    ema: Params  # average of params["model"], or {} when optim.ema is 0
+    key: jax.Array  # (2,) u32, the run's root random key
+
+
+def init_state(cfg: Config, key: jax.Array) -> TrainState:
+    """Random weights and fresh moments. key: a typed PRNG key."""
+    params = {"model": transformer.init_params(cfg.model, key), "scales": {}}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=make_optimizer(cfg.optim).init(params),
+        ema=params["model"] if cfg.optim.ema else {},
+        key=jax.random.key_data(key),
+    )
+
+
+def branch(cfg: Config, phase: PhaseConfig, plan: Plan, parent: TrainState) -> TrainState:
+    """The first state of a phase that starts from `parent`: step 0, scales by least squared error if it quantizes."""
+    learned = phase.quantize and cfg.quant.scale == "learned"
+    model = parent.params["model"]
+    scales = (parent.params["scales"] or fake.init_scales(plan, model)) if learned else {}
+    params = {"model": model, "scales": scales}
+    fresh = make_optimizer(cfg.optim).init(params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=fresh if phase.reset_moments else carry_over(fresh, parent.opt_state),
+        ema=model if cfg.optim.ema else {},
+        key=parent.key,
+    )
+
+
+def deployed(cfg: Config, plan: Plan, params: Params, quantize: bool) -> Params:
+    """The weights a forward pass uses: the planned ones replaced by their decoded deployed values when `quantize`.
+
+    Differentiable: straight-through to the weights, LSQ to learned scales.
+    """
+    if not quantize:
+        return params["model"]
+    dtype = jnp.dtype(cfg.model.dtype)
+    return fake.apply(plan, params["model"], params["scales"], rule=cfg.quant.dynamic_rule, dtype=dtype)
+
+
+def train_step(
+    state: TrainState,
+    batch: losses.Batch,
+    teacher: Params | None,
+    *,
+    cfg: Config,
+    phase: PhaseConfig,
+    plan: Plan,
+    groups: int = 1,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step. batch: (B, L') arrays; teacher: weights for distillation or None.
+
+    The quantized weights are computed once, whatever the number of micro-batches: gradients are summed at them and
+    pulled back through the quantizer once.
+    """
+    weights, pull_back = jax.vjp(lambda p: deployed(cfg, plan, p, phase.quantize), state.params)
+    totals = losses.denominators(batch, cfg.model.n_mtp)
+
+    def micro_grads(micro: losses.Batch) -> tuple[Params, tuple[jax.Array, dict[str, Any]]]:
+        loss_of = lambda w: losses.training_loss(  # noqa: E731
+            w, cfg, micro, totals, teacher=teacher, distill=phase.distill, groups=groups
+        )
+        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(weights)
+        return grads, (loss, aux)
+
+    grads, (loss, aux) = _accumulate(micro_grads, batch, cfg.train.grad_accum)
+    (grads,) = pull_back(grads)
+    factor = schedule(cfg.optim, phase, state.step)
+    updates, opt_state = make_optimizer(cfg.optim).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * factor, updates))
+    params["model"] = _move_router_bias(params["model"], aux["load_NE"], cfg)
+    ema = jax.tree.map(lambda e, p: e + (1 - cfg.optim.ema) * (p - e), state.ema, params["model"]) if state.ema else {}
+    metrics = {k: v for k, v in aux.items() if k != "load_NE"} | {
+        "loss": loss,
+        "load_NE": aux["load_NE"],
+        "grad_norm": optax.tree.norm(grads["model"]),
+        "lr": factor * cfg.optim.lr,
+    }
+    return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
+
+
+def _accumulate(micro_grads: Any, batch: losses.Batch, n: int) -> Any:
+    """Sums `micro_grads` over n equal cuts of the batch."""
+    if n == 1:
+        return micro_grads(batch)
+    micros = jax.tree.map(lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:]), batch)
+    shapes = jax.eval_shape(micro_grads, jax.tree.map(lambda a: a[0], micros))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(lambda c, m: (jax.tree.map(jnp.add, c, micro_grads(m)), None), zeros, micros)[0]
+
+
+def _move_router_bias(model: Params, load_NE: jax.Array, cfg: Config) -> Params:
+    """Applies the balance rule to every router's selection bias; rows of load_NE are MoE layers, then MTP modules."""
+    if not cfg.model.router_bias or not cfg.train.bias_rate:
+        return model
+    n_moe = cfg.model.n_layers - cfg.model.n_dense_layers
+
+    def move(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = path_of(path)
+        if not name.endswith("router/bias"):
+            return leaf
+        rows = load_NE[n_moe:] if name.startswith("mtp/") else load_NE[:n_moe]
+        if leaf.ndim == 1:  # unrolled layers: "layers/3/router/bias"
+            rows = rows[int(name.split("/")[1])]
+        return router.update_bias(leaf, rows, cfg.train.bias_rate)
+
+    return jax.tree_util.tree_map_with_path(move, model)
+
+
+def eval_weights(cfg: Config, plan: Plan, state: TrainState, quantize: bool) -> Params:
+    """The weights that evaluation uses: the EMA if kept, quantized as they would be deployed."""
+    return deployed(cfg, plan, {**state.params, "model": state.ema or state.params["model"]}, quantize)
+
+
+def state_shardings(cfg: Config, mesh: Mesh, abstract: TrainState) -> TrainState:
+    """Shardings for a state: by the model's logical axes; moments, scales and EMA lie as their parameter does."""
+    axes = transformer.logical_axes(cfg.model)
+    is_axes = lambda a: isinstance(a, tuple)  # noqa: E731
+    by_path = {path_of(p): a for p, a in jax.tree_util.tree_flatten_with_path(axes, is_leaf=is_axes)[0]}
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        parts = path_of(path).split("/")
+        for start in range(len(parts)):
+            name = "/".join(parts[start:])
+            if name in by_path and len(by_path[name]) == len(leaf.shape):
+                return sharding(mesh, by_path[name], leaf.shape)
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, abstract)

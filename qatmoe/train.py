@@ -1,0 +1,97 @@
+"""The main job: train the trunk, branch into control and QAT, compare.
+
+    python -m qatmoe.train --config configs/moe_2bit.py [--workdir DIR] [--config.key=value ...]
+
+The same command after any interruption continues from the last checkpoint. A run's folder:
+
+    config.json  plan.json          what was asked for; which tensor lies on which grid
+    checkpoints/PHASE/STEP/         weights, optimizer, data position, random key
+    metrics.jsonl  tb/              every number, as JSON lines and for TensorBoard
+    summary.json  curves.png        the comparison
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qatmoe import cli, report
+from qatmoe.checkpoint import open_workdir
+from qatmoe.config import Config, to_json
+from qatmoe.data import batches
+from qatmoe.errors import UserError
+from qatmoe.files import write_atomically
+from qatmoe.mesh import make_mesh
+from qatmoe.metrics import Metrics
+from qatmoe.phases import import_source, round_control, run_phase
+from qatmoe.quant.plan import format_coverage, totals
+from qatmoe.run import Interrupted, Run, Stop, check_mesh, quant_plan
+
+
+def train(cfg: Config, workdir: Path) -> report.Summary:
+    """Runs or continues every phase, evaluates the branches and their roundings, and writes the report.
+
+    Raises:
+      UserError: unusable input; nothing was written into `workdir`.
+      RunError: the run cannot go on; its checkpoints are intact.
+      Interrupted: a signal asked for an end; all is saved.
+    """
+    # Input: what can be wrong is found before the run writes anything.
+    mesh = make_mesh(cfg.mesh)
+    check_mesh(cfg, mesh)
+    plan, table = quant_plan(cfg)
+    if cfg.init_from:
+        import_source(cfg)
+    data = batches.load_data(cfg.data, cfg.model.vocab_size)
+    with open_workdir(workdir, to_json(cfg)), Stop() as stop, jax.set_mesh(mesh):
+        with Metrics(workdir, tensorboard=cfg.train.tensorboard) as metrics:
+            run = Run(cfg, workdir, mesh, data, plan, metrics, stop)
+            announce(run, table)
+            # Phases: the trunk, then its branches. A finished one is passed over.
+            for name in cfg.train.phases:
+                run_phase(run, name)
+            # PTQ: the control, rounded.
+            round_control(run)
+        # Report.
+        return report.write(workdir)
+
+
+def announce(run: Run, table: list[dict[str, Any]]) -> None:
+    """Prints and stores what is about to be trained, where, on which text and grids."""
+    stats, mesh = run.data.stats, " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items())
+    print(f"{run.cfg.name} in {run.workdir} on {jax.device_count()} {jax.devices()[0].device_kind} (mesh {mesh})")
+    print(
+        f"text: {stats['train_tokens']:,} tokens to train on, {stats['valid_tokens']:,} held out, "
+        f"{stats['valid_bytes_per_token']:.2f} bytes per token"
+    )
+    print(format_coverage(table), flush=True)
+    plan = {"totals": totals(table), "rows": table, "data": stats, "environment": report.environment()}
+    write_atomically(run.workdir / "plan.json", json.dumps(plan, indent=1))
+    run.metrics.text("config", to_json(run.cfg))
+    run.metrics.text("plan", format_coverage(table))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done or stopped by a signal, 1 the run failed, 2 unusable input."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        cfg, given = cli.parse(sys.argv if argv is None else argv, __doc__, {"workdir": ""})
+        workdir = Path(given["workdir"] or f"runs/{cfg.name}")
+        summary = train(cfg, workdir)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    except Interrupted as e:
+        print(f"{e}. The same command continues.", file=sys.stderr)
+        return 0
+    print(report.table(summary))
+    print(f"{workdir}/summary.json  {workdir}/curves.png  tensorboard --logdir {workdir}/tb")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def config_files():
+    return sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+
+
+@pytest.fixture(scope="session")
+def child_env(tmp_path_factory):
+    """Environment for programs under test: the CPU, one compilation cache and one data cache for the session."""
+    place = tmp_path_factory.mktemp("cache")
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(place / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XDG_CACHE_HOME": str(place),
+        "PYTHONPATH": str(ROOT),
+    }

@@ -1,0 +1,109 @@
+import json
+
+import pytest
+
+from qatmoe import cli
+from qatmoe.config import Config, default_config, phase, resolve, to_json
+from qatmoe.errors import UserError
+
+
+def small(**changes):
+    config = default_config().to_dict()
+    config["train"]["phases"]["trunk"] = phase(steps=10).to_dict()
+    for key, value in changes.items():
+        *groups, last = key.split("__")
+        node = config
+        for group in groups:
+            node = node[group]
+        node[last] = value
+    return config
+
+
+def test_json_round_trip():
+    cfg = resolve(small(optim__betas=(0.8, 0.9)))
+    assert resolve(json.loads(to_json(cfg))) == cfg
+
+
+def test_every_config_file_resolves(config_files):
+    for file in config_files:
+        cfg, _ = cli.parse(["x", f"--config={file}"], "", {})
+        assert isinstance(cfg, Config)
+        assert cfg.name == file.stem
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__dimm": 3}, r"config\.model\.dimm: no such key; did you mean config\.model\.dim\?"),
+        ({"model__dim": "x"}, r"config\.model\.dim='x': expected int, got str"),
+        ({"model__dim": True}, "expected int, got bool"),
+        ({"model__n_kv_heads": 3}, "n_kv_heads=3 must divide n_heads=4"),
+        ({"model__top_k": 9}, "top_k=9 is more than n_experts=8"),
+        ({"model__n_dense_layers": 4}, "leaves no MoE layer"),
+        ({"model__rotary_fraction": 0.1}, "even number"),
+        ({"model__router": "hash"}, "must be one of 'softmax', 'sigmoid'"),
+        ({"train__batch_size": 0}, "at least 1"),
+        ({"train__grad_accum": 3}, "must divide batch_size=8"),
+        ({"optim__lr": 0.0}, "must be positive"),
+        ({"train__phases": {}}, "name at least one"),
+        ({"model": 3}, "expected a group of keys"),
+    ],
+)
+def test_mistakes_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        resolve(small(**changes))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 5, "start": "nowhere"}, "start='nowhere'"),
+        ({"steps": 5, "start": "other"}, "does not itself wait"),
+        ({"steps": 5, "warmup": 4, "decay": 2}, "must fit in steps=5"),
+        ({"steps": 5, "distill": 0.5}, "needs a teacher"),
+        ({"steps": 5, "start": "trunk", "distill": 1.5}, "between 0 and 1"),
+    ],
+)
+def test_phase_mistakes_are_named(fields, message):
+    config = small()
+    config["train"]["phases"]["other"] = phase(**fields).to_dict()
+    with pytest.raises(UserError, match=message):
+        resolve(config)
+
+
+def test_phases_run_after_what_they_start_from():
+    config = small()
+    config["train"]["phases"]["a"] = phase(steps=1, start="b").to_dict()
+    config["train"]["phases"]["b"] = phase(steps=1, start="trunk").to_dict()
+    order = list(resolve(config).train.phases)
+    assert order.index("trunk") < order.index("b") < order.index("a")
+
+
+def test_command_line_overrides(config_files):
+    toy = next(f for f in config_files if f.stem == "toy")
+    args = ["x", "--config", str(toy), "--config.model.dim=256", "--config.train.phases.qat.steps=17", "--workdir=w"]
+    cfg, given = cli.parse(args, "", {"workdir": ""})
+    assert (cfg.model.dim, cfg.train.phases["qat"].steps, given["workdir"]) == (256, 17, "w")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "no configuration: give --config FILE"),
+        (["--config", "nowhere.py"], "--config nowhere.py: no such file"),
+        (["--config", "TOY", "--config.model.dimm=3"], "no such key 'dimm'.*dim"),
+        (["--config", "TOY", "--config.modle.dim=3"], "no such key.*'modle'.*model"),
+        (["--config", "TOY", "--config.model.dim=many"], "--config.model.dim=many"),
+        (["--config", "TOY", "--confg.model.dim=3"], "confg.model.dim"),
+        (["--config", "TOY", "more"], "unexpected argument 'more'"),
+        (["--config", "BROKEN"], "SyntaxError"),
+    ],
+)
+def test_command_line_mistakes_are_one_line(args, message, config_files, tmp_path):
+    toy = next(f for f in config_files if f.stem == "toy")
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    names = {"TOY": str(toy), "BROKEN": str(tmp_path / "broken.py")}
+    with pytest.raises(UserError, match=message) as error:
+        cli.parse(["x", *(names.get(a, a) for a in args)], "", {})
+    assert "\n" not in str(error.value)

@@ -1,0 +1,106 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qatmoe import loss
+from qatmoe.config import Config, ModelConfig, TrainConfig
+from qatmoe.model import transformer
+
+MODEL = ModelConfig(
+    vocab_size=64, dim=32, n_layers=2, dense_dim=32, n_heads=2, n_kv_heads=1, head_dim=16, n_experts=4, expert_dim=32,
+    experts="blocked", n_mtp=2,
+)  # fmt: skip
+CFG = Config(model=MODEL, train=TrainConfig(mtp_weight=0.3, balance_weight=0.01, z_weight=0.001))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return transformer.init_params(MODEL, jax.random.key(0))
+
+
+def batch_of(rows=4, length=16, seed=1):
+    shape = (rows, length + 1 + MODEL.n_mtp)
+    return {"tokens": jax.random.randint(jax.random.key(seed), shape, 0, MODEL.vocab_size)}
+
+
+def test_views_shift_targets_right():
+    tokens = jnp.arange(2 * 9).reshape(2, 9)
+    v = loss.views({"tokens": tokens}, n_mtp=2)
+    assert v.tokens_BL.tolist() == tokens[:, :6].tolist()
+    for depth, target in enumerate(v.targets):
+        assert target.tolist() == (v.tokens_BL + 1 + depth).tolist()
+    for i in range(2):
+        assert v.mtp_tokens_MBL[i].tolist() == (v.tokens_BL + 1 + i).tolist()
+
+
+def test_targets_in_another_document_or_in_padding_do_not_count():
+    batch = {
+        "tokens": jnp.arange(8)[None],
+        "segments": jnp.array([[1, 1, 1, 2, 2, 2, 2, 0]]),
+        "mask": jnp.array([[1, 1, 1, 1, 1, 1, 1, 0]]),
+    }
+    v = loss.views(batch, n_mtp=1)
+    assert v.weights[0].tolist() == [[1, 1, 0, 1, 1, 1]]
+    assert v.weights[1].tolist() == [[1, 0, 0, 1, 1, 0]]
+
+
+def test_cross_entropy_and_kl_against_numpy():
+    logits = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    teacher = np.random.default_rng(1).normal(size=(5, 7)).astype(np.float32)
+    targets = np.array([0, 3, 6, 2, 2])
+    p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (teacher, logits))
+    np.testing.assert_allclose(loss.cross_entropy(logits, targets), -np.log(q[np.arange(5), targets]), rtol=1e-5)
+    np.testing.assert_allclose(loss.kl_divergence(teacher, logits), (p * np.log(p / q)).sum(1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(loss.kl_divergence(logits, logits), 0, atol=1e-6)
+
+
+def test_chunks_give_the_same_loss_and_gradient(params):
+    def value(params, chunk):
+        cfg = dataclasses.replace(CFG, train=dataclasses.replace(CFG.train, loss_chunk=chunk))
+        batch = batch_of()
+        return loss.training_loss(params, cfg, batch, loss.denominators(batch, 2), teacher=params, distill=0.5)[0]
+
+    whole, whole_grad = jax.value_and_grad(value)(params, 0)
+    cut, cut_grad = jax.value_and_grad(value)(params, 16)
+    np.testing.assert_allclose(cut, whole, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), cut_grad, whole_grad)
+
+
+def test_the_parts_add_up_and_mtp_is_not_silently_zero(params):
+    batch = batch_of()
+    total, aux = loss.training_loss(params, CFG, batch, loss.denominators(batch, 2))
+    assert float(aux["mtp"]) > 1.0  # two untrained modules: about log(64)
+    assert float(aux["kl"]) == 0.0
+    expected = aux["ce"] + 0.3 * aux["mtp"] + 0.01 * aux["balance"] + 0.001 * aux["z"]
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+
+
+def test_mtp_loss_reaches_the_trunk_and_the_modules(params):
+    batch = batch_of()
+    totals = loss.denominators(batch, 2)
+    grads = jax.grad(lambda p: loss.training_loss(p, CFG, batch, totals)[1]["mtp"])(params)
+    for name in ("eh_proj", "enorm", "hnorm", "norm"):
+        assert float(jnp.abs(grads["mtp"][name]).max()) > 0, name
+    assert float(jnp.abs(grads["layers"]["experts"]["down"]).max()) > 0
+
+
+def test_distilling_from_itself_adds_nothing(params):
+    batch = batch_of()
+    totals = loss.denominators(batch, 2)
+    plain = loss.training_loss(params, CFG, batch, totals)[1]
+    taught = loss.training_loss(params, CFG, batch, totals, teacher=params, distill=1.0)
+    np.testing.assert_allclose(taught[1]["kl"], 0, atol=1e-6)
+    np.testing.assert_allclose(taught[0], 0.3 * plain["mtp"] + 0.01 * plain["balance"] + 0.001 * plain["z"], rtol=1e-5)
+
+
+def test_evaluation_sums_count_what_is_not_padding(params):
+    batch = batch_of(rows=3)
+    whole = loss.evaluation_sums(params, MODEL, batch)
+    mask = jnp.ones_like(batch["tokens"]).at[2].set(0)
+    part = loss.evaluation_sums(params, MODEL, batch | {"mask": mask})
+    assert part["count"].tolist() == [[16.0, 16.0, 0.0]] * 3
+    np.testing.assert_allclose(part["nats"][:, :2], whole["nats"][:, :2], rtol=1e-5)
+    assert part["nats"][:, 2].tolist() == [0.0] * 3

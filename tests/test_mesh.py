@@ -1,0 +1,59 @@
+import jax
+import numpy as np
+import pytest
+
+from qatmoe.config import MeshConfig
+from qatmoe.errors import UserError
+from qatmoe.mesh import AXES, RULES, constrain, make_mesh, sharding, spec
+
+
+class FakeDevice:
+    """A device by name only: meshes of any size need no hardware."""
+
+    def __init__(self, i):
+        self.id, self.process_index, self.platform, self.device_kind = i, 0, "cpu", "fake"
+
+
+def test_all_four_axes_always_exist():
+    assert dict(make_mesh(MeshConfig()).shape) == dict.fromkeys(AXES, 1) | {"data": jax.device_count()}
+
+
+@pytest.mark.parametrize(
+    ("cfg", "sizes"),
+    [
+        (MeshConfig(), (8, 1, 1, 1)),
+        (MeshConfig(expert=4), (2, 1, 4, 1)),
+        (MeshConfig(data=1, fsdp=-1, tensor=2), (1, 4, 1, 2)),
+        (MeshConfig(data=2, fsdp=2, expert=2), (2, 2, 2, 1)),
+    ],
+)
+def test_free_axis_takes_what_is_left(cfg, sizes):
+    mesh = make_mesh(cfg, [FakeDevice(i) for i in range(8)])
+    assert tuple(mesh.shape[a] for a in AXES) == sizes
+
+
+@pytest.mark.parametrize(
+    "cfg", [MeshConfig(expert=3), MeshConfig(data=4), MeshConfig(fsdp=-1), MeshConfig(tensor=0), MeshConfig(data=16)]
+)
+def test_impossible_meshes_are_refused(cfg):
+    with pytest.raises(UserError, match="mesh="):
+        make_mesh(cfg, [FakeDevice(i) for i in range(8)])
+
+
+def test_two_axes_on_one_mesh_axis_are_refused():
+    with pytest.raises(ValueError, match="same mesh axis"):
+        spec(("batch", "experts"))
+    with pytest.raises(ValueError, match="unknown logical axis"):
+        spec(("btach",))
+    assert {a for axes in RULES.values() for a in axes} == set(AXES)
+
+
+def test_axis_that_does_not_divide_is_copied():
+    mesh = make_mesh(MeshConfig(data=1, tensor=8), [FakeDevice(i) for i in range(8)])
+    assert sharding(mesh, ("heads", None), (16, 3)).spec[0] == "tensor"
+    assert sharding(mesh, ("heads", None), (12, 3)).spec[0] is None
+
+
+def test_constrain_without_a_mesh_is_the_identity():
+    x = np.ones((2, 3))
+    assert constrain(x, ("batch", None)) is x

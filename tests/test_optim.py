@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qatmoe import optim
+from qatmoe.config import ModelConfig, OptimConfig, PhaseConfig
+from qatmoe.model import transformer
+from qatmoe.tree import path_of
+
+PARAMS = {
+    "model": {
+        "embed": jnp.ones((8, 4)),
+        "norm": jnp.ones(4),
+        "layers": {
+            "attn": {"q": jax.random.normal(jax.random.key(0), (3, 8, 4))},
+            "router": {"bias": jnp.ones((3, 2)), "weight": jnp.ones((3, 2, 4))},
+        },
+    },
+    "scales": {"layers/experts/down": jnp.full((3, 2), 0.05)},
+}
+
+
+def test_every_parameter_of_every_layout_has_a_group():
+    for scan in (True, False):
+        model = transformer.abstract_params(ModelConfig(scan_layers=scan))
+        labels = optim.labels({"model": model, "scales": {}})
+        groups = {path_of(p): g for p, g in jax.tree_util.tree_flatten_with_path(labels)[0]}
+        for path, group in groups.items():
+            kind = path.split("/")[-1]
+            assert (group == "vector") == kind.endswith("norm"), path
+            assert (group == "frozen") == path.endswith("router/bias"), path
+    with pytest.raises(ValueError, match="model/layers/novel"):
+        optim.group_of("model/layers/novel")
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_decay_and_rates_by_group(name):
+    cfg = OptimConfig(name=name, lr=0.01, scale_lr=0.001, weight_decay=0.5, clip=0.0)
+    optimizer = optim.make_optimizer(cfg)
+    zero = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = optimizer.update(zero, optimizer.init(PARAMS), PARAMS)
+    moved = {path_of(p): float(jnp.abs(u).max()) for p, u in jax.tree_util.tree_flatten_with_path(updates)[0]}
+    decayed = {path for path, size in moved.items() if size > 0}
+    assert decayed == {"model/embed", "model/layers/attn/q", "model/layers/router/weight"}
+    np.testing.assert_allclose(updates["model"]["embed"], -0.01 * 0.5, rtol=1e-6)
+
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, PARAMS), optimizer.init(PARAMS), zero)
+    np.testing.assert_allclose(updates["scales"]["layers/experts/down"], -0.001, rtol=1e-3)
+    np.testing.assert_allclose(updates["model"]["norm"], -0.01, rtol=1e-3)
+    assert not np.any(updates["model"]["layers"]["router"]["bias"])
+
+
+def test_muon_updates_are_orthogonal_per_matrix():
+    cfg = OptimConfig(name="muon", lr=1.0, weight_decay=0.0, clip=0.0)
+    optimizer = optim.make_optimizer(cfg)
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), PARAMS)
+    updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    for matrix in updates["model"]["layers"]["attn"]["q"]:
+        singular = np.linalg.svd(matrix / (0.2 * np.sqrt(8)), compute_uv=False)
+        assert np.all((singular > 0.6) & (singular < 1.3)), singular  # five Newton-Schulz steps are approximate
+
+
+def factors(cfg, phase):
+    return [float(optim.schedule(cfg, phase, jnp.asarray(i))) for i in range(phase.steps)]
+
+
+def test_warmup_stable_decay():
+    got = factors(OptimConfig(final_lr=0.1), PhaseConfig(steps=10, warmup=2, decay=4))
+    np.testing.assert_allclose(got, [0.5, 1, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325], rtol=1e-6)
+
+
+def test_cosine():
+    got = factors(OptimConfig(schedule="cosine"), PhaseConfig(steps=6, warmup=2))
+    np.testing.assert_allclose(got, [0.5, 1, 1, 0.853553, 0.5, 0.146447], rtol=1e-5)
+
+
+def test_a_phase_can_have_its_own_rate():
+    assert factors(OptimConfig(lr=0.01), PhaseConfig(steps=2, lr=0.005)) == [0.5, 0.5]
+
+
+def test_branch_keeps_moments_that_fit():
+    optimizer = optim.make_optimizer(OptimConfig(clip=1.0))
+    trunk = {"model": PARAMS["model"], "scales": {}}
+    _, old = optimizer.update(jax.tree.map(jnp.ones_like, trunk), optimizer.init(trunk), trunk)
+    kept = optim.carry_over(optimizer.init(PARAMS), old)
+    leaves = {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(kept)[0]}
+    assert any(path.endswith("mu/model/embed") and np.any(leaf) for path, leaf in leaves.items())
+    assert all(not np.any(leaf) for path, leaf in leaves.items() if "/mu/scales/" in path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_dtype(dtype):
+    state = optim.make_optimizer(OptimConfig(moments_dtype=dtype)).init(PARAMS)
+    moments = {path_of(p): s.dtype for p, s in jax.tree_util.tree_flatten_with_path(state)[0] if "/mu/" in path_of(p)}
+    assert set(moments.values()) == {jnp.dtype(dtype)}

@@ -1,0 +1,223 @@
+"""The main job as a user meets it: finished, killed anywhere, stopped, continued, and given bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from qatmoe import metrics, train
+
+SHORT = [
+    "--config.train.log_every=1",
+    "--config.train.checkpoint_every=2",
+    "--config.eval.every=3",
+    "--config.eval.batches=1",
+    "--config.eval.final_batches=1",
+    "--config.train.phases.trunk.steps=6",
+    "--config.train.phases.control.steps=4",
+    "--config.train.phases.control.decay=2",
+    "--config.train.phases.qat.steps=4",
+    "--config.train.phases.qat.decay=2",
+]
+
+# Runs the job and kills it, as `kill -9` would, at the n-th time it comes to a point.
+KILLER = """
+import os, signal, sys
+from qatmoe import checkpoint, metrics, phases, train
+point, count = sys.argv[1], int(sys.argv[2])
+owner, name = {
+    "record": (metrics.Metrics, "write"),
+    "inside a save": (checkpoint.Checkpoints, "_commit"),
+    "phase change": (phases, "first_state"),
+    "final validation": (phases, "evaluated"),
+}[point]
+real = getattr(owner, name)
+def deadly(*args, **kwargs):
+    global count
+    count -= 1
+    if count == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+setattr(owner, name, deadly)
+sys.exit(train.main(["train", *sys.argv[3:]]))
+"""
+
+
+def arguments(workdir, *more):
+    return [f"--config={ROOT}/configs/toy.py", f"--workdir={workdir}", *SHORT, *more]
+
+
+def launch(env, *args):
+    return subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, check=False, timeout=300)
+
+
+def numbers(workdir):
+    """Every record of a run, without what a clock put there."""
+    return [{k: v for k, v in r.items() if k not in ("time", "tokens_per_s")} for r in metrics.read(workdir)]
+
+
+def by_place(records):
+    return sorted(records, key=lambda r: (r["phase"], r["step"], r["split"]))
+
+
+@pytest.fixture(scope="session")
+def whole(child_env, tmp_path_factory):
+    """An uninterrupted run and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = launch(child_env, "-m", "qatmoe.train", *arguments(workdir))
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    workdir, done = whole
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert set(summary["loss"]) >= {"trunk", "control", "ptq", "qat"}
+    assert all(3 < v < 9 for v in summary["loss"].values())
+    assert summary["loss"]["ptq"] == min(summary["ptq_rules"]["control"].values())
+    assert summary["bits_per_weight"]["quantized"] == 2.25
+    assert summary["tokens"]["total"] == (6 + 4 + 4) * 4 * 64
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tb" / "qat").glob("events*"))
+    plan = json.loads((workdir / "plan.json").read_text())
+    assert {r["tensor"] for r in plan["rows"] if r["grid"] == "q2_0"} == {
+        "layers/experts/gate_up",
+        "layers/experts/down",
+    }
+    assert "layers/experts/gate_up" in done.stdout  # the coverage table
+    for row in ("trunk", "control", "PTQ", "qat"):
+        assert row in done.stdout.split("valid loss")[1]
+    health = [r for r in metrics.read(workdir) if r["split"] == "health"]
+    assert health
+    assert all(r["weight_error"] > 0 for r in health)
+
+
+@pytest.mark.parametrize(
+    ("point", "counts"),
+    [
+        ("record", [3, 9]),
+        ("inside a save", [2, 3]),
+        ("phase change", [2, 2]),
+        ("final validation", [1, 3]),
+    ],
+)
+def test_killed_anywhere_the_same_command_ends_at_the_same_numbers(point, counts, whole, child_env, tmp_path):
+    workdir = tmp_path / "killed"
+    for count in counts:
+        done = launch(child_env, "-c", KILLER, point, str(count), *arguments(workdir))
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    done = launch(child_env, "-m", "qatmoe.train", *arguments(workdir))
+    assert done.returncode == 0, done.stderr
+    assert by_place(numbers(workdir)) == by_place(numbers(whole[0]))
+    summaries = [json.loads((w / "summary.json").read_text()) for w in (workdir, whole[0])]
+    assert summaries[0]["loss"] == summaries[1]["loss"]
+
+
+def test_sigterm_saves_says_how_to_go_on_and_exits_0(whole, child_env, tmp_path):
+    workdir = tmp_path / "stopped"
+    args = [sys.executable, "-m", "qatmoe.train", *arguments(workdir)]
+    process = subprocess.Popen(args, env=child_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not metrics.read(workdir) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "SIGTERM" in err
+    assert "The same command continues" in err
+    reached = len(metrics.read(workdir))
+    done = launch(child_env, *args[1:])
+    assert done.returncode == 0, done.stderr
+    assert len(metrics.read(workdir)) > reached
+    assert by_place(numbers(workdir)) == by_place(numbers(whole[0]))
+
+
+def test_a_finished_run_is_passed_over(whole, child_env):
+    before = numbers(whole[0])
+    done = launch(child_env, "-m", "qatmoe.train", *arguments(whole[0]))
+    assert done.returncode == 0, done.stderr
+    assert numbers(whole[0]) == before
+
+
+def test_branching_from_another_runs_checkpoint(whole, child_env, tmp_path):
+    workdir = tmp_path / "branched"
+    done = launch(child_env, "-m", "qatmoe.train", *arguments(workdir, f"--config.init_from={whole[0]}@6"))
+    assert done.returncode == 0, done.stderr
+    branches = [r for r in numbers(whole[0]) if r["phase"] in ("control", "qat")]
+    assert by_place(r for r in numbers(workdir) if r["phase"] in ("control", "qat")) == by_place(branches)
+    assert not [r for r in metrics.read(workdir) if r["phase"] == "trunk" and r["split"] == "train"]
+
+
+def fails(capsys, *args):
+    """Runs the job in this process; returns its exit code and its one line on stderr."""
+    code = train.main(["train", *args])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return code, lines[0]
+
+
+@pytest.fixture
+def cache(child_env, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", child_env["XDG_CACHE_HOME"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.model.dimm=3", "no such key 'dimm'"),
+        ("--config.data.source=/no/such.txt", "/no/such.txt"),
+        ("--config.data.source=EMPTY", "empty.txt"),
+        ("--config.data.source=LATIN1", "latin1.txt"),
+        ("--config.model.vocab_size=4096", "4096"),
+        ("--config.quant.experts=q2_k", "q2_k"),
+        ("--config.quant.experts=q4_o", "did you mean 'q4_0'"),
+        ("--config.quant.gate_up=q2_k", "layers/experts/gate_up"),
+        ("--config.mesh.expert=3", "expert"),
+        ("--config.init_from=/no/run", "/no/run"),
+        ("--config.train.loss_chunk=100", "loss_chunk=100"),
+    ],
+)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(override, message, capsys, tmp_path, cache):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin1.txt").write_bytes("caf\xe9 ".encode("latin1") * 1000)
+    override = override.replace("EMPTY", f"{tmp_path}/empty.txt").replace("LATIN1", f"{tmp_path}/latin1.txt")
+    code, line = fails(capsys, *arguments(tmp_path / "run", override))
+    assert code == 2
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_configs_folder_is_not_written_over(whole, capsys, cache):
+    before = {p: p.stat().st_mtime_ns for p in whole[0].rglob("*") if p.is_file() and p.name != "lock"}
+    code, line = fails(capsys, *arguments(whole[0], "--config.optim.lr=0.5"))
+    assert code == 2
+    assert "optim.lr" in line
+    assert {p: p.stat().st_mtime_ns for p in whole[0].rglob("*") if p.is_file() and p.name != "lock"} == before
+
+
+def test_checkpoints_of_another_architecture_are_refused_by_name(whole, capsys, tmp_path, cache):
+    changed = ["--config.model.expert_dim=128", f"--config.init_from={whole[0]}"]
+    code, line = fails(capsys, *arguments(tmp_path / "run", *changed))
+    assert code == 2
+    assert "experts" in line
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_checkpoint_intact(capsys, tmp_path, cache):
+    workdir = tmp_path / "nan"
+    code, line = fails(capsys, *arguments(workdir, "--config.optim.lr=1e30", "--config.train.phases.trunk.warmup=0"))
+    assert code == 1
+    assert "optim.lr" in line
+    assert not [r for r in metrics.read(workdir) if r["phase"] == "control"]
+
+
+def test_unwritable_folder(capsys, tmp_path, cache):
+    (tmp_path / "file").write_text("")
+    code, line = fails(capsys, *arguments(tmp_path / "file"))
+    assert code == 2
+    assert "file" in line
+    assert os.path.getsize(tmp_path / "file") == 0
