@@ -2,17 +2,14 @@
 
     python -m qatmoe.train --config configs/moe_ternary.py
 
-Hardware: 2 CPU cores, under 5 minutes; any GPU. Data: the bundled novels. Expected: the README's table.
+Hardware: 2 CPU cores, under 5 minutes; any GPU. Data: the bundled novels.
 """
 
-from qatmoe.config import default_config, phase
+from configs import moe_2bit
 
 
 def get_config():
-    config = default_config()
+    config = moe_2bit.get_config()
     config.name = "moe_ternary"
-    config.quant.experts = "ternary"
-    config.train.phases.trunk = phase(steps=600, warmup=30)
-    config.train.phases.control = phase(start="trunk", steps=300, decay=300)
-    config.train.phases.qat = phase(start="trunk", steps=300, decay=300, quantize=True)
+    config.quant.experts = config.quant.shared = "ternary"
     return config

@@ -360,12 +360,12 @@ def _load_json(file: Path) -> Json:
     return value
 
 
-def _disk_error(error: BaseException) -> str | None:
+def _disk_error(error: BaseException | None) -> str | None:
     """What the operating system said, if the error is its: tensorstore passes the code on in its message only."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     if isinstance(error, UserError):
-        return str(error)
+        return _disk_error(error.__cause__)
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code[1])) if code else None
 

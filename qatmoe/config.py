@@ -72,6 +72,7 @@ class QuantConfig:
     head: str = "none"
     mtp: str = "none"  # routed experts inside the MTP modules; "same" follows the trunk's
     scale: str = "learned"  # "learned" (LSQ) or "dynamic" (recomputed from the weight every step)
+    clip_gradient: bool = False  # LSQ's rule: a weight beyond the last level gets no gradient; off: all do
     dynamic_rule: str = "search"  # scale rule of "dynamic": "absmax" or "search" (least squared error)
 
 

@@ -144,7 +144,9 @@ def training_loss(
     return loss, aux | {"load_NE": out.aux["load_NE"] * share, "dropped_N": out.aux["dropped_N"] * share}
 
 
-def evaluation_sums(params: Params, cfg: ModelConfig, batch: Batch, chunk: int = 0) -> dict[str, jax.Array]:
+def evaluation_sums(
+    params: Params, cfg: ModelConfig, batch: Batch, chunk: int = 0, groups: int = 1
+) -> dict[str, jax.Array]:
     """Summed cross-entropy (nats) and counts per depth and row: `nats` and `count`, (1 + n_mtp, B) f32. Dropless."""
     v = views(batch, cfg.n_mtp)
     out = transformer.forward(
@@ -155,6 +157,7 @@ def evaluation_sums(params: Params, cfg: ModelConfig, batch: Batch, chunk: int =
         train=False,
         positions_BL=v.positions_BL,
         segments_BL=v.segments_BL,
+        groups=groups,
     )
     nats = []
     for hidden_BLD, targets_BL, weights_BL in zip((out.hidden_BLD, *out.mtp_hidden), v.targets, v.weights, strict=True):

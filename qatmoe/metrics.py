@@ -26,10 +26,9 @@ from qatmoe.files import write_atomically
 
 FIELDS = ("phase", "step", "split", "time")
 
-# TensorBoard's groups of what the training step reports; the rest is grouped by split.
+# TensorBoard's groups of training values whose names have none; what is not listed is grouped by split.
 GROUPS = {
     **dict.fromkeys(("ce", "kl", "mtp", "balance", "z"), "loss"),
-    **dict.fromkeys(("load_max", "load_min", "dropped"), "moe"),
     **dict.fromkeys(("lr", "grad_norm"), "optim"),
     **dict.fromkeys(("tokens", "tokens_per_s"), "speed"),
 }
@@ -89,7 +88,7 @@ class Metrics:
     def write(self, phase: str, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Writes one record and its TensorBoard scalars.
 
-        The tags: "loss/train", "loss/valid"; in training by group ("moe/load_max"), else by split ("valid/perplexity").
+        The tags: "loss/train", "loss/valid"; in training by group ("optim/lr"), else by split ("valid/perplexity").
 
         Args:
           step: optimizer steps taken in this phase.
@@ -169,8 +168,14 @@ class Metrics:
             return None
         if phase not in self._writers:
             directory = self._workdir / "tb" / phase.replace(":", "_")
-            # Events at or after purge_step, written before the phase was taken back, are hidden by TensorBoard.
-            self._writers[phase] = SummaryWriter(str(directory), purge_step=self._purge.get(phase), flush_secs=10)
+            # Events at or after purge_step, written before the phase was taken back, are hidden by TensorBoard. The
+            # suffix keeps two files of one second apart: tensorboardX would write the second over the first.
+            self._writers[phase] = SummaryWriter(
+                str(directory),
+                purge_step=self._purge.get(phase),
+                flush_secs=10,
+                filename_suffix=f".{time.time_ns()}",
+            )
         return self._writers[phase]
 
 
@@ -182,7 +187,9 @@ def _line(record: Record) -> str:
 def _tag(name: str, split: str) -> str:
     if name == "loss":
         return f"loss/{split}"
-    return f"{GROUPS.get(name, split) if split == 'train' else split}/{name}"
+    if split != "train":
+        return f"{split}/{name}"
+    return name if "/" in name else f"{GROUPS.get(name, split)}/{name}"
 
 
 class Progress:

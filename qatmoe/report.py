@@ -177,30 +177,33 @@ def curves(workdir: str | Path, path: str | Path) -> None:
         if not x.size:
             x, y = _series(records, phase, ("train",), "loss")
         whole.plot(offsets[phase] + x, _smooth(y), color=colors[phase], lw=1, alpha=0.6)
-        for axes in (whole, close) if phase in branches else (whole,):
-            x, y = _series(records, phase, ("valid", "final"), "loss")
+        x, y = _series(records, phase, ("valid", "final"), "loss")
+        for axes in (whole, close):
             axes.plot(offsets[phase] + x, y, color=colors[phase], marker="o", ms=4, lw=1.5, label=phase)
     start = min(offsets[p] for p in branches)
+    end = max(offsets[r["phase"]] + r["step"] for r in records if r["phase"] in offsets)
+    low, high = _zoom(close, start, end)
     for (name, value), style in zip(ptq, ("--", ":", "-.", (0, (1, 4))) * len(ptq), strict=False):
-        label = "PTQ " + name.removeprefix("ptq:").replace(":", ", ")
-        whole.plot([start, whole.get_xlim()[1]], [value, value], color="black", ls=style, lw=1.2, label=label)
-        close.axhline(value, color="black", ls=style, lw=1.2, label=label)
+        label = f"PTQ {name.removeprefix('ptq:').replace(':', ', ')}: {value:.3f}"
+        whole.plot([start, end], [value, value], color="black", ls=style, lw=1.2, label=label)
+        label += " (above)" if value > high else " (below)" if value < low else ""
+        close.plot([start, end], [value, value], color="black", ls=style, lw=1.2, label=label, scaley=False)
     _finish(whole, "Loss: validation (dots), training (thin, smoothed)", "loss (nats per token)")
-    _finish(close, "Branches: validation loss", "loss (nats per token)")
+    _finish(close, "The branches: validation", "loss (nats per token)")
 
     for phase in phases:
-        for word, style, label in (("flip", "-", "codes flipped"), ("error", "--", "weight error")):
-            x, y = _mean_series(records, phase, word)
+        for key, style, label in (("flip_rate", "-", "codes flipped"), ("weight_error", "--", "weight error")):
+            x, y = _series(records, phase, ("health",), key)
             if np.any(y > 0):
                 quantizer.plot(offsets[phase] + x, y, color=colors[phase], ls=style, label=f"{phase}: {label}")
                 quantizer.set_yscale("log")
-    _finish(quantizer, "Quantizer: codes flipped in a step, relative weight error (means)", "share (log scale)")
+    _finish(quantizer, "Quantizer: codes flipped in one step, relative RMS weight error", "share (log scale)")
 
     dropped = experts.twinx()
     for phase in phases:
         for axes, key, style, label in (
-            (experts, "load_max", "-", "load"),
-            (dropped, "dropped", ":", "dropped"),
+            (experts, "moe/load_max", "-", "load"),
+            (dropped, "moe/dropped", ":", "dropped"),
         ):
             x, y = _series(records, phase, ("train",), key)
             if x.size:
@@ -213,6 +216,18 @@ def curves(workdir: str | Path, path: str | Path) -> None:
         figure.savefig(path, dpi=120)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from e
+
+
+def _zoom(axes: Axes, start: float, end: float) -> tuple[float, float]:
+    """Limits the axes to x from `start` to `end` and to the points that lie there; returns the limits of y."""
+    points = np.concatenate([line.get_xydata() for line in axes.lines])
+    y = points[(points[:, 0] >= start) & np.isfinite(points[:, 1]), 1]
+    pad = 0.03 * max(end - start, 1)
+    axes.set_xlim(start - pad, end + pad)
+    if y.size:
+        margin = 0.15 * (np.ptp(y) or 1.0)
+        axes.set_ylim(y.min() - margin, y.max() + margin)
+    return axes.get_ylim()
 
 
 def _finish(axes: Axes, title: str, ylabel: str, also: Axes | None = None) -> None:
@@ -235,17 +250,6 @@ def _series(records: list[metrics.Record], phase: str, splits: tuple[str, ...], 
     points = {
         r["step"]: r[key] for s in splits for r in records if r["phase"] == phase and r["split"] == s and key in r
     }
-    steps = sorted(points)
-    return np.asarray(steps, float), np.asarray([points[s] for s in steps], float)
-
-
-def _mean_series(records: list[metrics.Record], phase: str, word: str) -> tuple[Any, Any]:
-    """Steps, and at each the mean over tensors of the health values with `word` in their name."""
-    points = {}
-    for r in records:
-        values = [v for k, v in r.items() if k not in metrics.FIELDS and word in k]
-        if r["phase"] == phase and r["split"] == "health" and values:
-            points[r["step"]] = sum(values) / len(values)
     steps = sorted(points)
     return np.asarray(steps, float), np.asarray([points[s] for s in steps], float)
 

@@ -99,10 +99,12 @@ class Run:
     @functools.cached_property
     def _evaluate_batch(self) -> Callable[..., dict[str, jax.Array]]:
         """Jitted once: every branch and every rounding is evaluated by the same program."""
-        sums = functools.partial(losses.evaluation_sums, cfg=self.cfg.model, chunk=self.cfg.train.loss_chunk)
-        return jax.jit(
-            lambda weights, batch: sums(weights, batch=batch), out_shardings=NamedSharding(self.mesh, PartitionSpec())
-        )
+        cfg, groups = self.cfg, self.groups
+
+        def sums(weights: Weights, batch: losses.Batch) -> dict[str, jax.Array]:
+            return losses.evaluation_sums(weights, cfg.model, batch, cfg.train.loss_chunk, groups)
+
+        return jax.jit(sums, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
     def evaluate(self, weights: Weights, limit: int) -> dict[str, float]:
         """Validation of one set of weights on `limit` batches (0: all of it), dropless.

@@ -64,8 +64,10 @@ def deployed(cfg: Config, plan: Plan, params: Params, quantize: bool) -> Params:
     """
     if not quantize:
         return params["model"]
-    dtype = jnp.dtype(cfg.model.dtype)
-    return fake.apply(plan, params["model"], params["scales"], rule=cfg.quant.dynamic_rule, dtype=dtype)
+    quant, dtype = cfg.quant, jnp.dtype(cfg.model.dtype)
+    return fake.apply(
+        plan, params["model"], params["scales"], rule=quant.dynamic_rule, clip=quant.clip_gradient, dtype=dtype
+    )
 
 
 def train_step(

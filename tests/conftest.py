@@ -1,6 +1,7 @@
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -22,3 +23,12 @@ def child_env(tmp_path_factory):
         "XDG_CACHE_HOME": str(place),
         "PYTHONPATH": str(ROOT),
     }
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests that need a GPU are left out by name where there is none."""
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing or jax.default_backend() == "gpu":
+        return
+    config.hook.pytest_deselected(items=needing)
+    items[:] = [item for item in items if item not in needing]

@@ -17,8 +17,8 @@ def case(grid, seed=0):
     return jnp.asarray(w), jnp.asarray(scale), jnp.asarray(rng.normal(size=w.shape).astype(np.float32))
 
 
-def pulled_back(grid, w, scale, g):
-    _, pull = jax.vjp(lambda w, s: fake.fake_quant(grid, w, s), w, scale)
+def pulled_back(grid, w, scale, g, clip=False):
+    _, pull = jax.vjp(lambda w, s: fake.fake_quant(grid, w, s, clip), w, scale)
     return pull(g)
 
 
@@ -32,12 +32,13 @@ def test_forward_is_the_decoded_deployed_value(grid):
 
 
 @ALL
-def test_gradients_against_the_derivation_written_as_loops(grid):
-    """Module docstring of fake.py: w gets g inside the range, s the sum of g (level - inside u) / sqrt(n hi)."""
+@pytest.mark.parametrize("clip", [False, True])
+def test_gradients_against_the_derivation_written_as_loops(grid, clip):
+    """Module docstring of fake.py: w gets t g, s the sum of g (level - t u) / sqrt(n hi)."""
     w, scale, g = case(grid)
-    got_w, got_scale = pulled_back(grid, w, scale, g)
+    got_w, got_scale = pulled_back(grid, w, scale, g, clip)
     levels, n = np.asarray(grid.levels), grid.block
-    low, high = levels.min(), levels.max()
+    low, high = levels[grid.first_code :].min(), levels.max()
     snapped = np.asarray(grid.snap(scale), np.float64)
     codes = np.asarray(grid.nearest(w, grid.snap(scale)))
     for row in ((0, 0), (1, 2)):
@@ -45,9 +46,9 @@ def test_gradients_against_the_derivation_written_as_loops(grid):
             s, total = snapped[row][block], 0.0
             for j in range(block * n, block * n + n):
                 u = float(w[row][j]) / s
-                inside = low <= u <= high
-                assert got_w[row][j] == (g[row][j] if inside else 0.0)
-                total += float(g[row][j]) * (levels[codes[row][j]] - (u if inside else 0.0))
+                follows = not clip or low <= u <= high
+                assert got_w[row][j] == (g[row][j] if follows else 0.0)
+                total += float(g[row][j]) * (levels[codes[row][j]] - (u if follows else 0.0))
             np.testing.assert_allclose(got_scale[row][block], total / np.sqrt(n * high), rtol=2e-4, atol=1e-6)
 
 
@@ -61,7 +62,7 @@ def test_scale_gradient_is_the_true_derivative_where_codes_saturate(name):
     scale = jnp.full((1, 1), s)
     low, high = (jnp.sum(fake.fake_quant(grid, w, scale + d)) for d in (-step * 4, step * 4))
     slope = (high - low) / (8 * step)
-    _, got = pulled_back(grid, w, scale, jnp.ones_like(w))
+    _, got = pulled_back(grid, w, scale, jnp.ones_like(w), clip=True)
     np.testing.assert_allclose(got[0, 0] * np.sqrt(grid.block * max(grid.levels)), slope, rtol=1e-6)
 
 
@@ -85,7 +86,7 @@ def test_weights_inside_the_range_move_the_scale_by_their_rounding_error():
         at = snapped.astype(jnp.float64)
         probe = jnp.zeros_like(at).at[1, 2, 5].set(1e-7)
         slope = (surrogate(at + probe) - surrogate(at - probe)) / 2e-7
-    _, got = pulled_back(grid, w, scale, g)
+    _, got = pulled_back(grid, w, scale, g, clip=True)
     np.testing.assert_allclose(got[1, 2, 5] * np.sqrt(grid.block * 7), slope, rtol=1e-3)
 
 
@@ -130,6 +131,24 @@ def test_learned_scales_find_the_error_minimum():
         scale = descend(scale)
     assert error(scale) < 0.5 * start
     assert error(scale) < 1.25 * best
+
+
+@ALL
+def test_a_block_that_starts_as_zeros_can_be_learned(grid):
+    params = {"w": jnp.zeros((2, 512))}
+    scales = fake.init_scales({"w": grid}, params)
+    _, g_scale = pulled_back(grid, params["w"] + 1.0, scales["w"], jnp.ones((2, 512)))
+    assert np.all(np.abs(scales["w"]) > 0)
+    assert np.all(g_scale != 0)
+
+
+@ALL
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_broken_weight_stays_visible_under_a_learned_scale(grid, bad):
+    w, scale, _ = case(grid)
+    value = fake.fake_quant(grid, w.at[0, 0, 7].set(bad), scale)
+    assert np.isnan(value[0, 0, 7])
+    assert np.isfinite(value[0, 0, 8:]).all()
 
 
 def test_apply_replaces_planned_tensors_alone_and_casts():

@@ -190,10 +190,10 @@ def test_nan_and_inf_are_not_hidden(grid, rule, bad):
 
 
 def test_five_significant_bits_cost_q4_0_little():
-    """The price of exactness in bfloat16, as grid.py states it: 1 to 2 percent of the squared error."""
+    """The price of exactness in bfloat16, as grid.py states it: half a percent of the squared error."""
     w = np.random.default_rng(5).normal(size=(256, 1024)).astype(np.float32) * 0.02
     error = {}
     for bits in (5, 11):
         grid = dataclasses.replace(GRIDS["q4_0"], scale_bits=bits)
         error[bits] = np.sum((decoded(grid, w, "search") - w) ** 2)
-    assert 1.0 <= error[5] / error[11] < 1.03
+    assert 1.0 <= error[5] / error[11] < 1.007

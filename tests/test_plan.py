@@ -68,8 +68,13 @@ def test_unrolled_layers_match_too():
     ("quant", "model", "message"),
     [
         (QuantConfig(experts="q4_o"), {}, "did you mean 'q4_0'"),
-        (QuantConfig(shared="q8_0"), {"n_shared_experts": 0, "n_dense_layers": 0}, "quant.shared puts 'q8_0'"),
+        (
+            QuantConfig(shared="q8_0"),
+            {"n_shared_experts": 0, "n_dense_layers": 0},
+            "quant.shared='q8_0' matches no tensor",
+        ),
         (QuantConfig(mtp="q8_0"), {"n_mtp": 0}, "quant.mtp"),
+        (QuantConfig(mtp="same", experts="none"), {}, "quant.mtp='same' matches no tensor"),
         (QuantConfig(experts="q2_k"), {}, "layers/experts/.*rows of 128 weights.*256"),
         (QuantConfig(), {"expert_dim": 96}, "layers/experts/down: rows of 96"),
         (QuantConfig(head="q8_0"), {"tie_embeddings": True}, "quant.embedding"),

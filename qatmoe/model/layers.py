@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """Declares one parameter: its shape, the logical name of each axis, and how it starts (fill + std * normal).
+    """Declares one parameter: its shape, the logical name of each axis, and how it starts.
 
-    Initialisation, abstract shapes and shardings are all derived from one tree of these.
+    It starts as std * normal, or constant at `fill` where std is 0. Initialisation, abstract shapes and shardings are
+    all derived from one tree of these.
     """
 
     shape: tuple[int, ...]

@@ -95,20 +95,17 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
         names = [str(entry.key) for entry in path]
         layer = int(names.pop(1)) if names[0] in STACKED and names[1].isdigit() else None
         path_key = jax.random.fold_in(key, zlib.crc32("/".join(names).encode()))
+        if not param.std:
+            return jnp.full(param.shape, param.fill, jnp.float32)
         if names[0] not in STACKED:
-            return _draw(path_key, param.shape, param)
+            return param.std * jax.random.normal(path_key, param.shape, jnp.float32)
         if layer is not None:
-            return _draw(jax.random.fold_in(path_key, layer), param.shape, param)
-        layer_keys = jax.vmap(lambda i: jax.random.fold_in(path_key, i))(jnp.arange(param.shape[0]))
-        return jax.vmap(lambda layer_key: _draw(layer_key, param.shape[1:], param))(layer_keys)
+            return param.std * jax.random.normal(jax.random.fold_in(path_key, layer), param.shape, jnp.float32)
+        n, *shape = param.shape
+        layer_keys = jax.vmap(lambda i: jax.random.fold_in(path_key, i))(jnp.arange(n))
+        return param.std * jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(layer_keys)
 
     return jax.tree_util.tree_map_with_path(draw, param_tree(cfg))
-
-
-def _draw(key: jax.Array, shape: tuple[int, ...], param: Param) -> jax.Array:
-    if not param.std:
-        return jnp.full(shape, param.fill, jnp.float32)
-    return param.fill + param.std * jax.random.normal(key, shape, jnp.float32)
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:

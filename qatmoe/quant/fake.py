@@ -4,15 +4,16 @@ For one block of n weights w with scale s, and s^ = snap(s), u = w / s^, the for
 
     w^ = level(code) * s^,     code = nearest level to u.
 
-Rounding has no useful derivative. Straight-through, the code follows u where u lies in the range [lo, hi] of the levels
-and stays where it is outside: d level / d u := 1 inside, 0 outside. With d u / d w = 1 / s^ and d u / d s^ = -u / s^,
+Rounding has no useful derivative. Straight-through, the code follows u: d level / d u := t. Where u lies within the
+Rounding has no useful derivative. Straight-through, the code follows u: d level / d u := t. In the range [lo, hi] of the
+levels t = 1. Outside t = 1 too by default, so that no weight is ever stuck; with `clip` it is 0,
 
-    d w^ / d w  = s^ * (d level / d u) / s^        = inside
-    d w^ / d s^ = level + s^ * (d level / d u) * (-u / s^) = level - inside * u
+    d w^ / d w  = s^ * t / s^                    = t
+    d w^ / d s^ = level + s^ * t * (-u / s^)     = level - t * u
 
 and snap is passed straight through: d s^ / d s := 1. The gradient of a loss with respect to s is the sum over the block
-of g * (level - inside * u), times 1 / sqrt(n * hi), which makes the updates of scales commensurate with those of
-weights (Esser et al. 2020, "Learned Step Size Quantization", sections 2.1 and 2.2). With negative s^ all of this holds
+of g * (level - t * u), times 1 / sqrt(n * hi), which makes the updates of scales commensurate with those of weights
+(Esser et al. 2020, "Learned Step Size Quantization", sections 2.1 and 2.2). With negative s^ all of this holds
 unchanged: u changes sign with it.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qatmoe.quant.grid import Grid
+from qatmoe.quant.grid import MIN_F16, Grid
 from qatmoe.quant.plan import Plan
 from qatmoe.tree import path_of
 
@@ -32,52 +33,56 @@ Scales = dict[str, jax.Array]  # path -> (..., G) f32, as trained: not snapped
 Codes = dict[str, jax.Array]  # path -> (..., I) uint8
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fake_quant(grid: Grid, w: jax.Array, scale: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def fake_quant(grid: Grid, w: jax.Array, scale: jax.Array, clip: bool = False) -> jax.Array:
     """The deployed value of w (..., I) at scale (..., G): f32, bitwise `decode(nearest(w, snap(scale)), snap(scale))`.
 
     Differentiable in w (straight-through) and in scale (LSQ); see the module's docstring.
     """
-    return grid.quantize(w, grid.snap(scale))
+    return jnp.where(jnp.isfinite(w), grid.quantize(w, grid.snap(scale)), jnp.nan)  # a broken weight stays visible
 
 
-def _forward(grid: Grid, w: jax.Array, scale: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return fake_quant(grid, w, scale), (w, scale)
+def _forward(grid: Grid, w: jax.Array, scale: jax.Array, clip: bool) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return fake_quant(grid, w, scale, clip), (w, scale)
 
 
-def _backward(grid: Grid, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(grid: Grid, clip: bool, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
     w, scale = saved
     snapped = grid.snap(scale)
-    low, high = min(grid.levels), max(grid.levels)
+    low, high = min(grid.levels[grid.first_code :]), max(grid.levels)
     blocks = (*scale.shape, grid.block)
     value, g_GI = grid.quantize(w, snapped).reshape(blocks), g.astype(jnp.float32).reshape(blocks)
     # Multiplying by the inverse: codes are not decided here, so the last bit of u does not matter.
     inverse = jnp.where(snapped == 0, 0.0, 1.0 / snapped)[..., None]
     u = w.reshape(blocks) * inverse
-    inside = (u >= low) & (u <= high)
-    g_w = jnp.where(inside, g_GI, 0.0).reshape(w.shape)
-    per_weight = value * inverse - jnp.where(inside, u, 0.0)
-    g_scale = jnp.sum(g_GI * per_weight, axis=-1) / math.sqrt(grid.block * high)
-    return g_w, g_scale
+    follows = (u >= low) & (u <= high) if clip else True
+    g_scale = jnp.sum(g_GI * (value * inverse - jnp.where(follows, u, 0.0)), axis=-1)
+    return jnp.where(follows, g_GI, 0.0).reshape(w.shape), g_scale / math.sqrt(grid.block * high)
 
 
 fake_quant.defvjp(_forward, _backward)
 
 
-def dynamic(grid: Grid, w: jax.Array, rule: str) -> jax.Array:
+def dynamic(grid: Grid, w: jax.Array, rule: str, clip: bool = False) -> jax.Array:
     """`fake_quant` at the scale that `rule` ("absmax" or "search") gives the weight as it is now; no gradient to it."""
-    return fake_quant(grid, w, jax.lax.stop_gradient(grid.scale_of(jax.lax.stop_gradient(w), rule)))
+    return fake_quant(grid, w, jax.lax.stop_gradient(grid.scale_of(jax.lax.stop_gradient(w), rule)), clip)
 
 
 # ---- whole models ----------------------------------------------------------------------------------------------------
 
 
 def init_scales(plan: Plan, params: Params) -> Scales:
-    """Scales of least squared error for every planned tensor: where learned scales start."""
-    return {path: plan[path].search(w) for path, w in _planned(plan, params).items()}
+    """Scales of least squared error for every planned tensor: where learned scales start.
+
+    A block of zeros starts at the smallest scale and not at 0, which no gradient would ever leave.
+    """
+    scales = {path: plan[path].search(w) for path, w in _planned(plan, params).items()}
+    return {path: jnp.where(s == 0, MIN_F16, s) for path, s in scales.items()}
 
 
-def apply(plan: Plan, params: Params, scales: Scales, *, rule: str, dtype: Any = jnp.float32) -> Params:
+def apply(
+    plan: Plan, params: Params, scales: Scales, *, rule: str, clip: bool = False, dtype: Any = jnp.float32
+) -> Params:
     """`params` with the planned weights replaced by their deployed values, cast to `dtype`.
 
     A tensor that has a learned scale uses it; the others get the scale that `rule` gives them.
@@ -88,7 +93,7 @@ def apply(plan: Plan, params: Params, scales: Scales, *, rule: str, dtype: Any =
         if name not in plan:
             return w
         grid = plan[name]
-        value = fake_quant(grid, w, scales[name]) if name in scales else dynamic(grid, w, rule)
+        value = fake_quant(grid, w, scales[name], clip) if name in scales else dynamic(grid, w, rule, clip)
         return value.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(replace, params)

@@ -10,7 +10,7 @@ where `bf16_exact` says so, in bfloat16 (8 significant bits) too:
 
 q2_0, ternary  float16 d with 8 significant bits; levels -1, 0, 1, 2 add none.
 q4_0           float16 d with 5 significant bits; the codes -8..7 need 3 more. Next to the full 11 bits this
-               raises the squared error of Gaussian weights by 1 to 2 percent.
+               raises the squared error of Gaussian weights by half a percent.
 iq4_nl, q8_0   float16 d with 8 significant bits; 7-bit levels make products of 15 bits: exact in float32 only.
 q2_k           d * k per 16 weights, k = 1..15, d = {1, 1.5} * 2^e per 256 (stored: scale k, min k, dmin = 1.5 d).
                Numerators reach 3 * 15 * 3 = 135 < 256.

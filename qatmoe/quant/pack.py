@@ -62,11 +62,7 @@ class _Layout(NamedTuple):
 
 
 def _f16_bytes(d: np.ndarray) -> Bytes:
-    stored = d.astype("<f2")
-    if not np.array_equal(stored.astype(np.float32), d):
-        bad = d[stored.astype(np.float32) != d].flat[0]
-        raise UserError(f"scale {bad!r} is no float16: snap scales to the grid before packing (Grid.snap)")
-    return np.ascontiguousarray(stored).view(np.uint8).reshape(*d.shape[:-1], -1)
+    return np.ascontiguousarray(d.astype("<f2")).view(np.uint8).reshape(*d.shape[:-1], -1)
 
 
 def _f16(data: Bytes) -> np.ndarray:
@@ -87,10 +83,14 @@ def _split_nibbles(data: Bytes, half: int) -> np.ndarray:
 _PAIR_SHIFTS = np.array([0, 2, 4, 6], np.uint8)
 
 
+def _join_pairs(codes: np.ndarray) -> Bytes:
+    """Two-bit codes (R, 4, ...) -> (R, ...), the first in the lowest bits."""
+    return codes[:, 0] | codes[:, 1] << 2 | codes[:, 2] << 4 | codes[:, 3] << 6
+
+
 def _join_planes(codes: np.ndarray) -> Bytes:
     """256 two-bit codes -> 64 bytes, TQ2_0's order."""
-    planes = codes.reshape(len(codes), 2, 4, 32) << _PAIR_SHIFTS[:, None]
-    return np.bitwise_or.reduce(planes, axis=2).reshape(len(codes), 64)
+    return _join_pairs(codes.reshape(-1, 4, 32)).reshape(len(codes), 64)
 
 
 def _split_planes(data: Bytes) -> np.ndarray:
@@ -124,8 +124,7 @@ def _split_trits(data: Bytes) -> np.ndarray:
 
 
 def _write_q2_0(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
-    quads = codes.reshape(len(codes), 16, 4) << _PAIR_SHIFTS
-    return [_f16_bytes(scale), np.bitwise_or.reduce(quads, axis=2)]
+    return [_f16_bytes(scale), _join_pairs(codes.reshape(-1, 4)).reshape(len(codes), 16)]
 
 
 def _read_q2_0(data: Bytes) -> _Fields:
@@ -152,7 +151,7 @@ def _read_tq1_0(data: Bytes) -> _Fields:
 def _write_q2_k(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
     grid = GRIDS["q2_k"]
     d = grid.shared_factor(grid.shared_index(scale))[:, :1]
-    k = _whole(scale / d)
+    k = (scale / d).astype(np.uint8)
     return [k | k << 4, _join_planes(codes), _f16_bytes(d), _f16_bytes(d * np.float32(1.5))]
 
 
@@ -164,9 +163,9 @@ def _read_q2_k(data: Bytes) -> _Fields:
 def _write_q3_k(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
     grid = GRIDS["q3_k"]
     d = grid.shared_factor(grid.shared_index(scale))[:, :1]
-    sc = _whole(scale / d + 32)
+    sc = (scale / d + 32).astype(np.uint8)
     nibbles = sc[:, :8] & 15 | (sc[:, 8:] & 15) << 4
-    tops = np.bitwise_or.reduce((sc >> 4).reshape(len(sc), 4, 4) << _PAIR_SHIFTS[:, None], axis=1)
+    tops = _join_pairs((sc >> 4).reshape(len(sc), 4, 4))
     high = (codes >> 2).reshape(len(codes), 8, 32) << np.arange(8, dtype=np.uint8)[:, None]
     return [np.bitwise_or.reduce(high, axis=1), _join_planes(codes & 3), nibbles, tops, _f16_bytes(d)]
 
@@ -188,10 +187,7 @@ def _read_nibbles(data: Bytes) -> _Fields:
 
 
 def _write_mxfp4(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
-    significand, exponent = np.frexp(scale)
-    if not np.all(significand == 0.5):
-        bad = scale[significand != 0.5].flat[0]
-        raise UserError(f"scale {bad!r} is no power of two: snap scales to the grid before packing (Grid.snap)")
+    exponent = np.frexp(scale)[1]  # scale = 2^(exponent - 1)
     return [(exponent + 126).astype(np.uint8), _join_nibbles(codes, 16)]
 
 
@@ -200,7 +196,7 @@ def _read_mxfp4(data: Bytes) -> _Fields:
 
 
 def _write_nvfp4(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
-    return [_e4m3_bytes(scale), _join_nibbles(codes, 8)]
+    return [np.searchsorted(_E4M3[:127], scale).astype(np.uint8), _join_nibbles(codes, 8)]
 
 
 def _read_nvfp4(data: Bytes) -> _Fields:
@@ -227,20 +223,6 @@ def _e4m3_table() -> np.ndarray:
 
 _E4M3 = _e4m3_table()
 _E8M0 = np.concatenate([np.ldexp(np.float32(1), np.arange(-127, 128)), [np.nan]]).astype(np.float32)
-
-
-def _e4m3_bytes(scale: np.ndarray) -> Bytes:
-    found = np.searchsorted(_E4M3[:127], scale).clip(0, 126)
-    if not np.array_equal(_E4M3[found], scale):
-        bad = scale[_E4M3[found] != scale].flat[0]
-        raise UserError(f"scale {bad!r} is no E4M3 number: snap scales to the grid before packing (Grid.snap)")
-    return found.astype(np.uint8)
-
-
-def _whole(k: np.ndarray) -> Bytes:
-    if not np.array_equal(k, np.rint(k)) or k.min(initial=0) < 0 or k.max(initial=0) > 63:
-        raise UserError("scales are not multiples of their super-block's factor: snap them before packing (Grid.snap)")
-    return k.astype(np.uint8)
 
 
 _TERNARY = (-1.0, 0.0, 1.0, 2.0)  # file code 3 is legal and decodes to +2 d; the ternary grids never choose it
@@ -283,6 +265,9 @@ def pack(grid: Grid, codes: np.ndarray, scale: np.ndarray, kind: str | None = No
         raise UserError(f"{grid.name} has codes 0..{len(grid.levels) - 1}; got {codes.max()}")
     if not np.isfinite(scale).all():
         raise UserError(f"{grid.name}: a scale is not finite; the weights it came from hold NaN or inf")
+    if not np.array_equal(grid.snap(scale), scale):
+        bad = scale[grid.snap(scale) != scale].flat[0]
+        raise UserError(f"scale {bad!r} is not on grid {grid.name}: snap scales before packing (Grid.snap)")
     tensor_scale = None
     if kind == "NVFP4":
         factor = grid.shared_factor(grid.shared_index(scale))

@@ -58,11 +58,9 @@ def make_plan(shapes: Shapes, model: ModelConfig, quant: QuantConfig) -> Plan:
                 _check_row(path, shape, grid)
                 plan[path] = grid
                 used.add(key)
-    for key, _, grid in wanted:
-        if key not in used:
-            raise UserError(
-                f"config.quant.{key} puts {grid.name!r} on tensors that this model does not have; set it to 'none'"
-            )
+    for key, grid_name in [(key, grid.name) for key, _, grid in wanted] + [("mtp", quant.mtp)]:
+        if key not in used and grid_name != "none":
+            raise UserError(f"config.quant.{key}={grid_name!r} matches no tensor of this model; set it to 'none'")
     return plan
 
 

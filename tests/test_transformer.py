@@ -1,0 +1,295 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qatmoe.config import ModelConfig
+from qatmoe.mesh import spec
+from qatmoe.model import transformer
+from qatmoe.tree import path_of
+
+CFG = ModelConfig(
+    vocab_size=32, dim=16, n_layers=3, dense_dim=24, n_heads=4, n_kv_heads=2, head_dim=8, n_experts=4, expert_dim=8,
+    init_std=0.2, capacity_factor=2.0, expert_block=4,
+)  # fmt: skip
+L = 8
+TOKENS = jax.random.randint(jax.random.key(1), (2, L + 1), 0, 32)
+
+
+init_params = jax.jit(transformer.init_params, static_argnums=0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Compiling is nearly all of these tests' time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return init_params(CFG, jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=1, static_argnames=("mtp", "train", "return_routing"))
+def forward(params, cfg, tokens=TOKENS, mtp=True, train=True, return_routing=False, **kwargs):
+    mtp_tokens = tokens[None, :, 1:] if mtp else None
+    return transformer.forward(
+        params, cfg, tokens[:, :-1], mtp_tokens=mtp_tokens, train=train, return_routing=return_routing, **kwargs
+    )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def loss_and_grads(params, cfg):
+    def loss(params):
+        out = forward(params, cfg)
+        total = sum(jnp.sum(jnp.sin(transformer.logits(params, cfg, h))) for h in (out.hidden_BLD, *out.mtp_hidden))
+        return total + out.aux["balance"] + out.aux["z"]
+
+    return jax.value_and_grad(loss)(params)
+
+
+def leaves_of_axes(cfg):
+    return jax.tree.leaves(transformer.logical_axes(cfg), is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+
+def assert_trees_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4), a, b)
+
+
+# ---- parameters ----
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_abstract_parameters_and_axes_describe_the_real_ones(scan):
+    cfg = dataclasses.replace(CFG, scan_layers=scan)
+    real = init_params(cfg, jax.random.key(0))
+    described = jax.tree.map(lambda a: (a.shape, a.dtype), transformer.abstract_params(cfg))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), real) == described
+    for array, names in zip(jax.tree.leaves(real), leaves_of_axes(cfg), strict=True):
+        assert len(spec(names)) == array.ndim
+
+
+def test_layout(params):
+    shapes = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    block = {
+        "attn_norm": (16,), "attn/q": (32, 16), "attn/k": (16, 16), "attn/v": (16, 16), "attn/o": (16, 32),
+        "attn/q_norm": (8,), "attn/k_norm": (8,), "ffn_norm": (16,),
+    }  # fmt: skip
+    dense = block | {"ffn/gate_up": (48, 16), "ffn/down": (16, 24)}
+    moe = block | {
+        "router/weight": (4, 16), "router/bias": (4,), "experts/gate_up": (4, 16, 16), "experts/down": (4, 16, 8),
+        "shared/gate_up": (16, 16), "shared/down": (16, 8),
+    }  # fmt: skip
+    assert shapes == (
+        {"embed": (32, 16), "head": (32, 16), "norm": (16,)}
+        | {f"dense_layers/{k}": (1, *v) for k, v in dense.items()}
+        | {f"layers/{k}": (2, *v) for k, v in moe.items()}
+        | {f"mtp/block/{k}": (1, *v) for k, v in moe.items()}
+        | {"mtp/enorm": (1, 16), "mtp/hnorm": (1, 16), "mtp/eh_proj": (1, 16, 32), "mtp/norm": (1, 16)}
+    )
+
+
+def test_what_is_switched_off_has_no_parameters():
+    cfg = dataclasses.replace(
+        CFG, tie_embeddings=True, n_mtp=0, n_dense_layers=0, n_shared_experts=0, router_bias=False, qk_norm=False
+    )
+    tree = transformer.abstract_params(cfg)
+    assert set(tree) == {"embed", "norm", "layers"}
+    assert set(tree["layers"]) == {"attn_norm", "attn", "ffn_norm", "router", "experts"}
+    assert set(tree["layers"]["attn"]) == {"q", "k", "v", "o"}
+    assert set(tree["layers"]["router"]) == {"weight"}
+    out = forward(init_params(cfg, jax.random.key(0)), cfg, mtp=False)
+    assert jnp.all(jnp.isfinite(out.hidden_BLD))
+
+
+def test_initial_sizes():
+    params = init_params(dataclasses.replace(CFG, dim=64, init_std=0.02), jax.random.key(0))
+    block = params["layers"]
+    for wide in (params["embed"], block["attn"]["q"], block["experts"]["gate_up"]):
+        assert jnp.std(wide) == pytest.approx(0.02, rel=0.1)
+    for into_residual in (block["attn"]["o"], block["experts"]["down"], block["shared"]["down"]):
+        assert jnp.std(into_residual) == pytest.approx(0.02 / 6**0.5, rel=0.1)
+    assert jnp.all(block["attn_norm"] == 1)
+    assert not jnp.any(block["router"]["bias"])
+    assert not jnp.array_equal(block["attn"]["q"][0], block["attn"]["q"][1])
+
+
+def test_layouts_start_equal_and_convert_into_each_other(params):
+    unrolled = init_params(dataclasses.replace(CFG, scan_layers=False), jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, transformer.unstack_layers(params), unrolled)
+    jax.tree.map(np.testing.assert_array_equal, transformer.stack_layers(unrolled), params)
+
+
+def test_module_holds_the_same_model():
+    model = transformer.Transformer(CFG, rngs=nnx.Rngs(0))
+    params = model.pure_params()
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, transformer.abstract_params(CFG))
+    expected = transformer.logits(params, CFG, forward(params, CFG, mtp=False, train=False).hidden_BLD)
+    np.testing.assert_allclose(jax.jit(lambda tokens: model(tokens))(TOKENS[:, :L]), expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- forward pass ----
+
+
+def test_scan_equals_loop(params):
+    loop = dataclasses.replace(CFG, scan_layers=False)
+    value, grads = loss_and_grads(params, CFG)
+    loop_value, loop_grads = loss_and_grads(transformer.unstack_layers(params), loop)
+    assert value == pytest.approx(float(loop_value), rel=1e-5)
+    assert_trees_close(grads, transformer.stack_layers(loop_grads))
+    aux = forward(params, CFG, return_routing=True).aux
+    loop_aux = forward(transformer.unstack_layers(params), loop, return_routing=True).aux
+    assert_trees_close(aux, loop_aux)
+
+
+def test_remat_changes_nothing(params):
+    remat = dataclasses.replace(CFG, remat="full")
+    assert_trees_close(loss_and_grads(params, CFG), loss_and_grads(params, remat))
+    matmuls = [
+        str(jax.make_jaxpr(loss_and_grads, static_argnums=1)(params, cfg)).count("dot_general") for cfg in (CFG, remat)
+    ]
+    assert matmuls[1] > matmuls[0]  # it does compute again
+
+
+@pytest.mark.parametrize("experts", ["blocked", "ragged", "reference"])
+def test_expert_implementations_agree(params, experts):
+    other = forward(params, dataclasses.replace(CFG, experts=experts))
+    assert_trees_close(other, forward(params, CFG))
+
+
+@pytest.mark.parametrize("capacity_factor", [2.0, 0.5])
+def test_later_tokens_change_nothing_before_them(params, capacity_factor):
+    """Also where tokens are dropped: a later token never takes an earlier one's room."""
+    cfg = dataclasses.replace(CFG, capacity_factor=capacity_factor)
+    long = jax.random.randint(jax.random.key(3), (1, 33), 0, 32)
+    before = forward(params, cfg, long, mtp=False)
+    after = forward(params, cfg, long.at[:, 5].add(1) % 32, mtp=False)
+    assert bool(jnp.any(before.aux["dropped_N"] > 0)) == (capacity_factor < 1)
+    np.testing.assert_array_equal(before.hidden_BLD[:, :5], after.hidden_BLD[:, :5])
+    assert jnp.all(jnp.any(before.hidden_BLD[:, 5:] != after.hidden_BLD[:, 5:], axis=-1))
+
+
+def test_packed_documents_equal_documents_alone(params):
+    segments = jnp.array([[0, 0, 0, 1, 1, 1, 1, 1]] * 2)
+    positions = jnp.array([[0, 1, 2, 0, 1, 2, 3, 4]] * 2)
+    kwargs = {"mtp": False, "train": False}
+    packed = forward(params, CFG, segments_BL=segments, positions_BL=positions, **kwargs).hidden_BLD
+    alone = [forward(params, CFG, part, **kwargs).hidden_BLD for part in (TOKENS[:, :4], TOKENS[:, 3:])]
+    np.testing.assert_allclose(packed, jnp.concatenate(alone, axis=1), rtol=1e-3, atol=1e-4)
+
+
+def test_evaluation_drops_nothing(params):
+    tight = dataclasses.replace(CFG, capacity_factor=0.25)
+    trained, evaluated = forward(params, tight), forward(params, tight, train=False)
+    assert jnp.all(trained.aux["dropped_N"] > 0)
+    assert not jnp.any(evaluated.aux["dropped_N"])
+    np.testing.assert_allclose(evaluated.hidden_BLD, forward(params, CFG).hidden_BLD, rtol=1e-3, atol=1e-4)
+
+
+def test_auxiliary_values_cover_every_moe_layer(params):
+    aux = forward(params, CFG, return_routing=True).aux
+    assert aux["load_NE"].shape == (3, 4)  # two MoE layers and one module
+    assert aux["indices_NTk"].shape == (3, 2 * L, 2)
+    np.testing.assert_allclose(jnp.sum(aux["load_NE"], axis=-1), 1.0, rtol=1e-5)
+    counts = jax.vmap(lambda i: jnp.bincount(i.ravel(), length=4))(aux["indices_NTk"])
+    np.testing.assert_allclose(aux["load_NE"], counts / (2 * L * 2), rtol=1e-5)
+
+
+def test_every_parameter_but_the_bias_gets_a_gradient(params):
+    _, grads = loss_and_grads(params, CFG)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        assert bool(jnp.any(leaf != 0)) != path_of(path).endswith("router/bias"), path_of(path)
+
+
+def test_bfloat16_computes_in_bfloat16_from_float32_weights(params):
+    half = dataclasses.replace(CFG, dtype="bfloat16")
+    out = forward(params, half)
+    scores = transformer.logits(params, half, out.hidden_BLD)
+    assert (out.hidden_BLD.dtype, scores.dtype, out.aux["load_NE"].dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    _, grads = jax.eval_shape(functools.partial(loss_and_grads, cfg=half), params)
+    assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    exact = transformer.logits(params, CFG, forward(params, CFG).hidden_BLD)
+    assert jnp.corrcoef(scores.ravel(), exact.ravel())[0, 1] > 0.99
+
+
+def test_logits_of_chunks_are_chunks_of_logits(params):
+    hidden = jax.random.normal(jax.random.key(2), (2, 6, 16))
+    whole = transformer.logits(params, CFG, hidden)
+    np.testing.assert_allclose(transformer.logits(params, CFG, hidden[1, 2:5]), whole[1, 2:5], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(whole[0, 0], np.asarray(params["head"]) @ np.asarray(hidden[0, 0]), rtol=1e-4, atol=1e-5)
+
+
+# ---- one block, written out in numpy ----
+
+
+def numpy_block(p, x_LD, cfg):
+    """A MoE block of one sequence in float64: loops over heads, positions and experts."""
+
+    def norm(x, w):
+        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + cfg.norm_eps) * w
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def glu(x, gate_up, down):
+        return (silu(x @ gate_up[: len(gate_up) // 2].T) * (x @ gate_up[len(gate_up) // 2 :].T)) @ down.T
+
+    n_pairs = int(cfg.head_dim * cfg.rotary_fraction) // 2
+
+    def turn(x, position):
+        x = x.copy()
+        for i in range(n_pairs):
+            angle = position * cfg.rope_theta ** (-i / n_pairs)
+            a, b = x[i], x[i + n_pairs]
+            x[i], x[i + n_pairs] = a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)
+        return x
+
+    y = norm(x_LD, p["attn_norm"])
+
+    def heads(w, n):
+        return (y @ w.T).reshape(len(y), n, cfg.head_dim)
+
+    q, k, v = (
+        heads(p["attn"]["q"], cfg.n_heads),
+        heads(p["attn"]["k"], cfg.n_kv_heads),
+        heads(p["attn"]["v"], cfg.n_kv_heads),
+    )
+    mixed = np.zeros_like(q)
+    for h in range(cfg.n_heads):
+        kv = h // (cfg.n_heads // cfg.n_kv_heads)
+        for t in range(len(y)):
+            q_t = turn(norm(q[t, h], p["attn"]["q_norm"]), t)
+            scores = np.array([q_t @ turn(norm(k[s, kv], p["attn"]["k_norm"]), s) for s in range(t + 1)])
+            weights = np.exp(scores / np.sqrt(cfg.head_dim))
+            mixed[t, h] = weights / weights.sum() @ v[: t + 1, kv]
+    x_LD = x_LD + mixed.reshape(len(y), -1) @ p["attn"]["o"].T
+
+    y = norm(x_LD, p["ffn_norm"])
+    out = glu(y, p["shared"]["gate_up"], p["shared"]["down"])
+    for t in range(len(y)):
+        scores = 1 / (1 + np.exp(-(p["router"]["weight"] @ y[t])))
+        chosen = np.argsort(-(scores + p["router"]["bias"]))[: cfg.top_k]
+        for e in chosen:
+            expert = glu(y[t], p["experts"]["gate_up"][e], p["experts"]["down"][e])
+            out[t] += cfg.routed_scale * scores[e] / scores[chosen].sum() * expert
+    return norm(x_LD + out, np.ones(cfg.dim))
+
+
+def test_one_block_against_numpy(params):
+    cfg = dataclasses.replace(CFG, n_layers=1, n_dense_layers=0, n_mtp=0, routed_scale=1.5)
+    block = jax.tree.map(lambda a: a[0], params["layers"])
+    keys = iter(jax.random.split(jax.random.key(5), 10))
+    block["router"]["bias"] = 0.2 * jax.random.normal(next(keys), (4,))
+    for tree, name in ((block, "attn_norm"), (block, "ffn_norm"), (block["attn"], "q_norm"), (block["attn"], "k_norm")):
+        tree[name] = 1 + 0.3 * jax.random.normal(next(keys), tree[name].shape)
+    model = {"embed": params["embed"], "norm": jnp.ones(16), "layers": jax.tree.map(lambda a: a[None], block)}
+    hidden = forward(model, cfg, TOKENS[:1], mtp=False).hidden_BLD[0]
+    exact = jax.tree.map(lambda a: np.asarray(a, np.float64), block)
+    expected = numpy_block(exact, np.asarray(params["embed"], np.float64)[TOKENS[0, :L]], cfg)
+    np.testing.assert_allclose(hidden, expected, rtol=1e-4, atol=1e-4)
