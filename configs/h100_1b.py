@@ -2,8 +2,8 @@
 
     python -m qatmoe.train --config configs/h100_1b.py --config.data.source=TEXT
 
-TEXT: your files (see "Your own text" in the README); with the bundled novels it only shows that it runs. The tokenizer
-is trained on it. Hardware: one H100. Expected: README, "On one GPU".
+TEXT: your files (README, "Your own run"); the tokenizer is trained on them. The bundled novels are far too little
+text for this model and only show that it runs. Hardware: one H100; not run on one yet.
 """
 
 from qatmoe.config import default_config, phase

@@ -23,9 +23,9 @@ def get_config():
     config.data.seq_len = 128
     config.train.batch_size = 16
     config.train.checkpoint_every = 250
+    config.eval.every = 150
     config.optim.lr = 0.01
-    config.optim.scale_lr = 1e-3
-    config.train.phases.trunk = phase(steps=1100, warmup=50)
-    config.train.phases.control = phase(start="trunk", steps=450, decay=450)
-    config.train.phases.qat = phase(start="trunk", steps=450, decay=450, quantize=True)
+    config.train.phases.trunk = phase(steps=900, warmup=50)
+    config.train.phases.control = phase(start="trunk", steps=550, decay=550)
+    config.train.phases.qat = phase(start="trunk", steps=550, decay=550, quantize=True)
     return config

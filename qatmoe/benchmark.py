@@ -18,12 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from qatmoe import cli
 from qatmoe import step as steps
-from qatmoe.config import Config, PhaseConfig
+from qatmoe.config import CHOICES, Config, PhaseConfig
 from qatmoe.errors import UserError
-from qatmoe.mesh import make_mesh
+from qatmoe.mesh import batch_groups, make_mesh, spec
 from qatmoe.report import environment
 from qatmoe.run import abstract_state, check_mesh, quant_plan
 
@@ -45,7 +46,10 @@ class Variant:
             return steps.branch(cfg, phase, plan, state) if quantize else state
 
         self.state = jax.jit(first, out_shardings=places)(jax.random.key(0))
-        step = jax.jit(functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=plan), donate_argnums=0)
+        step = jax.jit(
+            functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=plan, groups=batch_groups(mesh)),
+            donate_argnums=0,
+        )
         start = time.perf_counter()
         self._step = step.lower(self.state, batch, None).compile()
         self.compile_s = time.perf_counter() - start
@@ -65,6 +69,7 @@ def measure(cfg: Config, scales: Sequence[str], rounds: int) -> list[Row]:
     check_mesh(cfg, mesh)
     length = cfg.data.seq_len + 1 + cfg.model.n_mtp
     tokens = jax.random.randint(jax.random.key(1), (cfg.train.batch_size, length), 0, cfg.model.vocab_size, jnp.int32)
+    tokens = jax.device_put(tokens, NamedSharding(mesh, spec(("batch", None))))
     variants = [Variant("full precision", cfg, False, {"tokens": tokens})]
     for scale in scales:
         quant = dataclasses.replace(cfg.quant, scale=scale)
@@ -97,6 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         cfg, given = cli.parse(sys.argv if argv is None else argv, __doc__, options)
         if not given["rounds"].isdigit() or int(given["rounds"]) < 1:
             raise UserError(f"--rounds={given['rounds']}: must be a number of at least 1")
+        wrong = set(given["scales"].split(",")) - set(CHOICES["quant.scale"])
+        if wrong:
+            raise UserError(f"--scales={given['scales']}: must be of {', '.join(CHOICES['quant.scale'])}")
         with jax.set_mesh(make_mesh(cfg.mesh)):
             rows = measure(cfg, given["scales"].split(","), int(given["rounds"]))
     except UserError as e:

@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
+# May differ when a run is continued: no number depends on them.
+FREE_KEYS = {"data.cache_dir", "data.prefetch", "train.keep", "train.tensorboard"}
+
 
 class DamagedCheckpoint(UserError):
     """A checkpoint whose files are not the ones that were saved."""
@@ -191,6 +194,12 @@ class Checkpoints:
             return False
 
     # Restoring.
+
+    def check(self, step: int, abstract_state: Any) -> Json:
+        """The `meta` of one checkpoint, after comparing shapes and types and every byte; raises as `restore` does."""
+        meta = self.meta(step)
+        _require_same(meta["tensors"], _shapes(_flatten(abstract_state)), self.path(step))
+        return meta
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, Json, Json]:
         """Reads one checkpoint, after checking every byte of it.
@@ -472,7 +481,7 @@ def _check_config(file: Path, config_json: str) -> None:
     except ValueError as e:
         raise UserError(f"{file} is not JSON: restore it, or choose another workdir") from e
     here = _leaves(json.loads(config_json))
-    differ = [key for key in there | here if there.get(key) != here.get(key)]
+    differ = [key for key in there | here if there.get(key) != here.get(key) and key not in FREE_KEYS]
     if differ:
         shown = "; ".join(f"{k}: {there.get(k, 'absent')!r} there, {here.get(k, 'absent')!r} here" for k in differ[:8])
         more = f" and {len(differ) - 8} more" if len(differ) > 8 else ""

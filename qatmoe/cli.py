@@ -61,6 +61,8 @@ def _config_file(argv: Sequence[str]) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'").split()).strip(
-        '"'
-    )
+    text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'")
+    text = " ".join(text.split())
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # a message that is a quoted string itself
+        text = text[1:-1]
+    return text

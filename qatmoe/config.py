@@ -43,7 +43,7 @@ class ModelConfig:
     norm_topk: bool = True  # chosen weights are renormalised to sum 1
     routed_scale: float = 1.0  # factor on the routed sum (DeepSeek-V3: 2.5)
     swiglu_limit: float = 0.0  # > 0: gate <= limit, |up| <= limit before the product (gpt-oss, DeepSeek-V4)
-    n_mtp: int = 1  # multi-token-prediction modules; module i predicts token t+1+i
+    n_mtp: int = 1  # multi-token-prediction modules; the first predicts token t+2, the next t+3, ...
     tie_embeddings: bool = False
     init_std: float = 0.02
     dtype: str = "float32"  # compute dtype of activations and matmul operands
@@ -193,8 +193,34 @@ CHOICES = {
 }
 
 
+_INF = float("inf")
+_TINY = 1e-300  # more than 0
+_SIZES = ("vocab_size", "dim", "n_layers", "dense_dim", "n_heads", "n_kv_heads", "head_dim", "n_experts", "top_k")
+_WEIGHTS = ("mtp_weight", "balance_weight", "bias_rate", "z_weight")
+RANGES: dict[str, tuple[float, float]] = {
+    **{f"model.{name}": (1, _INF) for name in (*_SIZES, "expert_dim", "expert_block")},
+    **{f"model.{name}": (0, _INF) for name in ("n_dense_layers", "n_shared_experts", "n_mtp", "swiglu_limit")},
+    **{f"model.{name}": (_TINY, _INF) for name in ("norm_eps", "init_std", "rope_theta", "capacity_factor")},
+    "data.seq_len": (1, _INF),
+    "data.prefetch": (0, _INF),
+    "data.valid_fraction": (_TINY, 0.9),
+    **{f"optim.{name}": (_TINY, _INF) for name in ("lr", "scale_lr", "eps")},
+    **{f"optim.{name}": (0, _INF) for name in ("weight_decay", "clip")},
+    **{f"optim.{name}": (0, 1) for name in ("final_lr", "ema")},
+    **{f"train.{name}": (1, _INF) for name in ("batch_size", "grad_accum", "log_every", "checkpoint_every", "keep")},
+    **{f"train.{name}": (0, _INF) for name in ("seed", "loss_chunk", *_WEIGHTS)},
+    **{f"eval.{name}": (0, _INF) for name in ("every", "batches", "final_batches")},
+}
+
+
+def _range(low: float, high: float) -> str:
+    if high < _INF:
+        return f"from {low:g} to {high:g}"
+    return "more than 0" if low == _TINY else f"at least {low:g}"
+
+
 def default_config() -> ml_collections.ConfigDict:
-    """Every key with its default, locked against misspelled ones: what a file under `configs/` starts from."""
+    """Every key with its default: what a file under `configs/` starts from."""
     return ml_collections.ConfigDict(dataclasses.asdict(Config()))
 
 
@@ -218,6 +244,11 @@ def resolve(raw: Mapping[str, Any]) -> Config:
             value = getattr(value, part)
         if value not in allowed:
             raise UserError(f"config.{path}={value!r}: must be one of {', '.join(map(repr, allowed))}")
+    for path, (low, high) in RANGES.items():
+        group, name = path.split(".")
+        value = getattr(getattr(cfg, group), name)
+        if not low <= value <= high:
+            raise UserError(f"config.{path}={value}: must be {_range(low, high)}")
     _check_model(cfg.model)
     _check_training(cfg)
     return cfg
@@ -271,20 +302,6 @@ def _require(ok: bool, message: str) -> None:
 
 
 def _check_model(m: ModelConfig) -> None:
-    for name in (
-        "vocab_size",
-        "dim",
-        "n_layers",
-        "n_heads",
-        "n_kv_heads",
-        "head_dim",
-        "n_experts",
-        "top_k",
-        "expert_dim",
-    ):
-        _require(getattr(m, name) >= 1, f"config.model.{name}={getattr(m, name)}: must be at least 1")
-    for name in ("n_dense_layers", "n_shared_experts", "n_mtp"):
-        _require(getattr(m, name) >= 0, f"config.model.{name}={getattr(m, name)}: must not be negative")
     _require(
         m.n_heads % m.n_kv_heads == 0,
         f"config.model.n_kv_heads={m.n_kv_heads} must divide n_heads={m.n_heads}: each k/v head serves a whole group",
@@ -300,31 +317,18 @@ def _check_model(m: ModelConfig) -> None:
         f"config.model.rotary_fraction={m.rotary_fraction} of head_dim={m.head_dim} gives {rotary:g} rotated dims; "
         "it must be an even number",
     )
-    _require(m.capacity_factor > 0, f"config.model.capacity_factor={m.capacity_factor}: must be positive")
-    _require(m.expert_block >= 1, f"config.model.expert_block={m.expert_block}: must be at least 1")
 
 
 def _check_training(cfg: Config) -> None:
     t = cfg.train
-    for path in (
-        "train.batch_size",
-        "train.grad_accum",
-        "train.log_every",
-        "train.checkpoint_every",
-        "train.keep",
-        "data.seq_len",
-    ):
-        group, name = path.split(".")
-        value = getattr(getattr(cfg, group), name)
-        _require(value >= 1, f"config.{path}={value}: must be at least 1")
     _require(
         t.batch_size % t.grad_accum == 0,
         f"config.train.grad_accum={t.grad_accum} must divide batch_size={t.batch_size}",
     )
-    for name in ("lr", "scale_lr"):
-        value = getattr(cfg.optim, name)
-        _require(value > 0, f"config.optim.{name}={value}: must be positive")
-    _require(len(cfg.optim.betas) == 2, f"config.optim.betas={cfg.optim.betas}: expected two numbers")
+    _require(
+        len(cfg.optim.betas) == 2 and all(0 <= b < 1 for b in cfg.optim.betas),
+        f"config.optim.betas={cfg.optim.betas}: expected two numbers from 0 to below 1",
+    )
     _require(bool(t.phases), "config.train.phases is empty: name at least one, e.g. phases.trunk = phase(steps=100)")
     for name, p in t.phases.items():
         where = f"config.train.phases.{name}"
@@ -333,6 +337,11 @@ def _check_training(cfg: Config) -> None:
         _require(
             min(p.warmup, p.decay) >= 0 and p.warmup + p.decay <= p.steps,
             f"{where}: warmup={p.warmup} + decay={p.decay} must fit in steps={p.steps}",
+        )
+        _require(p.lr >= 0, f"{where}.lr={p.lr}: must not be negative (0 takes optim.lr)")
+        _require(
+            not p.decay or cfg.optim.schedule == "wsd",
+            f"{where}.decay={p.decay} belongs to optim.schedule='wsd'; cosine falls over the whole phase: set it to 0",
         )
         _require(0 <= p.distill <= 1, f"{where}.distill={p.distill}: must be between 0 and 1")
         _require(not p.distill or bool(p.start), f"{where}.distill={p.distill} needs a teacher: set {where}.start")

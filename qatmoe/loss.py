@@ -128,7 +128,7 @@ def training_loss(
     out = transformer.forward(params, m, v.tokens_BL, mtp_tokens=v.mtp_tokens_MBL, train=True, **inputs)
     taught = None
     if teacher is not None:
-        taught_out = transformer.forward(teacher, m, v.tokens_BL, mtp_tokens=None, train=True, **inputs)
+        taught_out = transformer.forward(teacher, m, v.tokens_BL, mtp_tokens=None, train=False, **inputs)
         taught = (teacher, jax.lax.stop_gradient(taught_out.hidden_BLD))
     ce_BL, kl_BL = token_losses(params, m, out.hidden_BLD, v.targets[0], taught, t.loss_chunk)
     ce = jnp.sum(ce_BL * v.weights[0]) / totals[0]

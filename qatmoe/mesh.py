@@ -86,6 +86,11 @@ def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
+def batch_groups(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits a batch."""
+    return math.prod(mesh.shape[a] for a in RULES["batch"])
+
+
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Pins an activation's sharding under the active mesh (`jax.set_mesh`); without one it returns x as it is."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -10,16 +10,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qatmoe import metrics as metrics_lib
 from qatmoe import step as steps
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, PhaseConfig, to_json
+from qatmoe.data.batches import Data
 from qatmoe.errors import RunError, UserError
 from qatmoe.quant import fake
 from qatmoe.quant.grid import RULES
 from qatmoe.quant.plan import Plan
-from qatmoe.run import Run, Weights
+from qatmoe.run import Run, Weights, abstract_state
 from qatmoe.step import TrainState
 
 Position = dict[str, Any]  # of the data iterator
@@ -33,7 +35,7 @@ def run_phase(run: Run, name: str) -> None:
         if found is not None:
             state, position, meta = found
             done = meta["done"]
-        elif cfg.init_from and not phase.start:
+        elif cfg.init_from and name == next(iter(cfg.train.phases)):
             state, position = import_state(run, name)
             done = True
             save(run, checkpoints, state, position, done=done)
@@ -41,10 +43,13 @@ def run_phase(run: Run, name: str) -> None:
             state, position = first_state(run, name)
             done = False
         run.metrics.rewind(name, int(state.step) if found else -1)
+        if not found:  # what was rounded came from weights that are being trained again
+            for rule in RULES:
+                run.metrics.rewind(f"ptq:{name}:{rule}", -1)
         if not done:
             state = loop(run, name, state, position, checkpoints)
     if not evaluated(run, name):
-        result = run.evaluate(eval_weights(run, phase, state), cfg.eval.final_batches)
+        result = run.evaluate(eval_weights(run, phase, state), cfg.eval.final_batches, interruptible=True)
         run.metrics.write(name, int(state.step), "final", result)
 
 
@@ -64,7 +69,7 @@ def round_control(run: Run) -> None:
     for rule in missing:
         model = state.ema or state.params["model"]
         rounded = jax.jit(functools.partial(fake.apply, run.plan, rule=rule))(model, {})
-        result = run.evaluate(rounded, run.cfg.eval.final_batches)
+        result = run.evaluate(rounded, run.cfg.eval.final_batches, interruptible=True)
         run.metrics.write(f"ptq:{branch}:{rule}", int(state.step), "final", result)
 
 
@@ -123,6 +128,20 @@ def import_source(cfg: Config) -> tuple[str, str, int]:
     return folder, phase, wanted
 
 
+def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:
+    """Raises UserError where the checkpoint that config.init_from names does not exist or does not fit this run."""
+    folder, phase, step = import_source(cfg)
+    first = next(iter(cfg.train.phases.values()))
+    with Checkpoints(folder, phase) as checkpoints:
+        meta = checkpoints.check(step, abstract_state(cfg, first, plan, mesh))
+    if meta["tokenizer"] != data.tokenizer.hash:
+        raise UserError(
+            f"config.init_from={cfg.init_from!r} was trained with another tokenizer: set config.data.tokenizer"
+        )
+    if meta["data"] != data.hash:
+        print(f"{folder} was trained on other text: what this run holds out may have been trained on there")
+
+
 def import_state(run: Run, name: str) -> tuple[TrainState, Position]:
     """The state that config.init_from names, as the last one of phase `name`."""
     folder, phase, step = import_source(run.cfg)
@@ -145,7 +164,7 @@ def loop(run: Run, name: str, state: TrainState, position: Position, checkpoints
         functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=run.plan, groups=run.groups), donate_argnums=0
     )
     run.train_iterator.set_state(position)
-    log = Log(run, name, int(state.step))
+    log = Log(run, name, int(state.step), checkpoints)
     for n in range(int(state.step) + 1, phase.steps + 1):
         if run.stop.signal:
             log.close()
@@ -184,7 +203,7 @@ def save(
     wait: bool = False,
 ) -> None:
     """Saves a state under its step; `done` marks the phase's last one."""
-    meta = {"config": json.loads(to_json(run.cfg)), "data": run.data.hash}
+    meta = {"config": json.loads(to_json(run.cfg)), "data": run.data.hash, "tokenizer": run.data.tokenizer.hash}
     checkpoints.save(int(state.step), state, position, meta, final=done, wait=wait)
 
 
@@ -245,15 +264,16 @@ def _health(plan: Plan, rule: str, params: Weights, before: Any, first: Any) -> 
 class Log:
     """Turns the device's metrics of a step into records, a progress bar, and an error when they are not finite."""
 
-    def __init__(self, run: Run, name: str, start: int):
+    def __init__(self, run: Run, name: str, start: int, checkpoints: Checkpoints):
         phases = list(run.cfg.train.phases.items())
         after = [n for n, _ in phases].index(name) + 1
         total = run.cfg.train.phases[name].steps
-        self.run, self.name, self.total = run, name, total
+        self.run, self.name, self.total, self._checkpoints = run, name, total, checkpoints
         self.pending: tuple[int, dict[str, jax.Array]] | None = None
         self._per_step = run.cfg.train.batch_size * run.cfg.data.seq_len
         self._last = (start, time.perf_counter())
         self._pause = 0.0
+        self._speed = 0.0  # at the last record
         self._progress = metrics_lib.Progress(name, start, total, steps_after=sum(p.steps for _, p in phases[after:]))
 
     def flush(self) -> None:
@@ -264,7 +284,7 @@ class Log:
         loss, norm = float(values["loss"]), float(values["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._not_finite(n, loss, norm)
-        self._progress.update(n, loss=float(values["ce"]), tokens_per_s=self._rate(n))
+        self._progress.update(n, loss=float(values["ce"]), tokens_per_s=self._speed or self._rate(n))
         if n % self.run.cfg.train.log_every == 0 or n == self.total:
             self._record(n, values)
 
@@ -274,28 +294,30 @@ class Log:
         return (n - self._last[0]) * self._per_step / max(seconds, 1e-9)
 
     def _record(self, n: int, values: dict[str, jax.Array]) -> None:
+        self._speed = self._rate(n)
         load_NE = jax.device_get(values["load_NE"]) * values["load_NE"].shape[1]  # 1 = an even share
         record = {k: float(values[k]) for k in ("loss", "ce", "kl", "mtp", "balance", "z", "lr", "grad_norm")}
         record |= {
             "tokens": n * self._per_step,
-            "tokens_per_s": self._rate(n),
+            "tokens_per_s": self._speed,
             "moe/dropped": float(jnp.mean(values["dropped_N"])),
             "moe/load_max": float(load_NE.max()),
             "moe/load_min": float(load_NE.min()),
         }
-        self.run.metrics.write(self.name, n, "train", record)
         for row, load_E in enumerate(load_NE):
             self.run.metrics.histogram(self.name, n, f"moe/load/layer_{row}", load_E)
+            record |= {f"moe/load/layer_{row}/expert_{e}": float(load) for e, load in enumerate(load_E)}
+        self.run.metrics.write(self.name, n, "train", record)
         self._last, self._pause = (n, time.perf_counter()), 0.0
 
     def _not_finite(self, n: int, loss: float, norm: float) -> RunError:
         lr = self.run.cfg.optim.lr
-        kept = self.run.checkpoints(self.name).latest()
+        self._checkpoints.wait()
+        kept = self._checkpoints.steps()
         return RunError(
-            f"phase {self.name}, step {n}: loss={loss}, gradient norm={norm}. "
-            + (f"Its checkpoint {kept} is intact" if kept is not None else "Nothing of this phase was saved yet")
-            + f"; try a lower --config.optim.lr than {lr} or a longer warmup, in another --workdir (with "
-            f"--config.init_from={self.run.workdir} to keep the trunk)"
+            f"phase {self.name}, step {n}: loss={loss}, gradient norm={norm}. Intact checkpoints of this phase: "
+            f"{kept or 'none yet'} (to go back further than the newest, delete it); try a lower --config.optim.lr than "
+            f"{lr} or a longer warmup in another --workdir, with --config.init_from={self.run.workdir} for the trunk"
         )
 
     @contextlib.contextmanager

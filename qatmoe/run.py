@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import math
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, PhaseConfig
 from qatmoe.data import batches
 from qatmoe.errors import UserError
-from qatmoe.mesh import spec
+from qatmoe.mesh import batch_groups, spec
 from qatmoe.metrics import Metrics
 from qatmoe.quant.plan import Plan, coverage, make_plan
 from qatmoe.tree import path_of
@@ -35,6 +36,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -46,6 +48,8 @@ class Stop:
 
     def _note(self, number: int, _: object) -> None:
         self.signal = number
+        signal.signal(number, self._before[number])  # a second one ends the process at once
+        os.write(2, b"\nstopping at the next step; once more to stop at once\n")  # print is not safe in a handler
 
     def check(self, where: str) -> None:
         """Raises `Interrupted` if a signal has come."""
@@ -61,6 +65,7 @@ class Run:
     workdir: Path
     mesh: Mesh
     data: batches.Data
+    train_iterator: batches.TrainIterator  # one for all phases: each sets it to its own position
     plan: Plan
     metrics: Metrics
     stop: Stop
@@ -68,20 +73,7 @@ class Run:
     @property
     def groups(self) -> int:
         """Groups of tokens that are dispatched to experts on their own: one for each split of the batch."""
-        return math.prod(self.mesh.shape[a] for a in ("data", "fsdp", "expert"))
-
-    @functools.cached_property
-    def train_iterator(self) -> batches.TrainIterator:
-        """One iterator for all phases: each sets it to its own position."""
-        cfg = self.cfg
-        return batches.make_train_iterator(
-            self.data,
-            batch_size=cfg.train.batch_size,
-            seed=cfg.train.seed,
-            n_mtp=cfg.model.n_mtp,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+        return batch_groups(self.mesh)
 
     def place(self, batch: batches.Batch) -> losses.Batch:
         """Puts this process's rows of a batch on its devices."""
@@ -106,22 +98,18 @@ class Run:
 
         return jax.jit(sums, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
-    def evaluate(self, weights: Weights, limit: int) -> dict[str, float]:
+    def evaluate(self, weights: Weights, limit: int, *, interruptible: bool = False) -> dict[str, float]:
         """Validation of one set of weights on `limit` batches (0: all of it), dropless.
+
+        `interruptible` where all training so far is saved: a signal then ends it at once.
 
         Returns loss (nats per token), its standard error over rows, bits per byte, perplexity, and the MTP modules'
         losses.
         """
         nats, count = [], []
-        for batch in batches.valid_batches(
-            self.data,
-            batch_size=self.cfg.train.batch_size,
-            n_mtp=self.cfg.model.n_mtp,
-            limit=limit,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ):
-            self.stop.check("while evaluating; all training so far is saved")
+        for batch in valid_batches(self.cfg, self.data, limit):
+            if interruptible:
+                self.stop.check("while evaluating; all training so far is saved")
             sums = self._evaluate_batch(weights, self.place(batch))
             nats.append(np.asarray(sums["nats"], np.float64))
             count.append(np.asarray(sums["count"], np.float64))
@@ -139,6 +127,30 @@ class Run:
         return result | {f"mtp{i + 1}_loss": float(v) for i, v in enumerate(mtp)}
 
 
+def train_iterator(cfg: Config, data: batches.Data) -> batches.TrainIterator:
+    """This process's share of the training batches, from their beginning. Raises UserError."""
+    return batches.make_train_iterator(
+        data,
+        batch_size=cfg.train.batch_size,
+        seed=cfg.train.seed,
+        n_mtp=cfg.model.n_mtp,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def valid_batches(cfg: Config, data: batches.Data, limit: int) -> Iterator[batches.Batch]:
+    """This process's share of the validation batches. Raises UserError."""
+    return batches.valid_batches(
+        data,
+        batch_size=cfg.train.batch_size,
+        n_mtp=cfg.model.n_mtp,
+        limit=limit,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
 def abstract_state(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh) -> steps.TrainState:
     """Shapes and shardings of a phase's state, with nothing computed."""
     shapes = jax.eval_shape(functools.partial(steps.init_state, cfg), jax.random.key(0))
@@ -153,6 +165,12 @@ def quant_plan(cfg: Config) -> tuple[Plan, list[dict[str, Any]]]:
     state = jax.eval_shape(functools.partial(steps.init_state, cfg), jax.random.key(0))
     shapes = {path_of(p): s.shape for p, s in jax.tree_util.tree_flatten_with_path(state.params["model"])[0]}
     plan = make_plan(shapes, cfg.model, cfg.quant)
+    for name, phase in cfg.train.phases.items():
+        if phase.quantize and not plan:
+            raise UserError(
+                f"config.train.phases.{name}.quantize is on and config.quant puts nothing on a grid; "
+                "set config.quant.experts, or quantize=False"
+            )
     return plan, coverage(plan, shapes)
 
 
@@ -170,6 +188,11 @@ def check_mesh(cfg: Config, mesh: Mesh) -> None:
     ):
         if value % n:
             raise UserError(f"config.{what}={value} does not divide over mesh {over}={n}: change it or config.mesh")
+    if m.attention == "cudnn" and (jax.default_backend() != "gpu" or m.dtype != "bfloat16"):
+        raise UserError(
+            f"config.model.attention='cudnn' needs a GPU and model.dtype='bfloat16', and here are "
+            f"{jax.default_backend()} and {m.dtype}: use 'auto'"
+        )
     tokens, chunk = rows * cfg.data.seq_len, cfg.train.loss_chunk
     if chunk and tokens > chunk and tokens % chunk:
         raise UserError(f"config.train.loss_chunk={chunk} does not divide the {tokens} tokens of a micro-batch")

@@ -105,7 +105,7 @@ def train_step(
     metrics = {k: v for k, v in aux.items() if k != "load_NE"} | {
         "loss": loss,
         "load_NE": aux["load_NE"],
-        "grad_norm": optax.tree.norm(grads["model"]),
+        "grad_norm": optax.tree.norm(grads),
         "lr": factor * cfg.optim.lr,
     }
     return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics

@@ -27,12 +27,12 @@ from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.mesh import make_mesh
 from qatmoe.metrics import Metrics
-from qatmoe.phases import import_source, round_control, run_phase
+from qatmoe.phases import check_import, round_control, run_phase
 from qatmoe.quant.plan import format_coverage, totals
-from qatmoe.run import Interrupted, Run, Stop, check_mesh, quant_plan
+from qatmoe.run import Interrupted, Run, Stop, check_mesh, quant_plan, train_iterator, valid_batches
 
 
-def train(cfg: Config, workdir: Path) -> report.Summary:
+def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
     """Runs or continues every phase, evaluates the branches and their roundings, and writes the report.
 
     Raises:
@@ -44,12 +44,15 @@ def train(cfg: Config, workdir: Path) -> report.Summary:
     mesh = make_mesh(cfg.mesh)
     check_mesh(cfg, mesh)
     plan, table = quant_plan(cfg)
-    if cfg.init_from:
-        import_source(cfg)
     data = batches.load_data(cfg.data, cfg.model.vocab_size)
-    with open_workdir(workdir, to_json(cfg)), Stop() as stop, jax.set_mesh(mesh):
+    stop.check("before anything was trained")
+    iterator = train_iterator(cfg, data)
+    next(valid_batches(cfg, data, limit=1))
+    if cfg.init_from and not (workdir / "checkpoints").exists():
+        check_import(cfg, mesh, plan, data)
+    with open_workdir(workdir, to_json(cfg)), jax.set_mesh(mesh):
         with Metrics(workdir, tensorboard=cfg.train.tensorboard) as metrics:
-            run = Run(cfg, workdir, mesh, data, plan, metrics, stop)
+            run = Run(cfg, workdir, mesh, data, iterator, plan, metrics, stop)
             announce(run, table)
             # Phases: the trunk, then its branches. A finished one is passed over.
             for name in cfg.train.phases:
@@ -81,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cfg, given = cli.parse(sys.argv if argv is None else argv, __doc__, {"workdir": ""})
         workdir = Path(given["workdir"] or f"runs/{cfg.name}")
-        summary = train(cfg, workdir)
+        with Stop() as stop:
+            summary = train(cfg, workdir, stop)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code

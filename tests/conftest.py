@@ -25,6 +25,14 @@ def child_env(tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For tests whose time is compiling; the arithmetic stays the same up to rounding."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def pytest_collection_modifyitems(config, items):
     """Tests that need a GPU are left out by name where there is none."""
     needing = [item for item in items if item.get_closest_marker("gpu")]

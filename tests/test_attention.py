@@ -12,13 +12,7 @@ from qatmoe.model.layers import rope_angles
 
 CFG = ModelConfig(dim=16, n_heads=4, n_kv_heads=2, head_dim=8)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiling is nearly all of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def make_params(cfg, seed=0):

@@ -411,3 +411,12 @@ def test_one_process_at_a_time(tmp_path):
         holder.kill()  # and a killed process holds nothing
         holder.communicate()
     open_workdir(tmp_path, CONFIG).close()
+
+
+def test_a_run_may_be_continued_with_another_cache_directory(tmp_path):
+    with open_workdir(tmp_path / "run", json.dumps({"data": {"cache_dir": "a", "seq_len": 8}})):
+        pass
+    with open_workdir(tmp_path / "run", json.dumps({"data": {"cache_dir": "b", "seq_len": 8}})):
+        pass
+    with pytest.raises(UserError, match=r"data\.seq_len"):
+        open_workdir(tmp_path / "run", json.dumps({"data": {"cache_dir": "b", "seq_len": 9}}))

@@ -44,7 +44,13 @@ def test_every_config_file_resolves(config_files):
         ({"model__router": "hash"}, "must be one of 'softmax', 'sigmoid'"),
         ({"train__batch_size": 0}, "at least 1"),
         ({"train__grad_accum": 3}, "must divide batch_size=8"),
-        ({"optim__lr": 0.0}, "must be positive"),
+        ({"optim__lr": 0.0}, r"optim\.lr=0\.0: must be more than 0"),
+        ({"eval__final_batches": -1}, "final_batches=-1: must be at least 0"),
+        ({"optim__clip": -1.0}, "clip=-1.0: must be at least 0"),
+        ({"optim__ema": 1.5}, "ema=1.5: must be from 0 to 1"),
+        ({"optim__betas": (0.9, 1.5)}, "from 0 to below 1"),
+        ({"train__loss_chunk": -1}, "loss_chunk=-1"),
+        ({"train__seed": -1}, "seed=-1"),
         ({"train__phases": {}}, "name at least one"),
         ({"model": 3}, "expected a group of keys"),
     ],
@@ -69,6 +75,13 @@ def test_phase_mistakes_are_named(fields, message):
     config = small()
     config["train"]["phases"]["other"] = phase(**fields).to_dict()
     with pytest.raises(UserError, match=message):
+        resolve(config)
+
+
+def test_cosine_has_no_decay():
+    config = small(optim__schedule="cosine")
+    config["train"]["phases"]["trunk"]["decay"] = 5
+    with pytest.raises(UserError, match="decay=5 belongs to"):
         resolve(config)
 
 

@@ -9,6 +9,7 @@ from qatmoe import loss
 from qatmoe.config import Config, ModelConfig, TrainConfig
 from qatmoe.model import transformer
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODEL = ModelConfig(
     vocab_size=64, dim=32, n_layers=2, dense_dim=32, n_heads=2, n_kv_heads=1, head_dim=16, n_experts=4, expert_dim=32,
     experts="blocked", n_mtp=2,

@@ -17,13 +17,7 @@ from qatmoe.model.moe import capacity, expert_ffn
 T, D, E, K, F = 24, 8, 4, 2, 6
 CFG = ModelConfig(dim=D, n_experts=E, top_k=K, expert_dim=F, capacity_factor=E / K, expert_block=4, swiglu_limit=1.0)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiling is nearly all of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def inputs(seed=0, skew=0.0):

@@ -13,13 +13,7 @@ CFG = ModelConfig(dim=6, n_experts=6, top_k=2, router="sigmoid")
 
 route = jax.jit(router.route, static_argnums=1)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiling is nearly all of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def with_logits(cfg, logits_TE, bias=None):

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from qatmoe import metrics, train
+from qatmoe.checkpoint import Checkpoints
 
 SHORT = [
     "--config.train.log_every=1",
@@ -137,6 +138,20 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_0(whole, child_env, tmp_path)
     assert by_place(numbers(workdir)) == by_place(numbers(whole[0]))
 
 
+def test_a_signal_in_the_middle_of_a_validation_loses_nothing(whole, child_env, tmp_path):
+    workdir = tmp_path / "evaluating"
+    code = KILLER.replace("signal.SIGKILL", "signal.SIGTERM").replace(
+        '"final validation": (phases, "evaluated")', '"validation": (run.Run, "evaluate")'
+    )
+    code = code.replace("import checkpoint, metrics, phases, train", "import checkpoint, metrics, phases, run, train")
+    done = launch(child_env, "-c", code, "validation", "1", *arguments(workdir))
+    assert done.returncode == 0, done.stderr
+    assert "SIGTERM: stopped after step 3 of 6 of phase trunk, which is saved" in done.stderr
+    done = launch(child_env, "-m", "qatmoe.train", *arguments(workdir))
+    assert done.returncode == 0, done.stderr
+    assert by_place(numbers(workdir)) == by_place(numbers(whole[0]))
+
+
 def test_a_finished_run_is_passed_over(whole, child_env):
     before = numbers(whole[0])
     done = launch(child_env, "-m", "qatmoe.train", *arguments(whole[0]))
@@ -180,6 +195,9 @@ def cache(child_env, monkeypatch):
         ("--config.mesh.expert=3", "expert"),
         ("--config.init_from=/no/run", "/no/run"),
         ("--config.train.loss_chunk=100", "loss_chunk=100"),
+        ("--config.data.seq_len=2000000", "seq_len"),
+        ("--config.quant.experts=none", "puts nothing on a grid"),
+        ("--config.model.attention=cudnn", "needs a GPU"),
     ],
 )
 def test_bad_input_is_one_line_exit_2_and_nothing_written(override, message, capsys, tmp_path, cache):
@@ -205,13 +223,17 @@ def test_checkpoints_of_another_architecture_are_refused_by_name(whole, capsys, 
     code, line = fails(capsys, *arguments(tmp_path / "run", *changed))
     assert code == 2
     assert "experts" in line
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_checkpoint_intact(capsys, tmp_path, cache):
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_checkpoints_intact(capsys, tmp_path, cache):
     workdir = tmp_path / "nan"
-    code, line = fails(capsys, *arguments(workdir, "--config.optim.lr=1e30", "--config.train.phases.trunk.warmup=0"))
+    more = ["--config.optim.lr=1e30", "--config.train.phases.trunk.warmup=0", "--config.train.checkpoint_every=1"]
+    code, line = fails(capsys, *arguments(workdir, *more))
     assert code == 1
     assert "optim.lr" in line
+    assert "Intact checkpoints of this phase: [1]" in line
+    assert Checkpoints(workdir, "trunk").latest_good() == 1
     assert not [r for r in metrics.read(workdir) if r["phase"] == "control"]
 
 

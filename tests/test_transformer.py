@@ -22,13 +22,7 @@ TOKENS = jax.random.randint(jax.random.key(1), (2, L + 1), 0, 32)
 
 init_params = jax.jit(transformer.init_params, static_argnums=0)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compiling is nearly all of these tests' time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

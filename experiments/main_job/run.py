@@ -57,7 +57,7 @@ def loss_table(runs: list[dict]) -> str:
     rows["**QAT**: the branch trained on the grid"] = ([r["loss"]["qat"] for r in runs], bits)
     control = rows["control: the branch in full precision"][0]
     lines = [
-        f"Validation loss, nats per token: mean (range) of {len(runs)} seeds. Bits per weight of the routed experts.",
+        f"Validation loss, nats per token: mean (range) of {len(runs)} seeds. Bits per weight of the experts.",
         "",
         "| branch | bits | loss | above control |",
         "|---|---|---|---|",

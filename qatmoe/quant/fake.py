@@ -4,9 +4,9 @@ For one block of n weights w with scale s, and s^ = snap(s), u = w / s^, the for
 
     w^ = level(code) * s^,     code = nearest level to u.
 
-Rounding has no useful derivative. Straight-through, the code follows u: d level / d u := t. Where u lies within the
-Rounding has no useful derivative. Straight-through, the code follows u: d level / d u := t. In the range [lo, hi] of the
-levels t = 1. Outside t = 1 too by default, so that no weight is ever stuck; with `clip` it is 0,
+Rounding has no useful derivative. Straight-through, the code follows u: d level / d u := t. In the range [lo, hi] of
+the levels t = 1. Outside t = 1 too by default, so that no weight is ever stuck; with `clip` it is 0, the
+rule of LSQ, whose code stays where it is. With d u / d w = 1 / s^ and d u / d s^ = -u / s^,
 
     d w^ / d w  = s^ * t / s^                    = t
     d w^ / d s^ = level + s^ * t * (-u / s^)     = level - t * u
