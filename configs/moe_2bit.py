@@ -25,6 +25,8 @@ def get_config():
     config.train.checkpoint_every = 250
     config.eval.every = 150
     config.optim.lr = 0.01
+    config.optim.scale_lr = 3e-5
+    config.optim.weight_decay = 0.0
     config.train.phases.trunk = phase(steps=900, warmup=50)
     config.train.phases.control = phase(start="trunk", steps=550, decay=550)
     config.train.phases.qat = phase(start="trunk", steps=550, decay=550, quantize=True)
