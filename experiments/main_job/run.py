@@ -71,7 +71,7 @@ def loss_table(runs: list[dict]) -> str:
         f"**QAT recovers {statistics.mean(recovered):.1%}** of what PTQ loses, (PTQ - QAT) / (PTQ - control), PTQ at "
         f"its better scale rule: {', '.join(f'{r:.1%}' for r in recovered)}. The whole model takes "
         f"{runs[0]['bytes']['deployed'] / 1e6:.2f} MB instead of {runs[0]['bytes']['bf16'] / 1e6:.2f} MB in bfloat16. "
-        f"{runs[0]['tokens']['total']:,} tokens, {min(r['wall_s'] for r in runs):.0f} to "
+        f"{runs[0]['tokens']['total']:,.0f} tokens, {min(r['wall_s'] for r in runs):.0f} to "
         f"{max(r['wall_s'] for r in runs):.0f} s a seed on {runs[0]['devices']} {runs[0]['device']} device.",
     ]
     return "\n".join(lines)
