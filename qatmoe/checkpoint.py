@@ -2,9 +2,11 @@
 
     WORKDIR/config.json                     what the run is; another configuration is refused
     WORKDIR/lock                            held while a process trains here
-    WORKDIR/checkpoints/PHASE/STEP/state/       the arrays, written by orbax under flat '/'-joined paths
+    WORKDIR/checkpoints/PHASE/STEP/state/       the arrays, written by orbax under flat '/'-joined paths; `state-1`, ...
+                                                where weights that may not fit in memory were written in parts
                                   /data.json     state of the data iterator
-                                  /meta.json     config, phase, step, done, version, {path: [dtype, shape]}
+                                  /meta.json     config, phase, step, done, version, {path: [dtype, shape]}, and, if in
+                                                 parts, {path: folder}
                                   /manifest.json size and CRC-32 of every other file
 
 A save is staged in `.saving-STEP` and renamed to `STEP` as its very last act: a directory named by a number is
@@ -21,12 +23,14 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -123,6 +127,35 @@ class Checkpoints:
         self._pending = self._thread.submit(self._commit, step, staging, texts)
         if wait:
             self.wait()
+
+    def save_weights(self, step: int, parts: Iterable[dict[str, np.ndarray]], meta: Json) -> None:
+        """Saves weights alone as the phase's last checkpoint, one part after another, each freed before the next.
+
+        Args:
+          parts: flat {path: array}; together all the weights.
+          meta: as in `save`.
+
+        Raises:
+          RunError: the directory could not be written.
+        """
+        self.wait()
+        staging = self.directory / f".saving-{step}"
+        tensors: dict[str, list[Any]] = {}
+        folders: dict[str, str] = {}
+        try:
+            self._remove_leftovers()
+            staging.mkdir(parents=True)
+            for i, arrays in enumerate(parts):
+                folder = f"state-{i}" if i else "state"
+                self._orbax.save(staging / folder, args=ocp.args.PyTreeSave(arrays))
+                self._orbax.wait_until_finished()
+                tensors |= _shapes(arrays)
+                folders |= dict.fromkeys(arrays, folder)
+        except Exception as e:
+            self._abandon(staging, e)
+        own = {"phase": self.phase, "step": step, "done": True, "version": _version()}
+        texts = {"data.json": "{}", "meta.json": json.dumps(meta | own | {"tensors": tensors, "parts": folders})}
+        self._commit(step, staging, texts)
 
     def wait(self) -> None:
         """Waits for the save under way.
@@ -296,18 +329,26 @@ class Checkpoints:
         meta = _load_json(path / "meta.json")
         wanted = _flatten(abstract_state)
         _require_same(meta["tensors"], _shapes(wanted), path)
-        abstract = {name: _placed(leaf) for name, leaf in wanted.items()}
-        arrays = self._orbax.restore(
-            path / "state",
-            args=ocp.args.PyTreeRestore(
-                item=abstract,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                partial_restore=True,
-            ),
-        )
+        arrays = self.arrays(meta, wanted)
         leaves = [arrays[name] for name in wanted]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
         return state, _load_json(path / "data.json"), meta
+
+    def arrays(self, meta: Json, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Some arrays of the checkpoint whose `meta` this is, by flat path; `meta()` has compared every byte before."""
+        found: dict[str, jax.Array] = {}
+        parts = meta.get("parts", {})
+        for folder in dict.fromkeys(parts.get(name, "state") for name in wanted):
+            abstract = {n: _placed(leaf) for n, leaf in wanted.items() if parts.get(n, "state") == folder}
+            found |= self._orbax.restore(
+                self.path(meta["step"]) / folder,
+                args=ocp.args.PyTreeRestore(
+                    item=abstract,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                    partial_restore=True,
+                ),
+            )
+        return found
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -30,7 +30,10 @@ class ModelConfig:
     n_heads: int = 4  # H
     n_kv_heads: int = 2  # K
     head_dim: int = 32
-    qk_norm: bool = True  # RMSNorm on q and k, per head
+    qk_norm: str = (
+        "head"  # RMSNorm on q and k: "head" (per head: Qwen3-MoE, GLM-4.5), "full" (all heads: OLMoE) or "none"
+    )
+    qkv_bias: bool = False  # biases on q, k and v (GLM-4.5)
     rotary_fraction: float = 0.5  # share of head_dim that RoPE turns
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
@@ -179,6 +182,7 @@ class Config:
 
 CHOICES = {
     "model.router": ("softmax", "sigmoid"),
+    "model.qk_norm": ("head", "full", "none"),
     "model.dtype": ("float32", "bfloat16"),
     "model.experts": ("dense", "blocked", "ragged", "reference"),
     "model.eval_experts": ("auto", "blocked", "ragged", "reference"),

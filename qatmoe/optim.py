@@ -3,7 +3,7 @@
 group    which                        update                     weight decay
 matrix   every other weight matrix    AdamW, or Muon             yes
 table    embed, head, router/weight   AdamW                      yes
-vector   norms                        AdamW                      no
+vector   norms, q/k/v biases          AdamW                      no
 scale    learned quantizer scales     Adam at optim.scale_lr     no
 frozen   router/bias                  none: moved by the balance rule in `step.py`
 """
@@ -23,7 +23,7 @@ GROUPS = (
     ("scale", r"^scales/"),
     ("frozen", r"router/bias$"),
     ("table", r"^model/(embed|head)$|router/weight$"),
-    ("vector", r"norm$"),
+    ("vector", r"norm$|attn/[qkv]_bias$"),
     ("matrix", r"(attn/[qkvo]|gate_up|down|eh_proj)$"),
 )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qatmoe import metrics as metrics_lib
 from qatmoe import step as steps
@@ -18,11 +18,13 @@ from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, PhaseConfig, to_json
 from qatmoe.data.batches import Data
 from qatmoe.errors import RunError, UserError
+from qatmoe.model.transformer import STACKED
 from qatmoe.quant import fake
 from qatmoe.quant.grid import RULES
 from qatmoe.quant.plan import Plan
 from qatmoe.run import Run, Weights, abstract_state
 from qatmoe.step import TrainState
+from qatmoe.tree import path_of
 
 Position = dict[str, Any]  # of the data iterator
 
@@ -132,8 +134,13 @@ def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:
     """Raises UserError where the checkpoint that config.init_from names does not exist or does not fit this run."""
     folder, phase, step = import_source(cfg)
     first = next(iter(cfg.train.phases.values()))
+    abstract = abstract_state(cfg, first, plan, mesh)
     with Checkpoints(folder, phase) as checkpoints:
-        meta = checkpoints.check(step, abstract_state(cfg, first, plan, mesh))
+        meta = checkpoints.meta(step)
+        if "parts" in meta:
+            _layer_arrays(meta, abstract, folder)
+        else:
+            checkpoints.check(step, abstract)
     if meta["tokenizer"] != data.tokenizer.hash:
         raise UserError(
             f"config.init_from={cfg.init_from!r} was trained with another tokenizer: set config.data.tokenizer"
@@ -145,12 +152,67 @@ def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:
 def import_state(run: Run, name: str) -> tuple[TrainState, Position]:
     """The state that config.init_from names, as the last one of phase `name`."""
     folder, phase, step = import_source(run.cfg)
+    abstract = run.abstract_state(run.cfg.train.phases[name])
     with Checkpoints(folder, phase) as checkpoints:
-        state, position, _ = checkpoints.restore(step, run.abstract_state(run.cfg.train.phases[name]))
+        meta = checkpoints.meta(step)
+        if "parts" in meta:
+            return _state_of_weights(run, abstract, checkpoints, meta), run.train_iterator.start
+        state, position, _ = checkpoints.restore(step, abstract)
     if position["stream"] != run.train_iterator.start["stream"]:
         print(f"{folder} was trained on other batches: this run's data starts from its beginning")
         position = run.train_iterator.start
     return state, position
+
+
+def _state_of_weights(run: Run, abstract: TrainState, checkpoints: Checkpoints, meta: dict[str, Any]) -> TrainState:
+    """Weights that were saved alone, in the unrolled layout and any type, with fresh moments."""
+    layers = _layer_arrays(meta, abstract, str(run.cfg.init_from))
+
+    def leaf(path: tuple[Any, ...], wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        parts = layers[path_of(path)]
+        arrays = checkpoints.arrays(meta, parts)
+        join = (lambda *a: jnp.stack(a)) if len(next(iter(parts.values())).shape) < len(wanted.shape) else lambda a: a
+        cast = jax.jit(lambda *a: join(*a).astype(jnp.float32), out_shardings=wanted.sharding)
+        return cast(*(arrays[n] for n in parts))
+
+    model = jax.tree_util.tree_map_with_path(leaf, abstract.params["model"])
+    places = jax.tree.map(lambda s: s.sharding, abstract)
+    fresh = functools.partial(steps.state_of, run.cfg)
+    return jax.jit(fresh, out_shardings=places, donate_argnums=0)(model, jax.random.key(run.cfg.train.seed))
+
+
+def _layer_arrays(
+    meta: dict[str, Any], abstract: TrainState, source: str
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """{parameter: {name in the checkpoint: array}}: what a parameter is read from, one array a layer if it is stacked.
+
+    Raises:
+      UserError: the checkpoint is of another architecture.
+    """
+    found: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract.params["model"])[0]:
+        name, spec = path_of(path), leaf.sharding.spec
+        stack, _, rest = name.partition("/")
+        stacked = stack in STACKED and not rest.split("/")[0].isdigit()
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        place = NamedSharding(leaf.sharding.mesh, PartitionSpec(*(spec[1:] if stacked else spec)))
+        names = [f"{stack}/{i}/{rest}" for i in range(leaf.shape[0])] if stacked else [name]
+        for n in names:
+            dtype, there = meta["tensors"].get(f"params/model/{n}", ["", None])
+            if there != list(shape):
+                raise UserError(
+                    f"config.init_from={source!r} is of another architecture: {n} is {there or 'absent'} there and "
+                    f"{list(shape)} here; use its model settings (an imported folder's qat.py has them)"
+                )
+            found.setdefault(name, {})[f"params/model/{n}"] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    known = {n for of in found.values() for n in of}
+    extra = [n for n in meta["tensors"] if n not in known]
+    if extra:
+        raise UserError(
+            f"config.init_from={source!r} is of another architecture: it has {extra[0]} ({len(extra)} tensors more); "
+            "use its model settings (an imported folder's qat.py has them)"
+        )
+    return found
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------------

@@ -31,12 +31,17 @@ class TrainState(NamedTuple):
 
 def init_state(cfg: Config, key: jax.Array) -> TrainState:
     """Random weights and fresh moments. key: a typed PRNG key."""
-    params = {"model": transformer.init_params(cfg.model, key), "scales": {}}
+    return state_of(cfg, transformer.init_params(cfg.model, key), key)
+
+
+def state_of(cfg: Config, model: Params, key: jax.Array) -> TrainState:
+    """The state before the first step of training these weights. key: a typed PRNG key."""
+    params = {"model": model, "scales": {}}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=make_optimizer(cfg.optim).init(params),
-        ema=params["model"] if cfg.optim.ema else {},
+        ema=model if cfg.optim.ema else {},
         key=jax.random.key_data(key),
     )
 

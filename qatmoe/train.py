@@ -5,6 +5,7 @@
 The same command after any interruption continues from the last checkpoint. A run's folder:
 
     config.json  plan.json          what was asked for; which tensor lies on which grid
+    tokenizer.json                  the tokenizer, for exports
     checkpoints/PHASE/STEP/         weights, optimizer, data position, random key
     metrics.jsonl  tb/              every number, as JSON lines and for TensorBoard
     summary.json  curves.png        the comparison
@@ -74,6 +75,7 @@ def announce(run: Run, table: list[dict[str, Any]]) -> None:
     print(format_coverage(table), flush=True)
     plan = {"totals": totals(table), "rows": table, "data": stats, "environment": report.environment()}
     write_atomically(run.workdir / "plan.json", json.dumps(plan, indent=1))
+    write_atomically(run.workdir / "tokenizer.json", run.data.tokenizer.json)
     run.metrics.text("config", to_json(run.cfg))
     run.metrics.text("plan", format_coverage(table))
 

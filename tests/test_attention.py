@@ -38,7 +38,7 @@ def inputs(length, seed=1):
 
 def test_agrees_with_jax():
     """Scores, scale, mask and grouping against jax.nn.dot_product_attention, with no rotation and no norms."""
-    cfg = dataclasses.replace(CFG, qk_norm=False)
+    cfg = dataclasses.replace(CFG, qk_norm="none")
     params, x = make_params(cfg), inputs(6)
     q, k, v = (jnp.einsum("bli,oi->blo", x, params[n]).reshape(2, 6, h, 8) for n, h in (("q", 4), ("k", 2), ("v", 2)))
     mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(2, 6, 32)
@@ -62,7 +62,7 @@ def test_qk_norm_takes_out_the_size_of_queries_and_keys():
     params, x = make_params(CFG), inputs(6)
     larger = params | {"q": 50 * params["q"], "k": 50 * params["k"]}
     np.testing.assert_allclose(run(larger, CFG, x), run(params, CFG, x), rtol=1e-3, atol=1e-4)
-    plain = dataclasses.replace(CFG, qk_norm=False)
+    plain = dataclasses.replace(CFG, qk_norm="none")
     assert jnp.max(jnp.abs(run(larger, plain, x) - run(params, plain, x))) > 1e-2
     assert not {"q_norm", "k_norm"} & set(attention_params(plain, 1.0, 1.0))
 

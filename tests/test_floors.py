@@ -25,9 +25,13 @@ FLOORS: list[set[str]] = [
     {"loss", "optim"},
     {"step"},
     {"checkpoint", "metrics"},
+    {"convert.names", "convert.hf_config", "convert.safetensors", "convert.gguf", "convert.compressed"},
+    {"convert.vocab", "convert.llama", "convert.llama_numerics"},
     {"report", "run", "cli"},
-    {"phases"},
-    {"train", "benchmark"},
+    {"phases", "convert.weights", "convert.hf_import"},
+    {"convert.gguf_model", "convert.huggingface_model"},
+    {"convert.verify"},
+    {"train", "benchmark", "export", "import_hf"},
 ]
 ROOT = Path(qatmoe.__file__).parent
 MODULES = {

@@ -104,8 +104,9 @@ def test_errors_of_the_text_reach_the_caller_of_train(tmp_path):
 
 def test_check_vocab_names_both_numbers_and_the_fix():
     DEFAULT.check_vocab(2048)
-    with pytest.raises(UserError, match=r"2048 tokens but model.vocab_size=4096.*--config.model.vocab_size=2048"):
-        DEFAULT.check_vocab(4096)
+    DEFAULT.check_vocab(4096)  # padded embeddings, as many published models have them
+    with pytest.raises(UserError, match=r"2048 tokens but model.vocab_size=1024.*--config.model.vocab_size=2048"):
+        DEFAULT.check_vocab(1024)
 
 
 def test_load_of_a_saved_tokenizer(tmp_path):

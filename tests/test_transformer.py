@@ -91,7 +91,7 @@ def test_layout(params):
 
 def test_what_is_switched_off_has_no_parameters():
     cfg = dataclasses.replace(
-        CFG, tie_embeddings=True, n_mtp=0, n_dense_layers=0, n_shared_experts=0, router_bias=False, qk_norm=False
+        CFG, tie_embeddings=True, n_mtp=0, n_dense_layers=0, n_shared_experts=0, router_bias=False, qk_norm="none"
     )
     tree = transformer.abstract_params(cfg)
     assert set(tree) == {"embed", "norm", "layers"}

@@ -84,8 +84,8 @@ class Tokenizer:
         Path(path).write_text(self.json, encoding="utf-8")
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises UserError unless the model's `vocab_size` is this tokenizer's."""
-        if self.vocab_size != vocab_size:
+        """Raises UserError if the model's `vocab_size` is too small; rows beyond the tokenizer's are never used."""
+        if self.vocab_size > vocab_size:
             raise UserError(
                 f"the tokenizer has {self.vocab_size} tokens but model.vocab_size={vocab_size}; "
                 f"set --config.model.vocab_size={self.vocab_size}"

@@ -8,7 +8,7 @@ from qatmoe.model.layers import Param, apply_rope, linear, norm_param, rms_norm
 
 
 def attention_params(cfg: ModelConfig, std: float, out_std: float) -> dict[str, Param]:
-    """Declares the projections (out, in) and, with qk_norm, the two per-head norms."""
+    """Declares the projections (out, in), their biases and the two norms where the config asks for them."""
     q_width, kv_width = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
     params = {
         "q": Param((q_width, cfg.dim), ("heads", "embed"), std),
@@ -16,8 +16,16 @@ def attention_params(cfg: ModelConfig, std: float, out_std: float) -> dict[str, 
         "v": Param((kv_width, cfg.dim), ("kv_heads", "embed"), std),
         "o": Param((cfg.dim, q_width), ("embed", "heads"), out_std),
     }
-    if cfg.qk_norm:
+    if cfg.qkv_bias:
+        params |= {
+            "q_bias": Param((q_width,), ("heads",)),
+            "k_bias": Param((kv_width,), ("kv_heads",)),
+            "v_bias": Param((kv_width,), ("kv_heads",)),
+        }
+    if cfg.qk_norm == "head":
         params |= {"q_norm": norm_param(cfg.head_dim), "k_norm": norm_param(cfg.head_dim)}
+    if cfg.qk_norm == "full":
+        params |= {"q_norm": norm_param(q_width), "k_norm": norm_param(kv_width)}
     return params
 
 
@@ -34,10 +42,14 @@ def attention(
     document only. None means one document per row.
     """
     B, L, _ = x_BLD.shape
-    q_BLHDh = linear(x_BLD, params["q"]).reshape(B, L, cfg.n_heads, cfg.head_dim)
-    k_BLKDh = linear(x_BLD, params["k"]).reshape(B, L, cfg.n_kv_heads, cfg.head_dim)
-    v_BLKDh = linear(x_BLD, params["v"]).reshape(B, L, cfg.n_kv_heads, cfg.head_dim)
-    if cfg.qk_norm:
+    q_BLF, k_BLF, v_BLF = (_project(params, name, x_BLD) for name in "qkv")
+    if cfg.qk_norm == "full":
+        q_BLF = rms_norm(q_BLF, params["q_norm"], cfg.norm_eps)
+        k_BLF = rms_norm(k_BLF, params["k_norm"], cfg.norm_eps)
+    q_BLHDh = q_BLF.reshape(B, L, cfg.n_heads, cfg.head_dim)
+    k_BLKDh = k_BLF.reshape(B, L, cfg.n_kv_heads, cfg.head_dim)
+    v_BLKDh = v_BLF.reshape(B, L, cfg.n_kv_heads, cfg.head_dim)
+    if cfg.qk_norm == "head":
         q_BLHDh = rms_norm(q_BLHDh, params["q_norm"], cfg.norm_eps)
         k_BLKDh = rms_norm(k_BLKDh, params["k_norm"], cfg.norm_eps)
     q_BLHDh, k_BLKDh = apply_rope(q_BLHDh, *rope), apply_rope(k_BLKDh, *rope)
@@ -50,6 +62,11 @@ def attention(
     else:
         mixed_BLHDh = _grouped(q_BLHDh, k_BLKDh, v_BLKDh, segments_BL, scale)
     return linear(mixed_BLHDh.reshape(B, L, -1), params["o"])
+
+
+def _project(params: dict, name: str, x_BLD: jax.Array) -> jax.Array:
+    y_BLF = linear(x_BLD, params[name])
+    return y_BLF + params[f"{name}_bias"].astype(y_BLF.dtype) if f"{name}_bias" in params else y_BLF
 
 
 def _grouped(

@@ -35,7 +35,7 @@ MTP_RULES: tuple[tuple[str, str], ...] = (
     ("shared", _MTP + r"shared/(gate_up|down)$"),
     ("attention", _MTP + r"attn/[qkvo]$"),
 )
-_KEPT_F32 = re.compile(r"norm$|router/(weight|bias)$")  # as llama.cpp stores them
+_KEPT_F32 = re.compile(r"norm$|bias$|router/weight$")  # as llama.cpp stores them
 
 
 def make_plan(shapes: Shapes, model: ModelConfig, quant: QuantConfig) -> Plan:

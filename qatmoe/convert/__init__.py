@@ -1,0 +1,1 @@
+"""Other programs' files: GGUF and Hugging Face, read and written."""

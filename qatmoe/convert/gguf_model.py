@@ -1,0 +1,125 @@
+"""A branch as a GGUF file for llama.cpp: hyper-parameters, vocabulary, and tensors on the grid they were trained on."""
+
+from pathlib import Path
+
+import numpy as np
+
+from qatmoe.config import ModelConfig
+from qatmoe.convert import gguf, names
+from qatmoe.convert.gguf import Field
+from qatmoe.convert.names import Part
+from qatmoe.convert.vocab import gguf_fields
+from qatmoe.convert.weights import PLAIN, Branch, Value
+from qatmoe.errors import UserError
+from qatmoe.quant.pack import Packed, pack
+
+_GATING = {"softmax": 1, "sigmoid": 2}  # llama_expert_gating_func_type
+# Where llama.cpp multiplies by the scale tensor that NVFP4 needs beside its blocks; it ignores others without a word.
+_SCALED = {
+    "qwen3moe": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
+    "olmoe": ("attn_q", "attn_k", "attn_v", "attn_output"),
+    "glm4moe": ("attn_q", "attn_k", "attn_v", "attn_output"),
+}
+
+
+def write(branch: Branch, path: Path, *, arch: str = "auto", name: str = "", context: int = 0, force: bool) -> str:
+    """Writes a branch as a GGUF file; returns the architecture.
+
+    Args:
+      arch: glm4moe, qwen3moe, olmoe, or the first that computes what the model computes.
+      name: general.name; the run's by default.
+      context: context_length; the length of the training sequences by default.
+
+    Raises:
+      UserError: no architecture or type holds the model exactly, or the file cannot be written. Nothing is left behind.
+    """
+    arch = names.architecture(branch.model, names.GGUF, arch)
+    held = parts(branch, arch)
+    fields = hyper_parameters(branch.model, arch, name or branch.cfg.name, context or branch.cfg.data.seq_len)
+    fields |= gguf_fields(branch.tokenizer, branch.model.vocab_size)
+    tensors = {n: tensor(branch, n, part) for n, part in held.items()}
+    gguf.write(path, fields, tensors, lambda n: contents(branch, n, held[n]), force=force)
+    return arch
+
+
+def parts(branch: Branch, arch: str) -> dict[str, Part]:
+    """{tensor name: what it holds}; NVFP4 tensors are followed by their scale tensors.
+
+    Raises:
+      UserError: llama.cpp would ignore a scale tensor.
+    """
+    held: dict[str, Part] = {}
+    for name, part in names.gguf_parts(branch.model, arch).items():
+        held[name] = part
+        if branch.storage(part)[0] != "NVFP4":
+            continue
+        if name.split(".")[-2] not in _SCALED[arch]:
+            raise UserError(
+                f"{name} is on nvfp4, and llama.cpp's {arch} ignores the scale tensor that NVFP4 needs there: export "
+                "with --format compressed-tensors, train it on mxfp4, or (for experts) use a model that fits qwen3moe"
+            )
+        held[name.removesuffix("weight") + "scale"] = part
+    return held
+
+
+def tensor(branch: Branch, name: str, part: Part) -> gguf.Tensor:
+    """Type and shape of a tensor of the file."""
+    shape = branch.shape_of(part)
+    if name.endswith(".scale"):
+        return gguf.Tensor("F32", shape[:-2] or (1,))
+    return gguf.Tensor(branch.storage(part)[0], shape)
+
+
+def contents(branch: Branch, name: str, part: Part) -> np.ndarray:
+    """What the file stores: bytes of blocks, or plain numbers."""
+    value = branch.value(part)
+    if value.grid is None:
+        return np.asarray(value.weight.astype(PLAIN[value.kind]))
+    packed = packed_value(value)
+    if name.endswith(".scale"):
+        assert packed.tensor_scale is not None
+        return np.atleast_1d(packed.tensor_scale)
+    return packed.data
+
+
+def packed_value(value: Value) -> Packed:
+    """Codes and scales in the bytes of the value's type."""
+    assert value.grid is not None
+    return pack(value.grid, np.asarray(value.codes()), np.asarray(value.scale), value.kind)
+
+
+def hyper_parameters(m: ModelConfig, arch: str, name: str, context: int) -> dict[str, Field]:
+    """Everything but the vocabulary (llama.cpp: src/llama-arch.cpp has the keys)."""
+    numbers = {
+        "context_length": context,
+        "embedding_length": m.dim,
+        "block_count": m.n_layers + m.n_mtp,
+        "feed_forward_length": m.expert_dim if arch == "olmoe" else m.dense_dim,
+        "expert_feed_forward_length": m.expert_dim,
+        "attention.head_count": m.n_heads,
+        "attention.head_count_kv": m.n_kv_heads,
+        "attention.key_length": m.head_dim,
+        "attention.value_length": m.head_dim,
+        "rope.dimension_count": int(m.head_dim * m.rotary_fraction),
+        "expert_count": m.n_experts,
+        "expert_used_count": m.top_k,
+    }
+    floats = {"rope.freq_base": m.rope_theta, "attention.layer_norm_rms_epsilon": m.norm_eps}
+    flags = {}
+    if arch == "glm4moe":
+        numbers |= {
+            "expert_shared_count": m.n_shared_experts,
+            "leading_dense_block_count": m.n_dense_layers,
+            "nextn_predict_layers": m.n_mtp,
+            "expert_gating_func": _GATING[m.router],
+        }
+        floats["expert_weights_scale"] = m.routed_scale
+        flags["expert_weights_norm"] = m.norm_topk
+    return {
+        "general.architecture": Field("string", arch),
+        "general.name": Field("string", name),
+        "general.quantization_version": Field("uint32", 2),
+        **{f"{arch}.{key}": Field("uint32", value) for key, value in numbers.items()},
+        **{f"{arch}.{key}": Field("float32", value) for key, value in floats.items()},
+        **{f"{arch}.{key}": Field("bool", value) for key, value in flags.items()},
+    }

@@ -1,0 +1,249 @@
+"""A Hugging Face folder as a run whose trunk QAT branches from.
+
+Weights keep their type and are stored in the unrolled layout, layer by layer, so that the model is never in memory as
+a whole: at most one parameter of one layer, and what orbax holds while it writes a part.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qatmoe.checkpoint import Checkpoints
+from qatmoe.config import Config, DataConfig, ModelConfig, PhaseConfig, QuantConfig, TrainConfig, to_json
+from qatmoe.convert import hf_config, names
+from qatmoe.convert.names import Part
+from qatmoe.convert.safetensors import MAX_JSON, Folder
+from qatmoe.data import tokenizer
+from qatmoe.errors import UserError
+from qatmoe.files import atomic_folder, write_atomically
+
+TRUNK = "trunk"
+_PART_BYTES = 1 << 28  # weights per part of the checkpoint
+_TYPES = ("F32", "F16", "BF16")
+_UNUSED = ("rotary_emb.inv_freq",)
+
+_QAT = '''"""Late-stage 2-bit QAT of {name}, imported from Hugging Face. Edit it, then
+
+    python -m qatmoe.train --config {file} --workdir runs/{name}_qat
+
+The trunk is the imported model; the branches train on `data.source`.
+"""
+
+from pathlib import Path
+
+from qatmoe.config import default_config, phase
+
+HERE = Path(__file__).resolve().parent
+MODEL = {model}
+
+
+def get_config():
+    """The imported model's shape, with a control and a 2-bit branch."""
+    config = default_config()
+    config.name = "{name}_qat"
+    config.init_from = str(HERE)
+    config.model.update(MODEL)
+    config.data.tokenizer = str(HERE / "tokenizer.json")
+    config.quant.experts = "{grid}"
+    config.optim.lr = 1e-5
+    config.optim.scale_lr = 1e-6
+    config.train.phases.trunk = phase(steps=1)
+    config.train.phases.control = phase(start="trunk", steps=1000, warmup=50, decay=500)
+    config.train.phases.qat = phase(start="trunk", steps=1000, warmup=50, decay=500, quantize=True)
+    return config
+'''
+
+
+def import_folder(source: Path, out: Path, *, drop_mtp: bool = False, force: bool = False) -> ModelConfig:
+    """Writes the run folder `out` from the model in `source`.
+
+    Raises:
+      UserError: something in `source` is unusable or is not what config.json describes, or `out` cannot be written.
+        Nothing is left behind.
+    """
+    raw = _read_json(source / "config.json")
+    arch, model = hf_config.read(raw, str(source / "config.json"))
+    tok = _tokenizer(source, model)
+    with Folder(source) as files:
+        kept = _without_mtp(model) if drop_mtp else model
+        _check_counts(source, model, files)
+        wanted = _by_parameter(kept, arch)
+        _check_tensors(source, model, kept, arch, files)
+        dtype = "bfloat16" if any(t.dtype == "BF16" for t in files.tensors.values()) else "float32"
+        shape = _shape(kept, dtype)
+        cfg = _config(out, kept, dtype)
+        with atomic_folder(out, force=force) as place:
+            (place / "tokenizer.json").write_text(tok.json, encoding="utf-8")
+            write_atomically(place / "config.json", to_json(cfg))
+            write_atomically(place / "qat.py", _qat(out, shape, kept))
+            meta = {"config": json.loads(to_json(cfg)), "data": "", "tokenizer": tok.hash, "source": raw}
+            with Checkpoints(place, TRUNK) as checkpoints:
+                checkpoints.save_weights(0, _parts(source, files, wanted), meta)
+    return kept
+
+
+def _without_mtp(model: ModelConfig) -> ModelConfig:
+    return ModelConfig(**{**vars(model), "n_mtp": 0})
+
+
+def _config(out: Path, model: ModelConfig, dtype: str) -> Config:
+    """The folder's own config: a run of one phase, its weights in the unrolled layout."""
+    return Config(
+        name=out.name,
+        model=ModelConfig(**{**vars(model), "scan_layers": False, "dtype": dtype}),
+        quant=QuantConfig(experts="none"),
+        data=DataConfig(tokenizer=str(out.absolute() / "tokenizer.json")),
+        train=TrainConfig(phases={TRUNK: PhaseConfig(steps=1)}),
+    )
+
+
+def _shape(model: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The fields of the model that differ from a default."""
+    default = vars(ModelConfig())
+    return {k: v for k, v in {**vars(model), "dtype": dtype}.items() if v != default[k]}
+
+
+def _qat(out: Path, shape: dict[str, Any], model: ModelConfig) -> str:
+    grid = "q2_0" if model.dim % 64 == model.expert_dim % 64 == 0 else "q4_0"
+    fields = "".join(f"    {key!r}: {value!r},\n" for key, value in shape.items()).replace("'", '"')
+    return _QAT.format(name=out.name, file=out / "qat.py", model="{\n" + fields + "}", grid=grid)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:
+            text = f.read(MAX_JSON + 1)
+        value = json.loads(text.decode()) if len(text) <= MAX_JSON else None
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; give the folder of a Hugging Face model") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not JSON; download the model again") from e
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object; download the model again")
+    return value
+
+
+def _tokenizer(source: Path, model: ModelConfig) -> tokenizer.Tokenizer:
+    path = source / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing: make it with transformers (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))"
+        )
+    found = tokenizer.load(str(path))
+    found.check_vocab(model.vocab_size)
+    return found
+
+
+# ---- is it what config.json says? ------------------------------------------------------------------------------------
+
+
+def _check_counts(source: Path, model: ModelConfig, files: Folder) -> None:
+    """Before names are made for every expert of every layer: could the files hold them?"""
+    layers = model.n_layers + model.n_mtp
+    if layers + (layers - model.n_dense_layers) * model.n_experts > len(files.tensors):
+        raise UserError(
+            f"{source}/config.json says {layers} layers and {model.n_experts} experts, and the files hold "
+            f"{len(files.tensors)} tensors: a file or an index is missing, or the config is another model's"
+        )
+
+
+def _by_parameter(model: ModelConfig, arch: str) -> dict[tuple[str, int | None], dict[str, Part]]:
+    """{(path, layer): {tensor name: part}}, in the order of the file's blocks."""
+    groups: dict[tuple[str, int | None], dict[str, Part]] = {}
+    for name, part in names.huggingface_parts(model, arch).items():
+        if 0 in names.shape_of(model, part):
+            continue
+        groups.setdefault((part.path, part.layer), {})[name] = part
+    stacks = list(names.stack_sizes(model))
+
+    def order(key: tuple[str, int | None]) -> tuple[int, int]:
+        stack = key[0].split("/")[0]
+        return (stacks.index(stack) if stack in stacks else -1, key[1] or 0)
+
+    return {key: groups[key] for key in sorted(groups, key=order)}
+
+
+def _check_tensors(source: Path, model: ModelConfig, kept: ModelConfig, arch: str, files: Folder) -> None:
+    """Every tensor has the shape that config.json gives it, and none is left over."""
+    all_names = names.huggingface_parts(model, arch)
+    for name, part in names.huggingface_parts(kept, arch).items():
+        found, expected = files.tensors.get(name), names.shape_of(kept, part)
+        if found is None and 0 in expected:
+            continue
+        if found is None:
+            raise UserError(f"{source}: no tensor {name}, which config.json's {arch} has; a shard may be missing")
+        if found.shape != expected:
+            raise UserError(f"{source}: {name} has shape {found.shape}, and config.json says {expected}")
+        if found.dtype not in _TYPES:
+            raise UserError(f"{source}: {name} is {found.dtype}: only {', '.join(_TYPES)} weights can be imported")
+    for name in files.tensors:
+        if name in all_names or name.endswith(_UNUSED):
+            continue
+        own = _copied_from(name, kept)
+        if own == "":
+            continue
+        if own is None or own not in files.tensors:
+            raise UserError(f"{source}: {name} is nothing that config.json's {arch} has")
+        if files.read(name).tobytes() != files.read(own).tobytes():
+            raise UserError(
+                f"{source}: {name} differs from {own}, which it should repeat (the model here shares it)"
+                + ("; --drop_mtp imports the model without its MTP modules" if "layers" in name else "")
+            )
+
+
+def _copied_from(name: str, kept: ModelConfig) -> str | None:
+    """The tensor that a redundant one must equal; "" where it belongs to a module that is left out."""
+    head = "model.embed_tokens.weight" if kept.tie_embeddings else "lm_head.weight"
+    if name == "lm_head.weight" and kept.tie_embeddings:
+        return head
+    for block in range(kept.n_layers, kept.n_layers + max(kept.n_mtp, 1)):
+        prefix = f"model.layers.{block}."
+        if name == f"{prefix}embed_tokens.weight":
+            return "model.embed_tokens.weight" if kept.n_mtp else ""
+        if name == f"{prefix}shared_head.head.weight":
+            return head if kept.n_mtp else ""
+    return None
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _parts(
+    source: Path, files: Folder, wanted: dict[tuple[str, int | None], dict[str, Part]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Parameters in the unrolled layout, in parts of about 256 MB."""
+    part: dict[str, np.ndarray] = {}
+    size = 0
+    for (path, layer), tensors in wanted.items():
+        array = _assemble(source, files, tensors)
+        stack, _, rest = path.partition("/")
+        part[f"params/model/{path}" if layer is None else f"params/model/{stack}/{layer}/{rest}"] = array
+        size += array.nbytes
+        del array
+        if size >= _PART_BYTES:
+            yield part
+            part, size = {}, 0
+    if part:
+        yield part
+
+
+def _assemble(source: Path, files: Folder, tensors: dict[str, Part]) -> np.ndarray:
+    """One parameter of one layer: its experts stacked, gate and up joined."""
+    first, shape = next(iter(tensors.values())), files.tensors[next(iter(tensors))].shape
+    types = {files.tensors[name].dtype for name in tensors}
+    if len(types) > 1:
+        raise UserError(f"{source}: {first.path} of layer {first.layer} mixes {', '.join(sorted(types))}")
+    experts = 1 + max(part.expert or 0 for part in tensors.values())
+    halves = 1 if first.half is None else 2
+    rows = shape[:1] if len(shape) == 1 else (halves * shape[0], *shape[1:])
+    out = np.empty((experts, *rows), files.read(next(iter(tensors))).dtype)
+    for name, part in tensors.items():
+        start = (part.half or 0) * shape[0]
+        out[part.expert or 0, start : start + shape[0]] = files.read(name)
+    if not all(np.isfinite(e).all() for e in out):
+        raise UserError(f"{source}: {first.path} of layer {first.layer} holds NaN or inf; the file is broken")
+    return out if first.expert is not None else out[0]

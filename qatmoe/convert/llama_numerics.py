@@ -1,0 +1,120 @@
+"""The forward pass as llama.cpp computes it on a CPU, with its rounding of activations.
+
+ggml multiplies a quantized weight with activations that it first rounds to 8 bits, in blocks along the contraction axis
+(ggml-cpu.c: `vec_dot_type`):
+
+    Q8_0  per 32: d = f16(max|x| / 127), q = round(x 127 / max|x|)           Q2_0, Q4_0, IQ4_NL, MXFP4, NVFP4, Q8_0
+    Q8_K  per 256: q = min(round(-127 x / m), 127), m the x of largest |x|   TQ1_0, TQ2_0, Q2_K, Q3_K
+    F16, BF16                                                                weights of that type
+
+With these roundings the two programs differ by float rounding alone, except where that moves a value across a rounding
+boundary. Written for clarity: every expert sees every token; the model is `model.transformer`'s.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qatmoe.config import ModelConfig
+from qatmoe.model.layers import apply_rope, rms_norm, rope_angles, swiglu
+from qatmoe.model.router import route
+
+Tree = Mapping[str, Any]
+Kinds = Mapping[str, str]  # path within a block, or "embed", "head" -> GGUF type
+
+_Q8_K = ("TQ1_0", "TQ2_0", "Q2_K", "Q3_K")
+
+
+def round_activations(x: jax.Array, kind: str) -> jax.Array:
+    """x (..., I) f32 as a weight of a type meets it, f32."""
+    if kind == "F32":
+        return x
+    if kind in ("F16", "BF16"):
+        return x.astype(jnp.float16 if kind == "F16" else jnp.bfloat16).astype(jnp.float32)
+    blocks = x.reshape(*x.shape[:-1], -1, 256 if kind in _Q8_K else 32)
+    size = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
+    safe = jnp.where(size == 0, 1.0, size)
+    if kind in _Q8_K:
+        first = jnp.argmax(jnp.abs(blocks), axis=-1, keepdims=True)
+        inverse = -127.0 / jnp.where(size == 0, 1.0, jnp.take_along_axis(blocks, first, axis=-1))
+        out = jnp.minimum(jnp.rint(inverse * blocks), 127.0) * (1.0 / inverse)
+    else:
+        out = jnp.rint(blocks * (127.0 / safe)) * (size / 127.0).astype(jnp.float16).astype(jnp.float32)
+    return jnp.where(size == 0, 0.0, out).reshape(x.shape)
+
+
+def logits(params: Tree, kinds: Kinds, cfg: ModelConfig, tokens_L: jax.Array) -> jax.Array:
+    """Scores (L, V) f32 of the next token.
+
+    Args:
+      params: unrolled layout, f32, as decoded from the file.
+      kinds: {path without a layer number: type} of every weight; all "F32" leaves activations as they are.
+    """
+    x_LD = params["embed"][tokens_L]
+    for stack in ("dense_layers", "layers"):
+        own = tuple(sorted((p.removeprefix(f"{stack}/"), k) for p, k in kinds.items() if p.startswith(f"{stack}/")))
+        for i in range(len(params.get(stack, {}))):
+            x_LD = _block(params[stack][str(i)], own, cfg, x_LD)
+    name = "embed" if cfg.tie_embeddings else "head"
+    return _head(params["norm"], params[name], kinds[name], cfg, x_LD)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _head(norm: jax.Array, weight: jax.Array, kind: str, cfg: ModelConfig, x_LD: jax.Array) -> jax.Array:
+    return _linear(rms_norm(x_LD, norm, cfg.norm_eps), weight, kind)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _block(layer: Tree, own: tuple[tuple[str, str], ...], cfg: ModelConfig, x_LD: jax.Array) -> jax.Array:
+    kinds = dict(own)
+    x_LD = x_LD + _attention(layer["attn"], kinds, cfg, rms_norm(x_LD, layer["attn_norm"], cfg.norm_eps))
+    normed_LD = rms_norm(x_LD, layer["ffn_norm"], cfg.norm_eps)
+    if "ffn" in layer:
+        return x_LD + _ffn(layer["ffn"], "ffn", kinds, normed_LD)
+    y_LD = _experts(layer, kinds, cfg, normed_LD)
+    if "shared" in layer:
+        y_LD = y_LD + _ffn(layer["shared"], "shared", kinds, normed_LD)
+    return x_LD + y_LD
+
+
+def _linear(x: jax.Array, weight: jax.Array, kind: str) -> jax.Array:
+    return jnp.einsum("...i,oi->...o", round_activations(x, kind), weight, precision=jax.lax.Precision.HIGHEST)
+
+
+def _ffn(params: Tree, name: str, kinds: Kinds, x_LD: jax.Array) -> jax.Array:
+    hidden_LF = swiglu(_linear(x_LD, params["gate_up"], kinds[f"{name}/gate_up"]), 0.0)
+    return _linear(hidden_LF, params["down"], kinds[f"{name}/down"])
+
+
+def _attention(params: Tree, kinds: Kinds, cfg: ModelConfig, x_LD: jax.Array) -> jax.Array:
+    L = len(x_LD)
+    q_LF, k_LF, v_LF = (_linear(x_LD, params[n], kinds[f"attn/{n}"]) + params.get(f"{n}_bias", 0.0) for n in "qkv")
+    if cfg.qk_norm == "full":
+        q_LF, k_LF = (rms_norm(a, params[f"{n}_norm"], cfg.norm_eps) for n, a in (("q", q_LF), ("k", k_LF)))
+    q_LHDh = q_LF.reshape(1, L, cfg.n_heads, cfg.head_dim)
+    k_LKDh, v_LKDh = (a.reshape(1, L, cfg.n_kv_heads, cfg.head_dim) for a in (k_LF, v_LF))
+    if cfg.qk_norm == "head":
+        q_LHDh, k_LKDh = (rms_norm(a, params[f"{n}_norm"], cfg.norm_eps) for n, a in (("q", q_LHDh), ("k", k_LKDh)))
+    rope = rope_angles(jnp.arange(L)[None], cfg.head_dim, cfg.rotary_fraction, cfg.rope_theta)
+    q_LHDh, k_LKDh = apply_rope(q_LHDh, *rope), apply_rope(k_LKDh, *rope)
+    with jax.default_matmul_precision("highest"):
+        mixed = jax.nn.dot_product_attention(q_LHDh, k_LKDh, v_LKDh, is_causal=True, scale=cfg.head_dim**-0.5)
+    return _linear(mixed.reshape(L, -1), params["o"], kinds["attn/o"])
+
+
+def _experts(layer: Tree, kinds: Kinds, cfg: ModelConfig, x_LD: jax.Array) -> jax.Array:
+    """Routed experts; llama.cpp applies the router's weights after the down projection."""
+    routing = route(layer["router"], cfg, x_LD)
+    chosen_LkE = routing.indices_Tk[..., None] == jnp.arange(cfg.n_experts)
+    weights_LE = jnp.sum(jnp.where(chosen_LkE, routing.weights_Tk[..., None], 0.0), axis=1)
+
+    def one(y_LD: jax.Array, expert: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        gate_up_FD, down_DF, weight_L = expert
+        hidden_LF = swiglu(_linear(x_LD, gate_up_FD, kinds["experts/gate_up"]), 0.0)
+        return y_LD + weight_L[:, None] * _linear(hidden_LF, down_DF, kinds["experts/down"]), None
+
+    experts = (layer["experts"]["gate_up"], layer["experts"]["down"], weights_LE.T)
+    return jax.lax.scan(one, jnp.zeros_like(x_LD), experts)[0]

@@ -1,0 +1,271 @@
+"""Is the file the trained model? Three levels, each against a program that was not written here.
+
+L0  every tensor's bytes are those that the training side packs now
+L1  decoded by PyPI gguf and by libggml, every weight is the number that training computed with: max difference 0.0
+L2  llama.cpp's logits against the forward pass in JAX: as it is, and with llama.cpp's rounding of activations
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qatmoe.convert import compressed, gguf, gguf_model, huggingface_model, llama, llama_numerics, safetensors
+from qatmoe.convert.names import gguf_parts
+from qatmoe.convert.weights import Branch
+from qatmoe.data import corpus
+from qatmoe.quant.pack import KINDS, Packed, dequantize
+
+MAX_DIFF_F32 = 1e-4  # L2 of files without any rounding of activations
+MAX_KLD = 1e-3  # L2 of all others, with the rounding emulated: mean, nats
+MIN_SAME_TOP1 = 0.995
+Decoder = Callable[[str, np.ndarray], np.ndarray | None]
+
+
+@dataclasses.dataclass
+class Row:
+    """All tensors of one type."""
+
+    kind: str
+    tensors: int = 0
+    weights: int = 0
+    same_bytes: int = 0  # tensors
+    max_diff: dict[str, float] = dataclasses.field(default_factory=dict)  # decoder -> L1
+
+
+@dataclasses.dataclass
+class Report:
+    """What was checked, and what could not be."""
+
+    rows: list[Row]
+    l2: dict[str, dict[str, float]]  # "as it is", "emulated" -> figures; {} where llama.cpp is not installed
+    faults: list[str]
+    unchecked: list[str]
+    sha256: str
+
+    @property
+    def ok(self) -> bool:
+        """Nothing that was checked failed."""
+        return not self.faults
+
+    def text(self) -> str:
+        """The table for the terminal."""
+        lines = []
+        for row in self.rows:
+            diffs = ", ".join(f"{d} {v:g}" for d, v in row.max_diff.items()) or "not decoded"
+            lines.append(
+                f"{row.kind:6} {row.tensors:4} tensors {row.weights:13,} weights   L0 {row.same_bytes}/{row.tensors} "
+                f"equal   L1 max difference: {diffs}"
+            )
+        for name, figures in self.l2.items():
+            lines.append(
+                f"L2 against JAX {name}: mean KLD {figures['kld']:.2e}, same top-1 {figures['same_top1']:.2%}, "
+                f"max |difference| {figures['max_diff']:.2e}, median row's {figures['median_diff']:.2e} "
+                f"({figures['tokens']:.0f} tokens)"
+            )
+        lines += [f"not checked: {what}" for what in self.unchecked] + [f"FAILED: {what}" for what in self.faults]
+        lines.append(f"sha256 of the tensors {self.sha256}")
+        return "\n".join(lines)
+
+
+def verify_gguf(branch: Branch, path: Path, arch: str, tokens: int = 4096) -> Report:
+    """Reads a GGUF file back and compares it with the branch it was written from.
+
+    Args:
+      tokens: how many tokens of the bundled held-out novel L2 takes.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    report = Report([], {}, [], [], "")
+    rows: dict[str, Row] = {}
+    sha = hashlib.sha256()
+    decoders = _decoders(report)
+    with gguf.File(path) as file:
+        held = gguf_model.parts(branch, arch)
+        if set(held) != set(file.tensors):
+            report.faults.append(f"tensors differ: {sorted(set(held) ^ set(file.tensors))[:4]}")
+        for name in [n for n in held if n in file.tensors]:
+            data, tensor = file.data(name), file.tensors[name]
+            row = rows.setdefault(tensor.kind, Row(tensor.kind))
+            row.tensors += 1
+            row.weights += int(np.prod(tensor.shape))
+            sha.update(data.tobytes())
+            same = data.tobytes() == np.ascontiguousarray(gguf_model.contents(branch, name, held[name])).tobytes()
+            row.same_bytes += same
+            if not same:
+                report.faults.append(f"L0: {name} holds other bytes than training packs")
+            if name.endswith(".scale"):
+                continue
+            scale = file.data(name.removesuffix("weight") + "scale") if tensor.kind == "NVFP4" else None
+            _compare(report, row, name, data, scale, np.asarray(branch.value(held[name]).numbers()), decoders)
+    report.rows, report.sha256 = list(rows.values()), sha.hexdigest()
+    if llama.installed():
+        _logits(branch, path, tokens, report)
+    else:
+        report.unchecked.append("L2: llama-cpp-python is not installed (pip install 'qatmoe[deploy]')")
+    return report
+
+
+def verify_huggingface(branch: Branch, folder: Path, arch: str, *, packed: bool) -> Report:
+    """Reads a Hugging Face folder back and compares it with the branch it was written from: L0 and L1.
+
+    Raises:
+      UserError: the folder cannot be read.
+    """
+    report = Report([], {}, [], [], "")
+    rows: dict[str, Row] = {}
+    sha = hashlib.sha256()
+    held = huggingface_model.contents(branch, arch, packed)
+    read = huggingface_model.Source(branch)
+    with safetensors.Folder(folder) as file, contextlib.ExitStack() as stack:
+        library = _library(folder, stack, report)
+        if set(held) != set(file.tensors):
+            report.faults.append(f"tensors differ: {sorted(set(held) ^ set(file.tensors))[:4]}")
+        for name, (part, suffix) in [(n, c) for n, c in held.items() if n in file.tensors]:
+            grid = branch.storage(part)[1]
+            row = rows.setdefault(kind := grid.name if grid else file.tensors[name].dtype, Row(kind))
+            data = file.read(name)
+            sha.update(data.tobytes())
+            row.tensors += 1
+            same = data.tobytes() == np.ascontiguousarray(read(part, suffix)).tobytes()
+            row.same_bytes += same
+            if not same:
+                report.faults.append(f"L0: {name} holds other bytes than training packs")
+            if suffix not in ("", "weight_packed"):
+                continue
+            expected = np.asarray(branch.value(part).numbers())
+            row.weights += expected.size
+            decoded = {}
+            if suffix:
+                assert grid is not None
+                stem = name.removesuffix("weight_packed")
+                tensors = {n.removeprefix(stem): file.read(n) for n in held if n.startswith(f"{stem}weight_")}
+                decoded["qatmoe"] = compressed.dequantize(grid, compressed.Packed(tensors))
+            elif library is None:
+                decoded["numpy"] = data.astype(np.float32)
+            else:
+                decoded["safetensors"] = library[name].get_tensor(name).astype(np.float32)
+            _note(report, row, name, decoded, expected)
+    report.rows, report.sha256 = list(rows.values()), sha.hexdigest()
+    report.unchecked.append("L2: llama.cpp does not read safetensors")
+    return report
+
+
+def _library(folder: Path, stack: contextlib.ExitStack, report: Report) -> dict[str, Any] | None:
+    """{tensor name: an open file of the safetensors library}."""
+    try:
+        package = importlib.import_module("safetensors")
+    except ImportError:
+        report.unchecked.append("L1 by safetensors: the package is not installed (pip install 'qatmoe[deploy]')")
+        return None
+    opened = [stack.enter_context(package.safe_open(f, "numpy")) for f in sorted(folder.glob("*.safetensors"))]
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _decoders(report: Report) -> dict[str, Decoder]:
+    decoders: dict[str, Decoder] = {}
+    try:
+        package = importlib.import_module("gguf")
+    except ImportError:
+        report.unchecked.append("L1 by gguf: the package is not installed (pip install 'qatmoe[deploy]')")
+    else:
+
+        def by_gguf(kind: str, data: np.ndarray) -> np.ndarray | None:
+            """None for types that the package does not know."""
+            number = getattr(package.GGMLQuantizationType, kind, None)
+            return None if number is None else np.asarray(package.quants.dequantize(data, number))
+
+        decoders["gguf"] = by_gguf
+    if llama.installed():
+        decoders["libggml"] = llama.dequantize
+    else:
+        report.unchecked.append("L1 by libggml: llama-cpp-python is not installed (pip install 'qatmoe[deploy]')")
+    return decoders
+
+
+def _compare(
+    report: Report,
+    row: Row,
+    name: str,
+    data: np.ndarray,
+    scale: np.ndarray | None,
+    expected: np.ndarray,
+    decoders: dict[str, Decoder],
+) -> None:
+    """L1 of one tensor by every decoder that knows its type."""
+    decoded = {}
+    if row.kind in KINDS:
+        matrix_scale = None if scale is None else scale.reshape(data.shape[:-2])
+        decoded["qatmoe"] = dequantize(Packed(row.kind, np.asarray(data), matrix_scale))
+        for who, decode in decoders.items():
+            values = decode(row.kind, data)
+            if values is not None:
+                factor = 1 if scale is None else scale.reshape(*data.shape[:-2], 1, 1)
+                decoded[who] = values.reshape(expected.shape) * factor
+    else:
+        decoded["numpy"] = data.astype(np.float32)
+    _note(report, row, name, decoded, expected)
+
+
+def _note(report: Report, row: Row, name: str, decoded: dict[str, np.ndarray], expected: np.ndarray) -> None:
+    for who, values in decoded.items():
+        diff = float(np.max(np.abs(values - expected), initial=0.0))
+        row.max_diff[who] = max(row.max_diff.get(who, 0.0), diff)
+        if diff != 0.0:
+            report.faults.append(f"L1: {name} decoded by {who} differs by up to {diff:g}")
+
+
+def _logits(branch: Branch, path: Path, tokens: int, report: Report) -> None:
+    windows_ML = _windows(branch, tokens)
+    weights = branch.numbers()
+    kinds = {part.path: branch.storage(part)[0] for part in gguf_parts(branch.model, "").values()}
+    exact = dict.fromkeys(kinds, "F32")
+    rounded = any(kind != "F32" for kind in kinds.values())
+    figures: dict[str, list[dict[str, np.ndarray]]] = {"as it is": []}
+    if rounded:
+        figures["with activations rounded as llama.cpp does"] = []
+    for tokens_L, theirs_LV in zip(windows_ML, llama.logits(path, windows_ML), strict=True):
+        for name, rows in figures.items():
+            ours_LV = llama_numerics.logits(weights, exact if name == "as it is" else kinds, branch.model, tokens_L)
+            rows.append(_distance(np.asarray(ours_LV), theirs_LV))
+    for name, rows in figures.items():
+        report.l2[name] = {key: float(np.mean([r[key] for r in rows])) for key in ("kld", "same_top1")} | {
+            "max_diff": float(np.max([r["diff_L"].max() for r in rows])),
+            "median_diff": float(np.median(np.concatenate([r["diff_L"] for r in rows]))),
+            "tokens": float(windows_ML.size),
+        }
+    decisive = report.l2[list(figures)[-1]]
+    if not rounded and decisive["max_diff"] > MAX_DIFF_F32:
+        report.faults.append(f"L2: logits differ by up to {decisive['max_diff']:g}, more than {MAX_DIFF_F32:g}")
+    if decisive["kld"] > MAX_KLD or decisive["same_top1"] < MIN_SAME_TOP1:
+        report.faults.append(
+            f"L2: mean KLD {decisive['kld']:.2e} (at most {MAX_KLD:g}), same top-1 {decisive['same_top1']:.2%} (at "
+            f"least {MIN_SAME_TOP1:.1%})"
+        )
+
+
+def _windows(branch: Branch, tokens: int) -> np.ndarray:
+    """(M, L) token ids of the bundled held-out novel."""
+    length = min(branch.cfg.data.seq_len, 256)
+    novel = next(corpus.documents("default", field="data.valid")).text
+    ids = branch.tokenizer.encode(novel[: 8 * tokens])
+    count = max(1, min(tokens, len(ids)) // length)
+    return np.asarray(ids[: count * length], np.int32).reshape(count, length)
+
+
+def _distance(ours_LV: np.ndarray, theirs_LV: np.ndarray) -> dict[str, Any]:
+    """Mean KL(ours || theirs) in nats, share of equal best tokens, and each row's largest difference of scores."""
+    ours, theirs = (jax.nn.log_softmax(jnp.asarray(a, jnp.float32), axis=-1) for a in (ours_LV, theirs_LV))
+    return {
+        "kld": float(jnp.mean(jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1))),
+        "same_top1": float(np.mean(ours_LV.argmax(-1) == theirs_LV.argmax(-1))),
+        "diff_L": np.abs(ours_LV - theirs_LV).max(axis=-1),
+    }

@@ -1,0 +1,40 @@
+"""Makes a run of a Hugging Face model: a trunk that QAT branches from.
+
+    python -m qatmoe.import_hf models/Qwen3-30B-A3B --out runs/qwen3
+    python -m qatmoe.train --config runs/qwen3/qat.py --workdir runs/qwen3_qat
+
+DIR holds config.json, tokenizer.json and model.safetensors (or shards and their index) of a Qwen3-MoE, OLMoE, GLM-4-MoE
+or dots1 model. Nothing in it is executed or unpickled. The model may be larger than memory.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qatmoe.convert.hf_import import import_folder
+from qatmoe.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 imported, 2 unusable input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qatmoe.import_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="DIR", help="folder of the Hugging Face model")
+    parser.add_argument("--out", required=True, help="folder of the run to make")
+    parser.add_argument("--force", action="store_true", help="replace what is at --out")
+    parser.add_argument("--drop_mtp", action="store_true", help="leave the MTP modules out")
+    args = parser.parse_args(argv)
+    try:
+        model = import_folder(Path(args.source), Path(args.out), drop_mtp=args.drop_mtp, force=args.force)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    print(f"{args.out}: {model.n_layers} layers, {model.n_experts} experts, {model.n_mtp} MTP modules")
+    print(f"next: python -m qatmoe.train --config {args.out}/qat.py --workdir {args.out}_qat")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
