@@ -1,4 +1,4 @@
-"""A 1.3B-parameter MoE (64 experts, 8 active) in 2 bits on one 80 GB GPU.
+"""A 1.2B-parameter MoE of the Qwen3-MoE shape (64 experts, 8 active) in 2 bits on one 80 GB GPU.
 
     python -m qatmoe.train --config configs/h100_1b.py --config.data.source=TEXT
 
@@ -13,10 +13,11 @@ def get_config():
     config = default_config()
     config.name = "h100_1b"
     m = config.model
-    m.vocab_size, m.dim, m.n_layers, m.n_dense_layers, m.dense_dim = 32768, 1024, 13, 1, 4096
+    m.vocab_size, m.dim, m.n_layers, m.n_dense_layers = 32768, 1024, 12, 0
     m.n_heads, m.n_kv_heads, m.head_dim = 16, 8, 64
     m.n_experts, m.top_k, m.expert_dim, m.n_shared_experts, m.n_mtp = 64, 8, 512, 0, 0
     m.tie_embeddings = True
+    m.router, m.router_bias, m.rotary_fraction = "softmax", False, 1.0  # Qwen3-MoE: deploys as qwen3moe
     m.capacity_factor = 1.25
     m.expert_block = 256
     m.dtype = "bfloat16"

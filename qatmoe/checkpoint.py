@@ -61,7 +61,7 @@ class Checkpoints:
         self.phase = phase
         self.directory = Path(workdir).absolute() / "checkpoints" / phase
         self._keep = keep
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
 

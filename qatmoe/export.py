@@ -66,16 +66,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ternary", default="TQ2_0", help="gguf type of ternary blocks of 256: TQ2_0, TQ1_0 or Q2_0")
     parser.add_argument("--drop_mtp", action="store_true", help="leave the MTP modules out")
     parser.add_argument("--context", type=int, default=0, help="context length to state; that of training by default")
+    parser.add_argument("--chat_template", type=Path, help="gguf: file with a Jinja template; plain text by default")
     parser.add_argument("--name", default="", help="name of the model; the run's by default")
     return parser
 
 
 def _write(branch: Branch, out: Path, args: argparse.Namespace) -> str:
     if args.format == "gguf":
-        return gguf_model.write(branch, out, arch=args.arch, name=args.name, context=args.context, force=args.force)
+        chat = {"chat_template": _text(args.chat_template)} if args.chat_template else {}
+        return gguf_model.write(
+            branch, out, arch=args.arch, name=args.name, context=args.context, force=args.force, **chat
+        )
     return huggingface_model.write(
         branch, out, arch=args.arch, packed=args.format == "compressed-tensors", context=args.context, force=args.force
     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--chat_template {path}: {getattr(e, 'strerror', None) or 'not UTF-8 text'}") from e
 
 
 def _verify(branch: Branch, out: Path, arch: str, args: argparse.Namespace) -> Report:

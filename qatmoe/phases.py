@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qatmoe import metrics as metrics_lib
 from qatmoe import step as steps
 from qatmoe.checkpoint import Checkpoints
-from qatmoe.config import Config, PhaseConfig, to_json
+from qatmoe.config import Config, to_json
 from qatmoe.data.batches import Data
 from qatmoe.errors import RunError, UserError
 from qatmoe.model.transformer import STACKED
@@ -51,7 +51,7 @@ def run_phase(run: Run, name: str) -> None:
         if not done:
             state = loop(run, name, state, position, checkpoints)
     if not evaluated(run, name):
-        result = run.evaluate(eval_weights(run, phase, state), cfg.eval.final_batches, interruptible=True)
+        result = run.evaluate(run.eval_weights(phase, state), cfg.eval.final_batches, interruptible=True)
         run.metrics.write(name, int(state.step), "final", result)
 
 
@@ -244,7 +244,7 @@ def loop(run: Run, name: str, state: TrainState, position: Position, checkpoints
                 if phase.quantize:
                     run.metrics.write(name, n, "health", watch.health(state.params, before))
                 if n < phase.steps:  # the last step is followed by the final validation
-                    result = run.evaluate(eval_weights(run, phase, state), cfg.eval.batches)
+                    result = run.evaluate(run.eval_weights(phase, state), cfg.eval.batches)
                     run.metrics.write(name, n, "valid", result)
         if n % cfg.train.checkpoint_every == 0 or n == phase.steps:
             log.flush()  # never keep a state whose loss was not looked at
@@ -269,11 +269,6 @@ def save(
     checkpoints.save(int(state.step), state, position, meta, final=done, wait=wait)
 
 
-def eval_weights(run: Run, phase: PhaseConfig, state: TrainState) -> Weights:
-    """The weights that are evaluated: averaged if the run keeps an average, on their grid if the phase quantizes."""
-    return jax.jit(functools.partial(steps.eval_weights, run.cfg, run.plan, quantize=phase.quantize))(state)
-
-
 class Watch:
     """What a phase is compared with: its teacher, and, where it quantizes, the codes and scales it began with."""
 
@@ -283,7 +278,7 @@ class Watch:
         self.teacher: Weights | None = None
         if phase.distill:
             parent = cfg.train.phases[phase.start]
-            self.teacher = eval_weights(run, parent, final_state(run, phase.start)[0])
+            self.teacher = run.eval_weights(parent, final_state(run, phase.start)[0])
         if not phase.quantize:
             return
         rule = cfg.quant.dynamic_rule

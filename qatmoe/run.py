@@ -98,6 +98,18 @@ class Run:
 
         return jax.jit(sums, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
+    def eval_weights(self, phase: PhaseConfig, state: steps.TrainState) -> Weights:
+        """What is evaluated: the average if the run keeps one, on the grid if the phase quantizes."""
+        return self._eval_weights[phase.quantize](state)
+
+    @functools.cached_property
+    def _eval_weights(self) -> dict[bool, Callable[[steps.TrainState], Weights]]:
+        """Jitted once per run, not once per validation."""
+        return {
+            quantize: jax.jit(functools.partial(steps.eval_weights, self.cfg, self.plan, quantize=quantize))
+            for quantize in (False, True)
+        }
+
     def evaluate(self, weights: Weights, limit: int, *, interruptible: bool = False) -> dict[str, float]:
         """Validation of one set of weights on `limit` batches (0: all of it), dropless.
 

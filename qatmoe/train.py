@@ -22,7 +22,8 @@ import jax
 
 from qatmoe import cli, report
 from qatmoe.checkpoint import open_workdir
-from qatmoe.config import Config, to_json
+from qatmoe.config import Config, ModelConfig, to_json
+from qatmoe.convert import names
 from qatmoe.data import batches
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
@@ -72,12 +73,24 @@ def announce(run: Run, table: list[dict[str, Any]]) -> None:
         f"text: {stats['train_tokens']:,} tokens to train on, {stats['valid_tokens']:,} held out, "
         f"{stats['valid_bytes_per_token']:.2f} bytes per token"
     )
-    print(format_coverage(table), flush=True)
+    print(format_coverage(table))
+    print(deployment(run.cfg.model), flush=True)
     plan = {"totals": totals(table), "rows": table, "data": stats, "environment": report.environment()}
     write_atomically(run.workdir / "plan.json", json.dumps(plan, indent=1))
     write_atomically(run.workdir / "tokenizer.json", run.data.tokenizer.json)
     run.metrics.text("config", to_json(run.cfg))
     run.metrics.text("plan", format_coverage(table))
+
+
+def deployment(model: ModelConfig) -> str:
+    """Which files will hold this model; better known before it is trained than after."""
+    lines = []
+    for what, table in (("GGUF", names.GGUF), ("Hugging Face", names.HUGGINGFACE)):
+        try:
+            lines.append(f"deploys to {what} as {names.architecture(model, table)}")
+        except UserError as e:
+            lines.append(f"does not deploy to {what}: {e}")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -34,9 +35,12 @@ def quick_compilation():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests that need a GPU are left out by name where there is none."""
-    needing = [item for item in items if item.get_closest_marker("gpu")]
-    if not needing or jax.default_backend() == "gpu":
-        return
-    config.hook.pytest_deselected(items=needing)
-    items[:] = [item for item in items if item not in needing]
+    """Tests that need a GPU or llama-server are left out, and counted as deselected, where there is none."""
+    there = {
+        "gpu": jax.default_backend() == "gpu",
+        "llama_server": bool(shutil.which("llama-server", path=os.environ.get("QATMOE_LLAMA_CPP", os.environ["PATH"]))),
+    }
+    needing = [i for i in items if any(i.get_closest_marker(m) and not found for m, found in there.items())]
+    if needing:
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if item not in needing]

@@ -1,7 +1,7 @@
 """Codes and scales -> the tensors of Hugging Face's quantized checkpoints, in numpy.
 
-Layouts as compressed-tensors 0.20 (compressors/pack_quantized, mxfp4, nvfp4) reads them. The module NAME of an (out, in)
-weight gets the tensors NAME.SUFFIX:
+Layouts as compressed-tensors 0.20 (compressors/pack_quantized, mxfp4, nvfp4) reads them. The module NAME of an (out,
+in) weight gets the tensors NAME.SUFFIX:
 
     pack-quantized        weight_packed        int32 (out, in * B / 32): weight i is bits B i .. B i + B - 1 of its row,
                                                lowest first, running on from word to word; stored is int + 2^(B-1)

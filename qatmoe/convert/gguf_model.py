@@ -1,7 +1,11 @@
 """A branch as a GGUF file for llama.cpp: hyper-parameters, vocabulary, and tensors on the grid they were trained on."""
 
+import dataclasses
+import functools
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qatmoe.config import ModelConfig
@@ -11,7 +15,8 @@ from qatmoe.convert.names import Part
 from qatmoe.convert.vocab import gguf_fields
 from qatmoe.convert.weights import PLAIN, Branch, Value
 from qatmoe.errors import UserError
-from qatmoe.quant.pack import Packed, pack
+from qatmoe.quant.grid import Grid
+from qatmoe.quant.pack import Packed, check_scales, write_blocks
 
 _GATING = {"softmax": 1, "sigmoid": 2}  # llama_expert_gating_func_type
 # Where llama.cpp multiplies by the scale tensor that NVFP4 needs beside its blocks; it ignores others without a word.
@@ -22,13 +27,27 @@ _SCALED = {
 }
 
 
-def write(branch: Branch, path: Path, *, arch: str = "auto", name: str = "", context: int = 0, force: bool) -> str:
+# A conversation is its text: models here are trained on plain text, and llama-cli then continues the prompt.
+PLAIN_TEXT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def write(
+    branch: Branch,
+    path: Path,
+    *,
+    arch: str = "auto",
+    name: str = "",
+    context: int = 0,
+    chat_template: str = PLAIN_TEXT,
+    force: bool,
+) -> str:
     """Writes a branch as a GGUF file; returns the architecture.
 
     Args:
       arch: glm4moe, qwen3moe, olmoe, or the first that computes what the model computes.
       name: general.name; the run's by default.
       context: context_length; the length of the training sequences by default.
+      chat_template: Jinja, for llama.cpp's chat programs.
 
     Raises:
       UserError: no architecture or type holds the model exactly, or the file cannot be written. Nothing is left behind.
@@ -37,8 +56,11 @@ def write(branch: Branch, path: Path, *, arch: str = "auto", name: str = "", con
     held = parts(branch, arch)
     fields = hyper_parameters(branch.model, arch, name or branch.cfg.name, context or branch.cfg.data.seq_len)
     fields |= gguf_fields(branch.tokenizer, branch.model.vocab_size)
+    fields["tokenizer.chat_template"] = Field("string", chat_template)
     tensors = {n: tensor(branch, n, part) for n, part in held.items()}
-    gguf.write(path, fields, tensors, lambda n: contents(branch, n, held[n]), force=force)
+    branch.expect(held.values())
+    read = Source(branch)
+    gguf.write(path, fields, tensors, lambda n: read(n, held[n]), force=force)
     return arch
 
 
@@ -70,22 +92,52 @@ def tensor(branch: Branch, name: str, part: Part) -> gguf.Tensor:
     return gguf.Tensor(branch.storage(part)[0], shape)
 
 
-def contents(branch: Branch, name: str, part: Part) -> np.ndarray:
-    """What the file stores: bytes of blocks, or plain numbers."""
-    value = branch.value(part)
-    if value.grid is None:
-        return np.asarray(value.weight.astype(PLAIN[value.kind]))
-    packed = packed_value(value)
-    if name.endswith(".scale"):
-        assert packed.tensor_scale is not None
-        return np.atleast_1d(packed.tensor_scale)
-    return packed.data
+class Source:
+    """Reads what the file stores; keeps the last packed layer, which several tensors are cut from."""
+
+    def __init__(self, branch: Branch):
+        self._branch = branch
+        self._packed: tuple[Part | None, Packed | None] = (None, None)
+
+    def __call__(self, name: str, part: Part) -> np.ndarray:
+        """Bytes of blocks, or plain numbers."""
+        if self._branch.storage(part)[1] is None:
+            value = self._branch.value(part)
+            return np.asarray(value.weight.astype(PLAIN[value.kind]))
+        whole = dataclasses.replace(part, half=None)
+        if self._packed[0] != whole:
+            self._packed = (None, None)  # freed before the next is made
+            self._packed = (whole, packed_value(self._branch.value(whole)))
+        packed = self._packed[1]
+        assert packed is not None
+        if name.endswith(".scale"):
+            assert packed.tensor_scale is not None
+            return np.atleast_1d(packed.tensor_scale)
+        rows = self._branch.shape_of(part)[-2]
+        return packed.data if part.half is None else packed.data[..., part.half * rows : (part.half + 1) * rows, :]
 
 
 def packed_value(value: Value) -> Packed:
-    """Codes and scales in the bytes of the value's type."""
+    """Codes and scales in the bytes of the value's type.
+
+    Compiled in two steps: in one, XLA would choose each code as often as a byte's layout looks at it.
+    """
     assert value.grid is not None
-    return pack(value.grid, np.asarray(value.codes()), np.asarray(value.scale), value.kind)
+    assert value.scale is not None
+    if not _on_grid(value.grid, value.scale):
+        check_scales(value.grid, np.asarray(value.scale))  # says which
+    data, tensor_scale = _packed(value.grid, value.kind, value.codes(), value.scale)
+    return Packed(value.kind, np.asarray(data), None if tensor_scale is None else np.asarray(tensor_scale))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _packed(grid: Grid, kind: str, codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    return write_blocks(grid, codes, scale, kind)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _on_grid(grid: Grid, scale: jax.Array) -> jax.Array:
+    return jnp.array_equal(grid.snap(scale), scale)
 
 
 def hyper_parameters(m: ModelConfig, arch: str, name: str, context: int) -> dict[str, Field]:

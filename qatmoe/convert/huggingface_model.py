@@ -42,6 +42,7 @@ def write(branch: Branch, folder: Path, *, arch: str = "auto", packed: bool, con
     if packed:
         config["quantization_config"] = _quantization(branch, arch)
     read = Source(branch)
+    branch.expect(part for part, _ in held.values())
     with atomic_folder(folder, force=force) as place:
         safetensors.write_sharded(place, tensors, lambda name: read(*held[name]))
         for file, text in (huggingface_files(branch.tokenizer) | {"config.json": json.dumps(config, indent=2)}).items():

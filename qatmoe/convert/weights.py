@@ -4,10 +4,13 @@ What a parameter holds in the file is decided here, on the training side, by the
 training calls; `convert.verify` then compares files with it.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
 import logging
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -51,6 +54,63 @@ class Value:
         if self.grid is not None:
             return self.grid.decode(self.codes(), self.scale)
         return self.weight.astype(PLAIN[self.kind]).astype(jnp.float32)
+
+
+class _Arrays:
+    """Parameters of a checkpoint as it holds them, in groups; the next group is read while the last one is used."""
+
+    GROUP_BYTES = 1 << 28
+
+    def __init__(self, checkpoints: Checkpoints, meta: dict[str, Any], sources: Mapping[str, list[str]]):
+        """`sources`: {path: tensors of the checkpoint that belong to it}."""
+        self._checkpoints, self._meta, self._sources = checkpoints, meta, sources
+        self._queue: list[str] = []  # paths that will be asked for, in order
+        self._held: dict[str, dict[str, jax.Array]] = {}
+        self._pending: concurrent.futures.Future[dict[str, dict[str, jax.Array]]] | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="weights")
+
+    def expect(self, paths: Iterable[str]) -> None:
+        """Says in which order paths will be asked for."""
+        self._queue = list(dict.fromkeys(paths))
+
+    def get(self, path: str) -> dict[str, jax.Array]:
+        """{tensor: array} of a path."""
+        if path not in self._held:
+            self._held = {}  # freed before more is read
+            if self._pending is not None:
+                self._held, self._pending = self._pending.result(), None
+            if path not in self._held:
+                self._held = self._read(self._next_group(path))
+            if self._queue and self._bytes(self._queue[0]) <= self.GROUP_BYTES:
+                self._pending = self._thread.submit(self._read, self._next_group(self._queue[0]))
+        return self._held[path]
+
+    def close(self) -> None:
+        """Waits for what is being read, and lets go of everything."""
+        self._thread.shutdown(cancel_futures=True)
+        self._held = {}
+
+    def _bytes(self, path: str) -> int:
+        tensors = self._meta["tensors"]
+        return sum(math.prod(tensors[n][1]) * jnp.dtype(tensors[n][0]).itemsize for n in self._sources[path])
+
+    def _next_group(self, path: str) -> list[str]:
+        """`path` and what comes after it in the queue, up to GROUP_BYTES; takes them out of the queue."""
+        start = self._queue.index(path) if path in self._queue else 0
+        group, size = [path], self._bytes(path)
+        rest = self._queue[start + 1 :] if path in self._queue else self._queue
+        while rest and size + self._bytes(rest[0]) <= self.GROUP_BYTES:
+            size += self._bytes(rest[0])
+            group.append(rest.pop(0))
+        self._queue = rest
+        return group
+
+    def _read(self, paths: list[str]) -> dict[str, dict[str, jax.Array]]:
+        tensors = self._meta["tensors"]
+        names = [n for path in paths for n in self._sources[path]]
+        wanted = {n: jax.ShapeDtypeStruct(tuple(tensors[n][1]), jnp.dtype(tensors[n][0])) for n in names}
+        arrays = self._checkpoints.arrays(self._meta, wanted)
+        return {path: {n: arrays[n] for n in self._sources[path]} for path in paths}
 
 
 class Branch:
@@ -99,7 +159,8 @@ class Branch:
         self.step: int = self._meta["step"]
         self.plan: Plan = quant_plan(self.cfg)[0] if self.cfg.train.phases[self.phase].quantize else {}
         self.model: ModelConfig = dataclasses.replace(self.cfg.model, n_mtp=0) if drop_mtp else self.cfg.model
-        self._loaded: tuple[str, jax.Array, jax.Array | None] = ("", jnp.zeros(0), None)  # path, weight, scale
+        self._known = self._sources()
+        self._arrays = _Arrays(self._checkpoints, self._meta, self._known)
         self._layer: tuple[str, int | None, Value | None] = ("", None, None)
 
     def __enter__(self) -> "Branch":
@@ -108,7 +169,27 @@ class Branch:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._arrays.close()
         self._checkpoints.close()
+
+    def expect(self, parts: Iterable[Part]) -> None:
+        """Says in which order parts will be asked for, so that they can be read ahead."""
+        self._arrays.expect(self._path(part) for part in parts if self._path(part) in self._known)
+
+    def _path(self, part: Part) -> str:
+        """A part's parameter in the run's own layout: "layers/3/attn/q" where layers are not stacked."""
+        stack, _, rest = part.path.partition("/")
+        return part.path if self.cfg.model.scan_layers or stack not in STACKED else f"{stack}/{part.layer}/{rest}"
+
+    def _sources(self) -> dict[str, list[str]]:
+        """{path: its weights (their average, if the run keeps one) and learned scales in the checkpoint}."""
+        tensors, prefix = self._meta["tensors"], "params/model/"
+        found = {}
+        for path in (name.removeprefix(prefix) for name in tensors if name.startswith(prefix)):
+            found[path] = [f"ema/{path}" if f"ema/{path}" in tensors else prefix + path]
+            if path in self.plan and f"params/scales/{path}" in tensors:
+                found[path].append(f"params/scales/{path}")
+        return found
 
     def _newest(self) -> dict[str, Any]:
         """The `meta` of the newest complete checkpoint."""
@@ -121,7 +202,7 @@ class Branch:
 
     def storage(self, part: Part) -> tuple[str, Grid | None]:
         """GGUF type and grid of a part."""
-        grid = self.plan.get(_in_layout(self.cfg.model, part.path, part.layer or 0))
+        grid = self.plan.get(self._path(part))
         if grid is not None:
             return (self._ternary if self._ternary in grid.gguf else grid.gguf[0]), grid
         if part.path.endswith(("norm", "bias", "router/weight")):
@@ -137,33 +218,21 @@ class Branch:
 
     def value(self, part: Part) -> Value:
         """One part. The last parameter stays in memory: ask for the parts of one parameter together."""
-        path = _in_layout(self.cfg.model, part.path, part.layer or 0)
-        if f"params/model/{path}" not in self._meta["tensors"]:
+        path = self._path(part)
+        if path not in self._known:
             return Value("F32", jnp.zeros(self.shape_of(part), jnp.float32))
-        if self._loaded[0] != path:
-            self._loaded = ("", jnp.zeros(0), None)  # freed before the next is read
-            self._layer = ("", None, None)
-            self._loaded = (path, *self._read(path))
         if self._layer[:2] != (path, part.layer) or self._layer[2] is None:
-            self._layer = (path, part.layer, self._value(part))
+            self._layer = ("", None, None)  # freed before the next is made
+            self._layer = (path, part.layer, self._value(path, part))
         whole = self._layer[2]
         assert whole is not None
         scale = None if whole.scale is None else _cut(whole.scale, part)
         return dataclasses.replace(whole, weight=_cut(whole.weight, part), scale=scale)
 
-    def _read(self, path: str) -> tuple[jax.Array, jax.Array | None]:
-        """A parameter and its learned scales, as the checkpoint holds them."""
-        tensors = self._meta["tensors"]
-        weight_name = f"ema/{path}" if f"ema/{path}" in tensors else f"params/model/{path}"
-        scale_name = f"params/scales/{path}"
-        wanted = [n for n in (weight_name, scale_name) if n in tensors and (n == weight_name or path in self.plan)]
-        abstract = {n: jax.ShapeDtypeStruct(tuple(tensors[n][1]), jnp.dtype(tensors[n][0])) for n in wanted}
-        arrays = self._checkpoints.arrays(self._meta, abstract)
-        return arrays[weight_name], arrays.get(scale_name)
-
-    def _value(self, part: Part) -> Value:
-        """All of a layer of the loaded parameter."""
-        path, weight, scale = self._loaded
+    def _value(self, path: str, part: Part) -> Value:
+        """All of a layer of a parameter."""
+        weight, *scales = self._arrays.get(path).values()
+        scale = scales[0] if scales else None
         if part.layer is not None and self.cfg.model.scan_layers:
             weight, scale = weight[part.layer], None if scale is None else scale[part.layer]
         weight = weight.astype(jnp.float32)
@@ -172,17 +241,17 @@ class Branch:
             raise UserError(f"{path} holds numbers beyond 65504, the largest of F16: give --rest BF16 or F32")
         if grid is None:
             return Value(kind, weight)
-        scale = _scale_of(grid, weight, self.cfg.quant.dynamic_rule) if scale is None else _snapped(grid, scale)
-        return Value(kind, weight, grid, scale)
+        if scale is not None:
+            return Value(kind, weight, grid, _snapped(grid, scale))
+        rule = self.cfg.quant.dynamic_rule if path in self.plan else "absmax"  # of weights that saw no grid in training
+        return Value(kind, weight, grid, _scale_of(grid, weight, rule))
 
     def numbers(self) -> dict[str, Any]:
         """The whole model as it computes when deployed: f32, in the unrolled layout of `model`."""
         sizes = names.stack_sizes(self.model)
         tree: dict[str, Any] = {}
-        for tensor in self._meta["tensors"]:
-            if not tensor.startswith("params/model/"):
-                continue
-            keys = tensor.removeprefix("params/model/").split("/")
+        for path in self._known:
+            keys = path.split("/")
             stack = keys[0] if keys[0] in STACKED else ""
             layers: list[int | None] = [None]
             if stack:
@@ -217,12 +286,6 @@ def _cut(array: jax.Array, part: Part) -> jax.Array:
         return array
     rows = array.shape[-2] // 2
     return array[..., part.half * rows : (part.half + 1) * rows, :]
-
-
-def _in_layout(cfg: ModelConfig, path: str, layer: int) -> str:
-    """A parameter's path in the run's own layout: "layers/3/attn/q" where layers are not stacked."""
-    stack, _, rest = path.partition("/")
-    return path if cfg.scan_layers or stack not in STACKED else f"{stack}/{layer}/{rest}"
 
 
 def _put(tree: dict[str, Any], keys: list[str], leaf: Any) -> None:

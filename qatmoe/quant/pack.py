@@ -1,4 +1,4 @@
-"""Codes and scales <-> the bytes of GGUF tensor types (ggml-common.h, ggml-quants.c), in numpy.
+"""Codes and scales <-> the bytes of GGUF tensor types (ggml-common.h, ggml-quants.c).
 
 A row of weights is a run of blocks; below, `j` counts the weights of a block, fields stand in file order, float16 and
 float32 are little-endian.
@@ -22,15 +22,20 @@ float32 are little-endian.
 """
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qatmoe.errors import UserError
 from qatmoe.quant.grid import GRIDS, Grid
 
-Bytes = np.ndarray  # uint8
+Array = Any  # writing takes numpy and jax arrays, and gives the same kind; reading is in numpy
+Bytes = Any  # uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +60,15 @@ class _Layout(NamedTuple):
     size: int  # bytes
     levels: tuple[float, ...]
     read: Callable[[Bytes], _Fields]
-    write: Callable[[np.ndarray, np.ndarray], list[Bytes]]  # codes (R, weights), scale (R, scales) -> fields
+    write: Callable[[Array, Array], list[Bytes]]  # codes (R, weights), scale (R, scales) -> fields
 
 
 # ---- nibbles, pairs of bits, trits -----------------------------------------------------------------------------------
 
 
-def _f16_bytes(d: np.ndarray) -> Bytes:
+def _f16_bytes(d: Array) -> Bytes:
+    if isinstance(d, jax.Array):
+        return jax.lax.bitcast_convert_type(d.astype(jnp.float16), jnp.uint8).reshape(*d.shape[:-1], -1)
     return np.ascontiguousarray(d.astype("<f2")).view(np.uint8).reshape(*d.shape[:-1], -1)
 
 
@@ -69,7 +76,7 @@ def _f16(data: Bytes) -> np.ndarray:
     return np.ascontiguousarray(data).view("<f2").astype(np.float32)
 
 
-def _join_nibbles(codes: np.ndarray, half: int) -> Bytes:
+def _join_nibbles(codes: Array, half: int) -> Bytes:
     """Weights j and j + half of every 2 * half share byte j."""
     pairs = codes.reshape(len(codes), -1, 2, half)
     return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(codes), -1)
@@ -83,12 +90,12 @@ def _split_nibbles(data: Bytes, half: int) -> np.ndarray:
 _PAIR_SHIFTS = np.array([0, 2, 4, 6], np.uint8)
 
 
-def _join_pairs(codes: np.ndarray) -> Bytes:
+def _join_pairs(codes: Array) -> Bytes:
     """Two-bit codes (R, 4, ...) -> (R, ...), the first in the lowest bits."""
     return codes[:, 0] | codes[:, 1] << 2 | codes[:, 2] << 4 | codes[:, 3] << 6
 
 
-def _join_planes(codes: np.ndarray) -> Bytes:
+def _join_planes(codes: Array) -> Bytes:
     """256 two-bit codes -> 64 bytes, TQ2_0's order."""
     return _join_pairs(codes.reshape(-1, 4, 32)).reshape(len(codes), 64)
 
@@ -101,13 +108,13 @@ _TRIT_RUNS = ((0, 5, 32), (160, 5, 16), (240, 4, 4))  # first weight, trits per 
 _POWERS = np.array([81, 27, 9, 3, 1], np.uint16)
 
 
-def _join_trits(codes: np.ndarray) -> Bytes:
+def _join_trits(codes: Array) -> Bytes:
     parts = []
     for start, trits, width in _TRIT_RUNS:
-        run = codes[:, start : start + trits * width].reshape(len(codes), trits, width).astype(np.uint16)
-        value = (run * _POWERS[:trits, None]).sum(axis=1, dtype=np.uint16)
-        parts.append(((value * np.uint32(256) + 242) // 243).astype(np.uint8))
-    return np.concatenate(parts, axis=1)
+        run = codes[:, start : start + trits * width].reshape(len(codes), trits, width).astype(np.uint32)
+        value = (run * _POWERS[:trits, None].astype(np.uint32)).sum(axis=1, dtype=np.uint32)
+        parts.append(((value * np.uint32(256) + np.uint32(242)) // np.uint32(243)).astype(np.uint8))
+    return _xp(codes).concatenate(parts, axis=1)
 
 
 def _split_trits(data: Bytes) -> np.ndarray:
@@ -123,7 +130,7 @@ def _split_trits(data: Bytes) -> np.ndarray:
 # ---- one pair of functions per layout --------------------------------------------------------------------------------
 
 
-def _write_q2_0(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
+def _write_q2_0(codes: Array, scale: Array) -> list[Bytes]:
     return [_f16_bytes(scale), _join_pairs(codes.reshape(-1, 4)).reshape(len(codes), 16)]
 
 
@@ -132,7 +139,7 @@ def _read_q2_0(data: Bytes) -> _Fields:
     return _Fields(codes, _f16(data[:, :2]))
 
 
-def _write_tq2_0(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
+def _write_tq2_0(codes: Array, scale: Array) -> list[Bytes]:
     return [_join_planes(codes), _f16_bytes(scale)]
 
 
@@ -140,7 +147,7 @@ def _read_tq2_0(data: Bytes) -> _Fields:
     return _Fields(_split_planes(data[:, :64]), _f16(data[:, 64:]))
 
 
-def _write_tq1_0(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
+def _write_tq1_0(codes: Array, scale: Array) -> list[Bytes]:
     return [_join_trits(codes), _f16_bytes(scale)]
 
 
@@ -148,7 +155,7 @@ def _read_tq1_0(data: Bytes) -> _Fields:
     return _Fields(_split_trits(data[:, :52]), _f16(data[:, 52:]))
 
 
-def _write_q2_k(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
+def _write_q2_k(codes: Array, scale: Array) -> list[Bytes]:
     grid = GRIDS["q2_k"]
     d = grid.shared_factor(grid.shared_index(scale))[:, :1]
     k = (scale / d).astype(np.uint8)
@@ -160,14 +167,15 @@ def _read_q2_k(data: Bytes) -> _Fields:
     return _Fields(_split_planes(data[:, 16:80]), d * (data[:, :16] & 15), dmin * (data[:, :16] >> 4))
 
 
-def _write_q3_k(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
+def _write_q3_k(codes: Array, scale: Array) -> list[Bytes]:
     grid = GRIDS["q3_k"]
     d = grid.shared_factor(grid.shared_index(scale))[:, :1]
     sc = (scale / d + 32).astype(np.uint8)
     nibbles = sc[:, :8] & 15 | (sc[:, 8:] & 15) << 4
     tops = _join_pairs((sc >> 4).reshape(len(sc), 4, 4))
-    high = (codes >> 2).reshape(len(codes), 8, 32) << np.arange(8, dtype=np.uint8)[:, None]
-    return [np.bitwise_or.reduce(high, axis=1), _join_planes(codes & 3), nibbles, tops, _f16_bytes(d)]
+    high = (codes >> 2).reshape(len(codes), 8, 32)
+    mask = functools.reduce(operator.or_, (high[:, i] << i for i in range(8)))
+    return [mask, _join_planes(codes & 3), nibbles, tops, _f16_bytes(d)]
 
 
 def _read_q3_k(data: Bytes) -> _Fields:
@@ -178,7 +186,7 @@ def _read_q3_k(data: Bytes) -> _Fields:
     return _Fields(_split_planes(data[:, 32:96]) | high << 2, _f16(data[:, 108:]) * sc)
 
 
-def _write_nibbles(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
+def _write_nibbles(codes: Array, scale: Array) -> list[Bytes]:
     return [_f16_bytes(scale), _join_nibbles(codes, 16)]
 
 
@@ -186,24 +194,25 @@ def _read_nibbles(data: Bytes) -> _Fields:
     return _Fields(_split_nibbles(data[:, 2:], 16), _f16(data[:, :2]))
 
 
-def _write_mxfp4(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
-    exponent = np.frexp(scale)[1]  # scale = 2^(exponent - 1)
-    return [(exponent + 126).astype(np.uint8), _join_nibbles(codes, 16)]
+def _write_mxfp4(codes: Array, scale: Array) -> list[Bytes]:
+    return [(scale.view(np.int32) >> 23).astype(np.uint8), _join_nibbles(codes, 16)]  # a float32 has E8M0's exponent
 
 
 def _read_mxfp4(data: Bytes) -> _Fields:
     return _Fields(_split_nibbles(data[:, 1:], 16), _E8M0[data[:, :1]])
 
 
-def _write_nvfp4(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
-    return [np.searchsorted(_E4M3[:127], scale).astype(np.uint8), _join_nibbles(codes, 8)]
+def _write_nvfp4(codes: Array, scale: Array) -> list[Bytes]:
+    exponent, mantissa = (scale.view(np.int32) >> 23) - 120, scale.view(np.int32) >> 20 & 7
+    byte = _xp(scale).where(exponent > 0, exponent << 3 | mantissa, (scale * np.float32(512)).astype(np.int32))
+    return [byte.astype(np.uint8), _join_nibbles(codes, 8)]
 
 
 def _read_nvfp4(data: Bytes) -> _Fields:
     return _Fields(_split_nibbles(data[:, 4:], 8), _E4M3[data[:, :4]])
 
 
-def _write_q8_0(codes: np.ndarray, scale: np.ndarray) -> list[Bytes]:
+def _write_q8_0(codes: Array, scale: Array) -> list[Bytes]:
     return [_f16_bytes(scale), codes ^ 128]  # code = int8 + 128
 
 
@@ -255,6 +264,7 @@ def pack(grid: Grid, codes: np.ndarray, scale: np.ndarray, kind: str | None = No
         raise UserError(f"grid {grid.name} has no exact form in {kind!r}; it has in {', '.join(grid.gguf)}")
     layout = _LAYOUTS[kind]
     codes, scale = np.asarray(codes, np.uint8), np.asarray(scale, np.float32)
+    check_scales(grid, scale)
     if codes.shape[-1] % layout.block:
         raise UserError(f"rows of {codes.shape[-1]} weights are not whole blocks of {layout.block}, which {kind} needs")
     if scale.shape != (*codes.shape[:-1], codes.shape[-1] // grid.block):
@@ -263,21 +273,37 @@ def pack(grid: Grid, codes: np.ndarray, scale: np.ndarray, kind: str | None = No
         )
     if codes.max(initial=0) >= len(grid.levels):
         raise UserError(f"{grid.name} has codes 0..{len(grid.levels) - 1}; got {codes.max()}")
+    data, tensor_scale = write_blocks(grid, codes, scale, kind)
+    return Packed(kind, data, None if tensor_scale is None else np.ascontiguousarray(tensor_scale))
+
+
+def check_scales(grid: Grid, scale: np.ndarray) -> None:
+    """Raises UserError where scales (..., G) f32 are not on the grid."""
     if not np.isfinite(scale).all():
         raise UserError(f"{grid.name}: a scale is not finite; the weights it came from hold NaN or inf")
-    if not np.array_equal(grid.snap(scale), scale):
-        bad = scale[grid.snap(scale) != scale].flat[0]
+    snapped = grid.snap(scale)
+    if not np.array_equal(snapped, scale):
+        bad = scale[snapped != scale].flat[0]
         raise UserError(f"scale {bad!r} is not on grid {grid.name}: snap scales before packing (Grid.snap)")
+
+
+def write_blocks(grid: Grid, codes: Array, scale: Array, kind: str) -> tuple[Bytes, Array | None]:
+    """What `pack` does once everything is checked; pure, for jax too: bytes, and NVFP4's scale per matrix."""
+    layout = _LAYOUTS[kind]
+    xp = _xp(codes)
     tensor_scale = None
     if kind == "NVFP4":
         factor = grid.shared_factor(grid.shared_index(scale))
-        tensor_scale = np.ascontiguousarray(factor[..., 0, 0] if factor.ndim > 1 else factor[0])
+        tensor_scale = factor[..., 0, 0] if factor.ndim > 1 else factor[0]
         scale = scale / factor
-    per_block = np.repeat(scale, grid.block // layout.block, axis=-1) if grid.block > layout.block else scale
+    per_block = xp.repeat(scale, grid.block // layout.block, axis=-1) if grid.block > layout.block else scale
     blocks = codes.reshape(-1, layout.block)
     fields = layout.write(blocks, per_block.reshape(len(blocks), -1))
-    data = np.concatenate(fields, axis=1).reshape(*codes.shape[:-1], -1)
-    return Packed(kind, data, tensor_scale)
+    return xp.concatenate(fields, axis=1).reshape(*codes.shape[:-1], -1), tensor_scale
+
+
+def _xp(array: Array) -> Any:
+    return jnp if isinstance(array, jax.Array) else np
 
 
 def unpack(grid: Grid, packed: Packed) -> tuple[np.ndarray, np.ndarray]:

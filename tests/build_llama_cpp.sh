@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Builds llama.cpp's programs (llama-cli, llama-server) from the sources that PyPI's llama-cpp-python holds.
+#
+#   bash tests/build_llama_cpp.sh [FOLDER]     default: ~/.cache/qatmoe/llama.cpp; prints the folder of the programs
+#
+# Needs cmake and a C++ compiler. 5 minutes on 2 cores; a folder that is built already is left as it is.
+set -euo pipefail
+version=0.3.36
+folder=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/qatmoe/llama.cpp}
+mkdir -p "$folder"
+cd "$folder"
+source=llama_cpp_python-$version
+if [ ! -x "$source/build/bin/llama-cli" ] || [ ! -x "$source/build/bin/llama-server" ]; then
+    {
+        [ -f "$source.tar.gz" ] || "${PYTHON:-python3}" -m pip download --no-deps --no-binary :all: "llama-cpp-python==$version"
+        tar xzf "$source.tar.gz"
+        cmake -S "$source/vendor/llama.cpp" -B "$source/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
+            -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF
+        cmake --build "$source/build" --target llama-cli llama-server -j "$(nproc)"
+    } >&2
+fi
+echo "$folder/$source/build/bin"

@@ -1,0 +1,514 @@
+"""Runs as GGUF files: against llama.cpp, libggml and PyPI gguf, and what verification finds in damaged ones."""
+
+import dataclasses
+from pathlib import Path
+
+import gguf as other  # llama.cpp's package, to compare with
+import jax
+import numpy as np
+import pytest
+
+from qatmoe import export as exporter
+from qatmoe.checkpoint import Checkpoints
+from qatmoe.config import Config, DataConfig, ModelConfig, OptimConfig, PhaseConfig, QuantConfig, TrainConfig, to_json
+from qatmoe.convert import gguf, gguf_model, llama, names, vocab
+from qatmoe.convert.verify import Report, verify_gguf
+from qatmoe.convert.weights import PLAIN, Branch
+from qatmoe.data import tokenizer
+from qatmoe.errors import UserError
+from qatmoe.model import transformer
+from qatmoe.quant.grid import GRIDS
+from qatmoe.run import quant_plan
+from qatmoe.step import deployed
+from qatmoe.tree import path_of
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+VOCAB, L = 290, 32
+WINDOW = 8  # of verification: a code that falls the other way reaches all later tokens of its window
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (1, L))
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer():
+    words = ["the expert routes a token", "two bits of every weight", "bench of models 0123"] * 3
+    return tokenizer.train(words, VOCAB)
+
+
+def random_weights(cfg: ModelConfig, seed: int) -> dict:
+    """Numbers for every parameter, the same in both layouts."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name, noise = path_of(path), rng.standard_normal(leaf.shape).astype(np.float32)
+        if name.endswith("norm"):
+            return 1 + 0.2 * noise
+        return (0.2 if name.endswith("bias") else 0.5 if name == "embed" else leaf.shape[-1] ** -0.5) * noise
+
+    stacked = dataclasses.replace(cfg, scan_layers=True)
+    params = jax.tree_util.tree_map_with_path(draw, transformer.abstract_params(stacked))
+    return params if cfg.scan_layers else transformer.unstack_layers(params)
+
+
+def make_run(folder: Path, tok, model: ModelConfig, quant: QuantConfig | None = None, *, change=None, ema=False):
+    """A run of one phase with random weights; returns its config and its state. Learned scales lie off the grid.
+
+    `change` edits the weights, a tree.
+    """
+    cfg = Config(
+        name="random",
+        model=model,
+        quant=quant or QuantConfig(),
+        data=DataConfig(seq_len=WINDOW),
+        optim=OptimConfig(ema=0.9 if ema else 0.0),
+        train=TrainConfig(phases={"only": PhaseConfig(steps=1, quantize=quant is not None)}),
+    )
+    weights = random_weights(model, 1)
+    if change is not None:
+        change(weights)
+    scales = {}
+    if quant is not None and quant.scale == "learned":
+        plan = quant_plan(cfg)[0]
+        flat = {path_of(path): w for path, w in jax.tree_util.tree_flatten_with_path(weights)[0]}
+        scales = {path: grid.absmax(flat[path]) * np.float32(0.83) for path, grid in plan.items()}
+    state = {"params": {"model": weights, "scales": scales}}
+    if ema:
+        state["ema"] = random_weights(model, 2)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(to_json(cfg))
+    tok.save(folder / "tokenizer.json")
+    with Checkpoints(folder, "only") as checkpoints:
+        checkpoints.save(1, state, {}, {}, final=True, wait=True)
+    return cfg, state
+
+
+QWEN = ModelConfig(
+    vocab_size=VOCAB, dim=48, n_layers=2, n_dense_layers=0, n_heads=4, n_kv_heads=2, head_dim=16, rotary_fraction=1.0,
+    n_experts=4, top_k=2, expert_dim=40, n_shared_experts=0, router="softmax", router_bias=False, n_mtp=0,
+)  # fmt: skip
+OLMOE = dataclasses.replace(QWEN, qk_norm="full", n_kv_heads=4, head_dim=12, norm_topk=False)
+GLM = ModelConfig(
+    vocab_size=VOCAB, dim=48, n_layers=3, n_dense_layers=1, dense_dim=56, n_heads=4, n_kv_heads=2, head_dim=16,
+    n_experts=4, top_k=2, expert_dim=40, n_mtp=1,
+)  # fmt: skip
+SHAPES = {
+    "qwen3moe": ("qwen3moe", QWEN, {}),
+    "qwen3moe, odd heads, tied": ("qwen3moe", QWEN, dict(n_heads=3, n_kv_heads=1, head_dim=10, tie_embeddings=True)),
+    "qwen3moe, all experts, unrolled": ("qwen3moe", QWEN, dict(top_k=4, scan_layers=False, rope_theta=1e6)),
+    "qwen3moe, one of three": ("qwen3moe", QWEN, dict(n_experts=3, top_k=1, n_kv_heads=4, norm_eps=1e-6)),
+    "qwen3moe, more rows than tokens": ("qwen3moe", QWEN, dict(vocab_size=VOCAB + 43)),
+    "olmoe": ("olmoe", OLMOE, {}),
+    "olmoe, odd heads": ("olmoe", OLMOE, dict(n_heads=3, n_kv_heads=3, head_dim=16, n_experts=5, top_k=3)),
+    "glm4moe": ("glm4moe", GLM, {}),
+    "glm4moe, tied, two shared": ("glm4moe", GLM, dict(tie_embeddings=True, n_shared_experts=2, routed_scale=2.5)),
+    "glm4moe, softmax": ("glm4moe", GLM, dict(router="softmax", router_bias=False, routed_scale=0.7, n_mtp=0)),
+    "glm4moe, softmax, bias": ("glm4moe", GLM, dict(router="softmax", norm_topk=False, n_dense_layers=0)),
+    "glm4moe, no bias, qkv bias": ("glm4moe", GLM, dict(router_bias=False, qkv_bias=True, n_dense_layers=2)),
+    "glm4moe, unnormalised": ("glm4moe", GLM, dict(norm_topk=False, qk_norm="none", rotary_fraction=1.0)),
+    "glm4moe, odd heads": ("glm4moe", GLM, dict(n_heads=5, n_kv_heads=5, head_dim=12, rotary_fraction=1 / 3)),
+    "glm4moe, everything": ("glm4moe", GLM, dict(n_shared_experts=2, router="softmax", routed_scale=1.5, qkv_bias=True,
+        qk_norm="none", n_mtp=2, n_experts=6, top_k=3, norm_topk=False, tie_embeddings=True, scan_layers=False)),
+}  # fmt: skip
+
+
+def jax_logits(weights: dict, cfg: ModelConfig) -> np.ndarray:
+    @jax.jit
+    def run(weights, ids):
+        return transformer.logits(weights, cfg, transformer.forward(weights, cfg, ids, train=False).hidden_BLD)
+
+    return np.asarray(run(weights, TOKENS))[0]
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_llama_computes_what_jax_does(shape, tmp_path, small_tokenizer):
+    arch, base, changes = SHAPES[shape]
+    model = dataclasses.replace(base, **changes)
+    _, state = make_run(tmp_path / "run", small_tokenizer, model)
+    with Branch(tmp_path / "run", rest="F32") as branch:
+        assert gguf_model.write(branch, tmp_path / "m.gguf", force=False) == arch
+    [theirs] = llama.logits(tmp_path / "m.gguf", TOKENS)
+    assert theirs.shape == (L, model.vocab_size)
+    assert theirs.std() > 0.3
+    np.testing.assert_allclose(theirs, jax_logits(state["params"]["model"], model), atol=1e-4, rtol=0)
+
+
+# ---- grids -----------------------------------------------------------------------------------------------------------
+
+WIDE_QWEN = dataclasses.replace(QWEN, dim=256, expert_dim=256, n_experts=3, n_heads=2, n_kv_heads=1, head_dim=128)
+WIDE_GLM = dataclasses.replace(
+    GLM, dim=256, expert_dim=256, n_layers=2, n_dense_layers=0, n_experts=3, n_heads=2, n_kv_heads=1, head_dim=128
+)
+PAIRS = [
+    ("q2_0", "q3_k"), ("ternary", "q4_0"), ("ternary_256", "iq4_nl"), ("q2_k", "mxfp4"), ("nvfp4", "q8_0")
+]  # fmt: skip
+EVERYWHERE = ("experts", "shared", "attention", "embedding", "head")
+
+
+def quant_of(**more) -> QuantConfig:
+    return QuantConfig(**{"experts": "none", "mtp": "same", "dynamic_rule": "absmax", **more})
+
+
+# Each grid on the routed experts' gate and up and, in another run, on their down projection; learned and dynamic.
+MIXED = {
+    f"{gate_up}, {down}, {scale}": (gate_up, down, scale, rule)
+    for pair in PAIRS
+    for (gate_up, down), scale, rule in ((pair, "learned", "search"), (pair[::-1], "dynamic", "search"))
+}
+
+
+def export(run: Path, out: Path, *, tokens: int = 2 * L, **options) -> tuple[Report, dict[str, gguf.Tensor]]:
+    """Writes and verifies; returns the report and what the file holds."""
+    with Branch(run, **{"rest": "F32", **options}) as branch:
+        arch = gguf_model.write(branch, out, force=False)
+        report = verify_gguf(branch, out, arch, tokens)
+    with gguf.File(out) as file:
+        return report, file.tensors
+
+
+def check(report: Report) -> None:
+    """All that was written is exact, and llama.cpp computes with it what JAX does."""
+    assert report.ok, report.text()
+    assert not report.unchecked
+    for row in report.rows:
+        assert row.same_bytes == row.tensors
+        assert set(row.max_diff.values()) == {0.0}
+        who = {"numpy"} if row.kind in PLAIN else {"qatmoe", "libggml"}
+        if row.kind in other.GGMLQuantizationType.__members__ and row.kind not in PLAIN:
+            who.add("gguf")
+        assert set(row.max_diff) == who
+    figures = list(report.l2.values())[-1]
+    assert figures["median_diff"] <= 1e-4
+    assert figures["kld"] <= 1e-3
+
+
+def test_all_grids_are_covered():
+    assert {name for pair in PAIRS for name in pair} == set(GRIDS)
+
+
+@pytest.mark.parametrize("case", list(MIXED))
+def test_experts_on_every_grid(case, tmp_path, small_tokenizer):
+    gate_up, down, scale, rule = MIXED[case]
+    model = WIDE_QWEN if "nvfp4" in case else WIDE_GLM
+    quant = quant_of(gate_up=gate_up, down=down, scale=scale, dynamic_rule=rule, mtp="same" if model.n_mtp else "none")
+    make_run(tmp_path / "run", small_tokenizer, model, quant)
+    report, tensors = export(tmp_path / "run", tmp_path / "m.gguf")
+    check(report)
+    for name, grid in (("gate_exps", gate_up), ("up_exps", gate_up), ("down_exps", down)):
+        kinds = {t.kind for n, t in tensors.items() if n.endswith(f"{name}.weight")}
+        assert kinds == {GRIDS[grid].gguf[0]}
+
+
+@pytest.mark.parametrize("grid", ["q2_0", "q4_0", "mxfp4", "q8_0"])
+def test_a_whole_model_on_a_grid(grid, tmp_path, small_tokenizer):
+    model = dataclasses.replace(WIDE_GLM, n_dense_layers=1, dense_dim=256)
+    make_run(tmp_path / "run", small_tokenizer, model, quant_of(**dict.fromkeys(EVERYWHERE, grid), scale="dynamic"))
+    report, tensors = export(tmp_path / "run", tmp_path / "m.gguf")
+    check(report)
+    plain = {name for name, t in tensors.items() if t.kind == "F32"}
+    assert {name.split(".", 2)[-1] for name in plain if name.startswith("blk.")} == {
+        "attn_norm.weight", "post_attention_norm.weight", "attn_q_norm.weight", "attn_k_norm.weight",
+        "ffn_gate_inp.weight", "exp_probs_b.bias", "nextn.eh_proj.weight", "nextn.enorm.weight", "nextn.hnorm.weight",
+        "nextn.shared_head_norm.weight",
+    }  # fmt: skip
+    assert {tensors[name].kind for name in tensors.keys() - plain} == {GRIDS[grid].gguf[0]}
+
+
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0", "Q2_0"])
+def test_ternary_blocks_of_256_have_three_types(kind, tmp_path, small_tokenizer):
+    make_run(tmp_path / "run", small_tokenizer, WIDE_GLM, quant_of(experts="ternary_256", scale="dynamic"))
+    report, tensors = export(tmp_path / "run", tmp_path / "m.gguf", ternary=kind)
+    check(report)
+    assert {t.kind for n, t in tensors.items() if n.endswith("exps.weight")} == {kind}
+
+
+@pytest.mark.parametrize("ema", [False, True], ids=["weights", "ema"])
+@pytest.mark.parametrize("scale", ["learned", "dynamic"])
+def test_both_layouts_give_the_file_that_training_evaluates(scale, ema, tmp_path, small_tokenizer):
+    files = []
+    model = dataclasses.replace(QWEN, dim=64, expert_dim=64)
+    quant = quant_of(gate_up="nvfp4", down="q4_0", attention="q2_0", mtp="none", scale=scale)
+    for scan in (True, False):
+        run, out = tmp_path / f"run_{scan}", tmp_path / f"{scan}.gguf"
+        cfg, state = make_run(run, small_tokenizer, dataclasses.replace(model, scan_layers=scan), quant, ema=ema)
+        with Branch(run, rest="F32") as branch:
+            gguf_model.write(branch, out, force=False)
+            numbers = branch.numbers()
+        params = {**state["params"], "model": state.get("ema", state["params"]["model"])}
+        evaluated = jax.jit(lambda p, cfg=cfg: deployed(cfg, quant_plan(cfg)[0], p, True))(params)
+        jax.tree.map(
+            np.testing.assert_array_equal, numbers, transformer.unstack_layers(evaluated) if scan else evaluated
+        )
+        files.append(out.read_bytes())
+    assert files[0] == files[1]
+
+
+# ---- weights on no grid ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rest", ["F32", "F16", "BF16", "Q8_0"])
+def test_weights_on_no_grid(rest, tmp_path, small_tokenizer):
+    model = dataclasses.replace(GLM, dim=64, n_layers=2)  # rows of 64, 56 and 40 weights
+    make_run(tmp_path / "run", small_tokenizer, model)
+    report, tensors = export(tmp_path / "run", tmp_path / "m.gguf", rest=rest)
+    check(report)
+    for name, tensor in tensors.items():
+        if name.endswith(("norm.weight", ".bias", "ffn_gate_inp.weight")):
+            assert tensor.kind == "F32", name
+        elif rest == "Q8_0" and tensor.shape[-1] % 32:
+            assert tensor.kind == "BF16" and "ffn_down" in name
+        else:
+            assert tensor.kind == rest, name
+
+
+def test_f16_refuses_what_it_cannot_hold(tmp_path, small_tokenizer):
+    def enlarge(weights):
+        weights["layers"]["attn"]["q"][1, 3, 4] = -70000.0
+
+    make_run(tmp_path / "run", small_tokenizer, QWEN, change=enlarge)
+    with Branch(tmp_path / "run", rest="F16") as branch, pytest.raises(UserError, match="layers/attn/q .*BF16 or F32"):
+        gguf_model.write(branch, tmp_path / "m.gguf", force=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+# ---- NVFP4 -----------------------------------------------------------------------------------------------------------
+
+
+def test_nvfp4_has_a_scale_for_every_expert_and_llama_uses_it(tmp_path, small_tokenizer):
+    def enlarge(weights):
+        weights["layers"]["experts"]["gate_up"][:, 1] *= 32
+        weights["layers"]["experts"]["gate_up"][:, 2, 40:] /= 32  # the up half of one expert
+        weights["layers"]["experts"]["down"][:, 0] /= 32
+
+    model = dataclasses.replace(QWEN, dim=64, expert_dim=64, n_heads=2, n_kv_heads=1, head_dim=32)
+    quant = quant_of(experts="nvfp4", attention="nvfp4", mtp="none")
+    make_run(tmp_path / "run", small_tokenizer, model, quant, change=enlarge)
+    report, tensors = export(tmp_path / "run", tmp_path / "m.gguf")
+    check(report)
+    assert {n for n, t in tensors.items() if n.endswith(".scale")} == {
+        n.replace("weight", "scale") for n, t in tensors.items() if t.kind == "NVFP4"
+    }
+    with gguf.File(tmp_path / "m.gguf") as file:
+        scales = {n: np.array(file.data(n)) for n in tensors if n.endswith(".scale")}
+        starts = {n: file.offset(n) for n in tensors}
+    for name, scale in scales.items():
+        assert scale.shape == ((model.n_experts,) if "exps" in name else (1,))
+        assert np.all(np.frexp(scale)[0] == 0.5)  # powers of two
+    assert scales["blk.0.ffn_gate_exps.scale"][1] > 8 * scales["blk.0.ffn_gate_exps.scale"][0]
+    assert scales["blk.1.ffn_down_exps.scale"][0] < scales["blk.1.ffn_down_exps.scale"][1] / 8
+    [before] = llama.logits(tmp_path / "m.gguf", TOKENS)
+    original = (tmp_path / "m.gguf").read_bytes()
+    for name, scale in scales.items():
+        data = bytearray(original)
+        data[starts[name] : starts[name] + scale.nbytes] = (scale * 2).tobytes()
+        (tmp_path / "other.gguf").write_bytes(data)
+        [after] = llama.logits(tmp_path / "other.gguf", TOKENS)
+        # Norms follow q and k, which are then of no size.
+        assert (np.abs(after - before).max() > 0.01) == (name.split(".")[2] not in ("attn_q", "attn_k")), name
+
+
+@pytest.mark.parametrize(
+    ("base", "quant", "name"),
+    [
+        (GLM, dict(experts="nvfp4"), "blk.1.ffn_gate_exps.weight"),
+        (GLM, dict(shared="nvfp4", mtp="none"), "blk.0.ffn_gate.weight"),
+        (OLMOE, dict(gate_up="nvfp4", mtp="none"), "blk.0.ffn_gate_exps.weight"),
+        (OLMOE, dict(down="nvfp4", mtp="none"), "blk.0.ffn_down_exps.weight"),
+        (QWEN, dict(embedding="nvfp4", mtp="none"), "token_embd.weight"),
+        (QWEN, dict(head="nvfp4", mtp="none"), "output.weight"),
+    ],
+    ids=str,
+)
+def test_nvfp4_is_refused_where_llama_would_drop_its_scale(base, quant, name, tmp_path, small_tokenizer):
+    heads = dict(n_heads=4, n_kv_heads=4, head_dim=16)
+    make_run(
+        tmp_path / "run",
+        small_tokenizer,
+        dataclasses.replace(base, dim=64, expert_dim=64, dense_dim=64, **heads),
+        quant_of(**quant),
+    )
+    with Branch(tmp_path / "run") as branch, pytest.raises(UserError, match=f"^{name} is on nvfp4"):
+        gguf_model.write(branch, tmp_path / "m.gguf", force=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_no_architecture_is_told_what_is_in_the_way():
+    model = dataclasses.replace(GLM, qk_norm="full", n_shared_experts=0, routed_scale=2.5)
+    with pytest.raises(UserError) as error:
+        names.architecture(model, names.GGUF)
+    glm, qwen, olmoe = str(error.value).split(";")
+    assert "glm4moe needs n_shared_experts of 1 or more, qk_norm='head' or 'none'" in glm
+    for told in (qwen, olmoe):
+        for what in (
+            "router='softmax'", "router_bias=False", "routed_scale=1", "rotary_fraction=1", "n_mtp=0 (--drop_mtp",
+            "n_dense_layers=0",
+        ):  # fmt: skip
+            assert what in told
+    assert "qk_norm='head'" in qwen and "norm_topk=True" not in qwen
+    assert "qk_norm" not in olmoe and "norm_topk=False" in olmoe and "n_kv_heads=n_heads" in olmoe
+    assert "dim=n_heads*head_dim" in olmoe
+
+
+@pytest.mark.parametrize("base", [GLM, QWEN, OLMOE], ids=["glm4moe", "qwen3moe", "olmoe"])
+def test_a_clamped_swiglu_fits_nowhere(base):
+    with pytest.raises(UserError) as error:
+        names.architecture(dataclasses.replace(base, swiglu_limit=7.0), names.GGUF)
+    assert str(error.value).count("swiglu_limit=0") == len(names.GGUF)
+
+
+def test_a_routed_scale_of_zero_is_refused():
+    """llama.cpp takes 0 as no scale at all."""
+    with pytest.raises(UserError, match="routed_scale"):
+        names.architecture(dataclasses.replace(GLM, routed_scale=0.0), names.GGUF)
+
+
+def command(run: Path, out: Path, *more: str) -> int:
+    return exporter.main(["--run", str(run), "--format", "gguf", "--out", str(out), *more])
+
+
+def test_the_command(tmp_path, small_tokenizer, capsys):
+    make_run(tmp_path / "run", small_tokenizer, QWEN)
+    out = tmp_path / "m.gguf"
+    assert command(tmp_path / "run", out, "--arch", "mixtral") == 2
+    assert "--arch 'mixtral': must be auto, glm4moe, qwen3moe, olmoe" in capsys.readouterr().err
+    assert command(tmp_path / "run", out, "--arch", "glm4moe") == 2
+    assert "glm4moe needs n_shared_experts of 1 or more" in capsys.readouterr().err
+    assert not out.exists()
+    assert command(tmp_path / "run", out, "--verify", "--rest", "F32", "--verify_tokens", "32") == 0
+    printed = capsys.readouterr().out
+    assert "qwen3moe, phase only, step 1" in printed and "(32 tokens)" in printed and "FAILED" not in printed
+    assert command(tmp_path / "run", out) == 2
+    assert "--force" in capsys.readouterr().err
+
+
+def test_verification_takes_a_window_at_least(tmp_path, small_tokenizer, capsys):
+    make_run(tmp_path / "run", small_tokenizer, QWEN)
+    assert command(tmp_path / "run", tmp_path / "m.gguf", "--verify", "--rest", "F32", "--verify_tokens", "1") == 0
+    assert f"({WINDOW} tokens)" in capsys.readouterr().out
+
+
+# ---- what verification finds -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory, small_tokenizer):
+    """A run on Q2_0 and its file."""
+    folder = tmp_path_factory.mktemp("sound")
+    model = dataclasses.replace(GLM, dim=64, expert_dim=64, n_layers=2, n_dense_layers=0, routed_scale=2.5)
+    make_run(folder / "run", small_tokenizer, model, quant_of(experts="q2_0"))
+    check(export(folder / "run", folder / "m.gguf")[0])
+    return folder
+
+
+def verified(run: Path, path: Path) -> Report:
+    with Branch(run, rest="F32") as branch:
+        return verify_gguf(branch, path, "glm4moe", WINDOW)
+
+
+def damaged(sound: Path, out: Path, name: str, change) -> Report:
+    """The report on a copy of which `change` edited the bytes of one tensor."""
+    with gguf.File(sound / "m.gguf") as file:
+        start, size = file.offset(name), file.data(name).nbytes
+    data = bytearray((sound / "m.gguf").read_bytes())
+    data[start : start + size] = change(data[start : start + size])
+    out.write_bytes(data)
+    return verified(sound / "run", out)
+
+
+def rewritten(sound: Path, out: Path, fields=None, rename=None) -> Report:
+    """The report on a copy with other fields or names of tensors."""
+    with gguf.File(sound / "m.gguf") as file:
+        old = {(rename or {}).get(name, name): name for name in file.tensors}
+        tensors = {new: file.tensors[name] for new, name in old.items()}
+        gguf.write(out, {**file.fields, **(fields or {})}, tensors, lambda n: file.data(old[n]))
+    return verified(sound / "run", out)
+
+
+def test_one_byte_of_codes(sound, tmp_path):
+    name = "blk.1.ffn_down_exps.weight"
+
+    def flip(data):
+        data[1000] ^= 0x55  # 1000 is 55 blocks of 18 bytes and 10
+        return data
+
+    report = damaged(sound, tmp_path / "m.gguf", name, flip)
+    assert not report.ok
+    assert f"L0: {name} holds other bytes than training packs" in report.faults
+    for who in ("qatmoe", "libggml"):
+        assert any(f.startswith(f"L1: {name} decoded by {who}") for f in report.faults)
+    [row] = [row for row in report.rows if row.kind == "Q2_0"]
+    assert row.same_bytes == row.tensors - 1
+    assert min(row.max_diff.values()) > 0
+    assert "FAILED: L0" in report.text()
+
+
+def test_a_scale_that_is_nan(sound, tmp_path):
+    report = damaged(sound, tmp_path / "m.gguf", "blk.0.ffn_up_exps.weight", lambda d: b"\xff\x7f" + d[2:])
+    assert not report.ok
+    [row] = [row for row in report.rows if row.kind == "Q2_0"]
+    assert all(diff != 0.0 for diff in row.max_diff.values()), report.text()
+
+
+def test_one_norm(sound, tmp_path):
+    def change(data):
+        values = np.frombuffer(data, "<f4").copy()
+        values[7] += 0.5
+        return values.tobytes()
+
+    report = damaged(sound, tmp_path / "m.gguf", "blk.1.post_attention_norm.weight", change)
+    assert [f.split()[0] for f in report.faults[:2]] == ["L0:", "L1:"]
+    assert "blk.1.post_attention_norm.weight" in report.faults[0]
+
+
+def test_a_tensor_under_another_name(sound, tmp_path):
+    report = rewritten(sound, tmp_path / "m.gguf", rename={"blk.1.attn_q.weight": "blk.1.attn_p.weight"})
+    assert not report.ok
+    assert "blk.1.attn_p.weight" in report.faults[0] and "blk.1.attn_q.weight" in report.faults[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rope.freq_base", 50.0), ("expert_weights_scale", 1.0), ("expert_gating_func", 1)]
+)
+def test_a_wrong_field_shows_in_the_logits(key, value, sound, tmp_path):
+    field = gguf.Field("float32" if isinstance(value, float) else "uint32", value)
+    report = rewritten(sound, tmp_path / "m.gguf", fields={f"glm4moe.{key}": field})
+    assert report.faults and all(f.startswith("L2: ") for f in report.faults)
+
+
+def test_without_llama_it_says_what_was_not_checked(sound, monkeypatch):
+    monkeypatch.setattr(llama, "installed", lambda: "")
+    report = verified(sound / "run", sound / "m.gguf")
+    assert report.ok and report.l2 == {}
+    assert [what.split(":")[0] for what in report.unchecked] == ["L1 by libggml", "L2"]
+    assert all(row.same_bytes == row.tensors for row in report.rows)
+    assert "not checked: L2" in report.text()
+
+
+# ---- another reader --------------------------------------------------------------------------------------------------
+
+
+def test_pypi_gguf_reads_fields_and_tensors_as_written(tmp_path, small_tokenizer):
+    quant = quant_of(gate_up="nvfp4", down="q2_k", attention="mxfp4", embedding="q4_0", head="iq4_nl", mtp="none")
+    make_run(tmp_path / "run", small_tokenizer, WIDE_QWEN, quant)
+    with Branch(tmp_path / "run", rest="BF16") as branch:
+        gguf_model.write(branch, tmp_path / "m.gguf", name="A model", context=77, force=False)
+        parts = gguf_model.parts(branch, "qwen3moe")
+        reader = other.GGUFReader(tmp_path / "m.gguf")
+        assert [t.name for t in reader.tensors] == list(parts)
+        for tensor in reader.tensors:
+            described = gguf_model.tensor(branch, tensor.name, parts[tensor.name])
+            assert tensor.tensor_type.name == described.kind
+            assert tuple(tensor.shape[::-1]) == described.shape
+            expected = np.ascontiguousarray(gguf_model.contents(branch, tensor.name, parts[tensor.name]))
+            assert tensor.data.tobytes() == expected.tobytes()
+        fields = gguf_model.hyper_parameters(branch.model, "qwen3moe", "A model", 77)
+        fields |= vocab.gguf_fields(branch.tokenizer, VOCAB)
+    assert {k for k in reader.fields if not k.startswith("GGUF.")} == set(fields)
+    for key, field in fields.items():
+        value = reader.fields[key].contents()
+        assert value == (np.float32(field.value) if field.type == "float32" else field.value), key
+    assert reader.fields["general.name"].contents() == "A model"
+    assert reader.fields["qwen3moe.context_length"].contents() == 77
+    assert reader.fields["qwen3moe.expert_count"].contents() == 3

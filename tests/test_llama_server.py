@@ -1,0 +1,143 @@
+"""A trained model in llama-server: the text it generates, alone and with its MTP module drafting."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from qatmoe.convert import llama_numerics, names
+from qatmoe.convert.weights import Branch
+
+pytestmark = [pytest.mark.llama_server, pytest.mark.slow]
+
+PROMPTS = ["It was the", "The old man said that", '"I do not know,"']
+N_PREDICT, N_CHECKED = 48, 24
+SHORT = {
+    "train.phases.trunk.steps": 300,
+    "train.phases.control.steps": 120,
+    "train.phases.control.decay": 120,
+    "train.phases.qat.steps": 120,
+    "train.phases.qat.decay": 120,
+    "train.tensorboard": False,
+    "eval.every": 0,
+    "eval.final_batches": 2,
+}
+EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")
+
+
+def binary(name: str) -> str | None:
+    """A program of llama.cpp: in the folder $QATMOE_LLAMA_CPP, or on PATH."""
+    folder = os.environ.get("QATMOE_LLAMA_CPP")
+    return shutil.which(name, path=folder) if folder else shutil.which(name)
+
+
+def launch(env: dict[str, str], *args: str) -> str:
+    done = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def models(child_env, tmp_path_factory):
+    """A run, its control as F32 and its 2-bit branch as GGUF files."""
+    folder = tmp_path_factory.mktemp("server")
+    settings = [f"--config.{key}={value}" for key, value in SHORT.items()]
+    config = f"--config={ROOT}/configs/moe_2bit.py"
+    launch(child_env, "-m", "qatmoe.train", config, f"--workdir={folder}/run", *settings)
+    for branch, rest in (("control", "F32"), ("qat", "BF16")):
+        options = ["--format", "gguf", "--rest", rest, "--branch", branch, "--out", f"{folder}/{branch}.gguf"]
+        launch(child_env, "-m", "qatmoe.export", "--run", f"{folder}/run", *options)
+    return folder
+
+
+@contextlib.contextmanager
+def served(model: Path, *options: str):
+    """The address of a llama-server that is ready; it is gone afterwards."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    log = model.with_suffix(f".{port}.log")
+    command = [binary("llama-server"), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-c", "512"]
+    command += ["-np", "1", "-t", "2", "-ngl", "0", "--offline", *options]
+    with open(log, "wb") as out:
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 60
+        while not healthy(url):
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
+            time.sleep(0.1)
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+
+
+def healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return answer.status == 200
+    except urllib.error.HTTPError as e:  # 503 while it loads
+        e.close()
+        return False
+    except OSError:
+        return False
+
+
+def generate(url: str, prompt: str) -> dict:
+    body = dict(
+        prompt=prompt,
+        n_predict=N_PREDICT,
+        temperature=0,
+        top_k=1,
+        cache_prompt=False,
+        ignore_eos=True,
+        return_tokens=True,
+    )
+    request = urllib.request.Request(f"{url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
+
+
+def test_drafts_of_the_mtp_module_are_accepted_and_change_no_text(models):
+    with served(models / "qat.gguf", *EXACT) as url:
+        plain = [generate(url, prompt) for prompt in PROMPTS]
+    with served(models / "qat.gguf", *EXACT, "--spec-type", "draft-mtp", "--spec-draft-n-max", "2") as url:
+        drafted = [generate(url, prompt) for prompt in PROMPTS]
+    for before, after in zip(plain, drafted, strict=True):
+        assert "draft_n" not in before["timings"]
+        assert after["timings"]["draft_n_accepted"] > 0
+        assert after["content"] == before["content"]
+        assert after["tokens_predicted"] == N_PREDICT
+
+
+@pytest.mark.parametrize(("phase", "rest"), [("control", "F32"), ("qat", "BF16")])
+def test_text_is_what_jax_continues(phase, rest, models):
+    with served(models / f"{phase}.gguf", *EXACT) as url:
+        theirs = [generate(url, prompt) for prompt in PROMPTS]
+    with Branch(models / "run", phase, rest=rest) as branch:
+        weights, cfg, tok = branch.numbers(), branch.model, branch.tokenizer
+        kinds = {part.path: branch.storage(part)[0] for part in names.gguf_parts(cfg, "").values()}
+    for prompt, answer in zip(PROMPTS, theirs, strict=True):
+        start = tok.encode(prompt).tolist()
+        ids = np.zeros(len(start) + N_CHECKED, np.int32)  # causal: what stands after a token does not reach it
+        ids[: len(start)] = start
+        for at in range(len(start), len(ids)):
+            scores_LV = llama_numerics.logits(weights, kinds, cfg, jnp.asarray(ids))
+            ids[at] = int(jax.device_get(scores_LV[at - 1]).argmax())
+        ours = ids[len(start) :].tolist()
+        assert answer["tokens"][:N_CHECKED] == ours
+        assert answer["content"].startswith(tok.decode(ours).rstrip("\ufffd"))
