@@ -19,7 +19,7 @@ from qatmoe.convert import gguf_model, huggingface_model, names
 from qatmoe.convert.verify import Report, verify_gguf, verify_huggingface
 from qatmoe.convert.weights import RESTS, Branch
 from qatmoe.errors import UserError
-from qatmoe.files import check_free
+from qatmoe.files import check_apart, check_free
 
 FORMATS = ("gguf", "safetensors", "compressed-tensors")
 
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(args.out)
     try:
         check_free(out, force=args.force)
+        check_apart(out, Path(args.run))
+        if args.context < 0:
+            raise UserError(f"--context {args.context}: must be a number of tokens, or 0 for that of training")
         options = {"rest": args.rest, "ternary": args.ternary, "drop_mtp": args.drop_mtp}
         with Branch(args.run, args.branch, args.step, **options) as branch:
             started = time.perf_counter()

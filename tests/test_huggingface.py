@@ -4,12 +4,16 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.modeling_layers import MtpModel
 
+from qatmoe.checkpoint import Checkpoints
+from qatmoe.config import Config, ModelConfig, PhaseConfig, TrainConfig, to_json
 from qatmoe.convert import huggingface_model, llama_numerics, names
 from qatmoe.convert.hf_import import import_folder
 from qatmoe.convert.weights import Branch
@@ -131,3 +135,52 @@ def test_import_then_export_gives_the_same_file(imported):
         assert digest(out / "model.safetensors") == digest(folder / "model" / "model.safetensors")
     again = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     np.testing.assert_allclose(their_logits(again), their_logits(model), atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def with_mtp(tmp_path_factory):
+    """A random model with an MTP module as a run, and exported to a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("mtp")
+    shape = ModelConfig(
+        vocab_size=320, dim=48, n_layers=2, n_dense_layers=1, dense_dim=80, n_heads=4, n_kv_heads=2, head_dim=16,
+        n_experts=6, top_k=2, expert_dim=40, routed_scale=1.5, n_mtp=1, init_std=0.15, scan_layers=False,
+    )  # fmt: skip
+    cfg = Config(model=shape, train=TrainConfig(phases={"trunk": PhaseConfig(steps=1)}))
+    params = transformer.init_params(shape, jax.random.key(3))
+    noise = lambda a: a + 0.2 * jax.random.normal(jax.random.key(a.size), a.shape) if a.ndim == 1 else a  # noqa: E731
+    with Checkpoints(folder / "run", "trunk") as checkpoints:
+        state = {"params": {"model": jax.tree.map(noise, params), "scales": {}}}
+        checkpoints.save(1, state, {}, {}, final=True, wait=True)
+    (folder / "run" / "config.json").write_text(to_json(cfg))
+    tokenizer.train(["two bits of every weight"] * 9, 270).save(folder / "run" / "tokenizer.json")
+    with Branch(folder / "run", rest="F32") as branch:
+        assert huggingface_model.write(branch, folder / "model", packed=False, force=False) == "glm4_moe"
+    return folder
+
+
+def test_mtp_logits_are_those_of_transformers(with_mtp):
+    """Which hidden state, which embedding, in which order, and which norm: conventions that no file says."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(with_mtp / "model", dtype=torch.float32).eval()
+    model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.2.*"]  # theirs knows the depths of GLM-4.5 alone
+    ids = torch.tensor(TOKENS)[None]
+    with torch.no_grad():
+        hidden = model(ids, output_hidden_states=True).hidden_states[-1]
+        module = MtpModel.from_pretrained(model).eval()
+        positions = torch.arange(1, ids.shape[1])[None]
+        _, theirs, _ = module(ids[:, 1:], hidden[:, :-1], None, positions, None)
+
+    with Branch(with_mtp / "run", rest="F32") as branch:
+        weights, cfg = branch.numbers(), branch.model
+    following = jnp.asarray(np.roll(TOKENS, -1))[None, None]
+    out = transformer.forward(weights, cfg, jnp.asarray(TOKENS)[None], mtp_tokens=following, train=False)
+    ours = transformer.logits(weights, cfg, out.mtp_hidden[0])[0, -2]  # the last place whose next token is known
+    assert theirs.std() > 0.3
+    np.testing.assert_allclose(ours, theirs[0, -1].numpy(), atol=1e-4, rtol=0)
+
+
+def test_import_keeps_the_mtp_module(with_mtp):
+    import_folder(with_mtp / "model", with_mtp / "again")
+    with Branch(with_mtp / "again", rest="F32") as branch:
+        again = branch.numbers()
+    with Branch(with_mtp / "run", rest="F32") as branch:
+        jax.tree.map(np.testing.assert_array_equal, again, branch.numbers())

@@ -103,12 +103,15 @@ def read(raw: Json, where: str) -> tuple[str, ModelConfig]:
 
 def _rope(r: _Reader, arch: str) -> tuple[float, float]:
     """theta, and the share of a head that is turned."""
-    rope = r.get("rope_parameters", "rope_scaling", default={})
-    if not isinstance(rope, Mapping):
-        raise r.refuse(f"rope_parameters={rope!r} is not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise r.refuse(f"rope_type={kind!r} is a feature that cannot be imported")
+    rope: Json = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        settings = r.get(key, default={})
+        if not isinstance(settings, Mapping):
+            raise r.refuse(f"{key}={settings!r} is not an object")
+        kind = settings.get("rope_type", settings.get("type", "default"))
+        if kind != "default":
+            raise r.refuse(f"rope_type={kind!r} is a feature that cannot be imported")
+        rope |= settings
     inner = _Reader({**r.raw, **rope}, r.where)
     fraction = inner.number("partial_rotary_factor", default=0.5 if arch == "glm4_moe" else 1.0)
     return inner.number("rope_theta", default=10_000.0), fraction

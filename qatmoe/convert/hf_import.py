@@ -13,22 +13,21 @@ from typing import Any
 import numpy as np
 
 from qatmoe.checkpoint import Checkpoints
-from qatmoe.config import Config, DataConfig, ModelConfig, PhaseConfig, QuantConfig, TrainConfig, to_json
+from qatmoe.config import Config, DataConfig, ModelConfig, PhaseConfig, QuantConfig, TrainConfig, resolve, to_json
 from qatmoe.convert import hf_config, names
 from qatmoe.convert.names import Part
 from qatmoe.convert.safetensors import MAX_JSON, Folder
 from qatmoe.data import tokenizer
 from qatmoe.errors import UserError
-from qatmoe.files import atomic_folder, write_atomically
+from qatmoe.files import atomic_folder, check_apart, write_atomically
 
 TRUNK = "trunk"
 _PART_BYTES = 1 << 28  # weights per part of the checkpoint
 _TYPES = ("F32", "F16", "BF16")
 _UNUSED = ("rotary_emb.inv_freq",)
+_DROP = "; --drop_mtp imports the model without its MTP modules"
 
-_QAT = '''"""Late-stage 2-bit QAT of {name}, imported from Hugging Face. Edit it, then
-
-    python -m qatmoe.train --config {file} --workdir runs/{name}_qat
+_QAT = '''"""Late-stage QAT of an imported model. Edit it, then give it to qatmoe.train as --config.
 
 The trunk is the imported model; the branches train on `data.source`.
 """
@@ -42,9 +41,8 @@ MODEL = {model}
 
 
 def get_config():
-    """The imported model's shape, with a control and a 2-bit branch."""
     config = default_config()
-    config.name = "{name}_qat"
+    config.name = {name!r}
     config.init_from = str(HERE)
     config.model.update(MODEL)
     config.data.tokenizer = str(HERE / "tokenizer.json")
@@ -67,6 +65,8 @@ def import_folder(source: Path, out: Path, *, drop_mtp: bool = False, force: boo
     """
     raw = _read_json(source / "config.json")
     arch, model = hf_config.read(raw, str(source / "config.json"))
+    check_apart(out, source)
+    _check_model(out, model, source)
     tok = _tokenizer(source, model)
     with Folder(source) as files:
         kept = _without_mtp(model) if drop_mtp else model
@@ -84,6 +84,14 @@ def import_folder(source: Path, out: Path, *, drop_mtp: bool = False, force: boo
             with Checkpoints(place, TRUNK) as checkpoints:
                 checkpoints.save_weights(0, _parts(source, files, wanted), meta)
     return kept
+
+
+def _check_model(out: Path, model: ModelConfig, source: Path) -> None:
+    """The rules that every model here obeys, before anything is made by the numbers of a config.json."""
+    try:
+        resolve(json.loads(to_json(_config(out, model, "float32"))))
+    except UserError as e:
+        raise UserError(f"{source}/config.json describes a model that cannot be: {e}") from e
 
 
 def _without_mtp(model: ModelConfig) -> ModelConfig:
@@ -110,14 +118,14 @@ def _shape(model: ModelConfig, dtype: str) -> dict[str, Any]:
 def _qat(out: Path, shape: dict[str, Any], model: ModelConfig) -> str:
     grid = "q2_0" if model.dim % 64 == model.expert_dim % 64 == 0 else "q4_0"
     fields = "".join(f"    {key!r}: {value!r},\n" for key, value in shape.items()).replace("'", '"')
-    return _QAT.format(name=out.name, file=out / "qat.py", model="{\n" + fields + "}", grid=grid)
+    return _QAT.format(name=f"{out.name}_qat", model="{\n" + fields + "}", grid=grid)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:
-            text = f.read(MAX_JSON + 1)
-        value = json.loads(text.decode()) if len(text) <= MAX_JSON else None
+            size = os.fstat(f.fileno()).st_size
+            value = json.loads(f.read(size).decode()) if size <= MAX_JSON else None
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; give the folder of a Hugging Face model") from e
     except (ValueError, RecursionError) as e:
@@ -175,7 +183,8 @@ def _check_tensors(source: Path, model: ModelConfig, kept: ModelConfig, arch: st
         if found is None and 0 in expected:
             continue
         if found is None:
-            raise UserError(f"{source}: no tensor {name}, which config.json's {arch} has; a shard may be missing")
+            hint = f"a shard may be missing{_DROP}" if part.path.startswith("mtp/") else "a shard may be missing"
+            raise UserError(f"{source}: no tensor {name}, which config.json's {arch} has; {hint}")
         if found.shape != expected:
             raise UserError(f"{source}: {name} has shape {found.shape}, and config.json says {expected}")
         if found.dtype not in _TYPES:
@@ -183,7 +192,7 @@ def _check_tensors(source: Path, model: ModelConfig, kept: ModelConfig, arch: st
     for name in files.tensors:
         if name in all_names or name.endswith(_UNUSED):
             continue
-        own = _copied_from(name, kept)
+        own = _copied_from(name, model, kept)
         if own == "":
             continue
         if own is None or own not in files.tensors:
@@ -191,16 +200,16 @@ def _check_tensors(source: Path, model: ModelConfig, kept: ModelConfig, arch: st
         if files.read(name).tobytes() != files.read(own).tobytes():
             raise UserError(
                 f"{source}: {name} differs from {own}, which it should repeat (the model here shares it)"
-                + ("; --drop_mtp imports the model without its MTP modules" if "layers" in name else "")
+                + (_DROP if "layers" in name else "")
             )
 
 
-def _copied_from(name: str, kept: ModelConfig) -> str | None:
+def _copied_from(name: str, model: ModelConfig, kept: ModelConfig) -> str | None:
     """The tensor that a redundant one must equal; "" where it belongs to a module that is left out."""
     head = "model.embed_tokens.weight" if kept.tie_embeddings else "lm_head.weight"
     if name == "lm_head.weight" and kept.tie_embeddings:
         return head
-    for block in range(kept.n_layers, kept.n_layers + max(kept.n_mtp, 1)):
+    for block in range(model.n_layers, model.n_layers + model.n_mtp):
         prefix = f"model.layers.{block}."
         if name == f"{prefix}embed_tokens.weight":
             return "model.embed_tokens.weight" if kept.n_mtp else ""

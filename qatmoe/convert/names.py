@@ -192,10 +192,21 @@ _QK_NOT_FULL: Rule = ("qk_norm='head' or 'none'", lambda m: m.qk_norm != "full")
 _NO_MTP: Rule = ("n_mtp=0 (--drop_mtp leaves the MTP modules out)", lambda m: m.n_mtp == 0)
 _NO_DENSE: Rule = ("n_dense_layers=0", lambda m: m.n_dense_layers == 0)
 
+_LIMITS: tuple[Rule, ...] = (  # LLAMA_MAX_EXPERTS and LLAMA_MAX_LAYERS
+    ("n_experts of at most 1024", lambda m: m.n_experts <= 1024),
+    ("n_layers + n_mtp of at most 512", lambda m: m.n_layers + m.n_mtp <= 512),
+)
+
 # What llama.cpp's graphs compute (src/models/{glm4-moe,qwen3moe,olmoe}.cpp).
 GGUF: dict[str, tuple[Rule, ...]] = {
-    "glm4moe": (("n_shared_experts of 1 or more", lambda m: m.n_shared_experts > 0), _QK_NOT_FULL, _NO_CLAMP),
-    "qwen3moe": (*_SOFTMAX_ONLY, _QK_HEAD, ("norm_topk=True", lambda m: m.norm_topk), _NO_DENSE, _NO_MTP),
+    "glm4moe": (
+        ("n_shared_experts of 1 or more", lambda m: m.n_shared_experts > 0),
+        ("routed_scale other than 0", lambda m: m.routed_scale != 0),  # which llama.cpp takes for none
+        _QK_NOT_FULL,
+        _NO_CLAMP,
+        *_LIMITS,
+    ),
+    "qwen3moe": (*_SOFTMAX_ONLY, _QK_HEAD, ("norm_topk=True", lambda m: m.norm_topk), _NO_DENSE, _NO_MTP, *_LIMITS),
     "olmoe": (
         *_SOFTMAX_ONLY,
         _QK_FULL,
@@ -205,6 +216,7 @@ GGUF: dict[str, tuple[Rule, ...]] = {
         ("tie_embeddings=False", lambda m: not m.tie_embeddings),
         _NO_DENSE,
         _NO_MTP,
+        *_LIMITS,
     ),
 }
 # What transformers' models compute.
