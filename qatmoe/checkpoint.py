@@ -19,6 +19,7 @@ import fcntl
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from jax.experimental import multihost_utils
 
 from qatmoe.errors import RunError, UserError
@@ -39,6 +41,8 @@ from qatmoe.files import write_atomically
 from qatmoe.tree import path_of
 
 log = logging.getLogger(__name__)
+
+_MAPPED = ts.Context({"file_io_mode": {"mode": "memmap"}})
 
 Json = dict[str, Any]
 
@@ -349,6 +353,30 @@ class Checkpoints:
                 ),
             )
         return found
+
+    def read(self, meta: Json, names: Iterable[str]) -> dict[str, jax.Array]:
+        """Some whole arrays, as `arrays` gives them: read from the mapped files straight into their place.
+
+        Several times as fast as orbax, which copies twice into fresh memory; for programs on one host.
+        """
+        found = {}
+        for name in names:
+            dtype, shape = meta["tensors"][name]
+            folder = self.path(meta["step"]) / meta.get("parts", {}).get(name, "state")
+            kvstore = {"driver": "ocdbt", "base": f"file://{folder}", "path": name}
+            source = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, open=True, context=_MAPPED).result()
+            out = _empty(tuple(shape), jnp.dtype(dtype))
+            ts.array(out, copy=False, write=True).write(source).result()
+            found[name] = jax.device_put(out, may_alias=True)
+        return found
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that jax takes over without a copy, which needs it aligned; numpy asks for huge pages, malloc does not."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

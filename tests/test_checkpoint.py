@@ -120,6 +120,54 @@ def test_restored_arrays_lie_on_the_given_shardings(tmp_path):
     assert child(code, tmp_path).communicate(timeout=120)[0].strip() == "same"
 
 
+def test_arrays_read_without_orbax_are_those_it_restores(saved):
+    with Checkpoints(saved, "trunk") as checkpoints:
+        meta = checkpoints.meta(2)
+        read = checkpoints.read(meta, meta["tensors"])
+        wanted = {n: jax.ShapeDtypeStruct(tuple(s), jnp.dtype(d)) for n, (d, s) in meta["tensors"].items()}
+        restored = checkpoints.arrays(meta, wanted)
+    assert {a.dtype for a in read.values()} >= {jnp.dtype(d) for d in ("float32", "bfloat16", "int32", "uint32")}
+    assert set(read) == set(restored)
+    for name, array in read.items():
+        assert array.dtype == restored[name].dtype and array.shape == restored[name].shape
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(restored[name]))
+
+
+def test_arrays_that_were_read_outlive_their_files(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    with Checkpoints(tmp_path / "run", "trunk") as checkpoints:
+        meta = checkpoints.meta(2)
+        read = checkpoints.read(meta, ["params/model/embed"])["params/model/embed"]
+    for file in (tmp_path / "run").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    np.testing.assert_array_equal(np.asarray(read), np.asarray(make_state(2).params["model"]["embed"]))
+
+
+def test_weights_in_parts(tmp_path):
+    """What `save_weights` writes, both ways of reading give back, and a kill inside leaves nothing."""
+    rng = np.random.default_rng(0)
+    arrays = {f"params/model/layers/{i}/w": rng.standard_normal((4, 8)).astype(jnp.bfloat16) for i in range(5)}
+    parts = [dict(list(arrays.items())[:2]), dict(list(arrays.items())[2:3]), dict(list(arrays.items())[3:])]
+    with Checkpoints(tmp_path, "trunk") as checkpoints:
+        checkpoints.save_weights(0, iter(parts), {"tokenizer": "abc"})
+        meta = checkpoints.meta(0)
+        assert meta["done"] and meta["parts"]["params/model/layers/2/w"] == "state-1"
+        wanted = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in arrays.items()}
+        for found in (checkpoints.read(meta, arrays), checkpoints.arrays(meta, wanted)):
+            for name, array in arrays.items():
+                np.testing.assert_array_equal(np.asarray(found[name]), array)
+
+        def broken():
+            yield parts[0]
+            raise OSError(errno.ENOSPC, "full")
+
+        with pytest.raises(RunError, match="step 0 is intact"):
+            checkpoints.save_weights(1, broken(), {})
+        assert checkpoints.steps() == [0]
+        assert not list(checkpoints.directory.glob(".saving*"))
+
+
 def test_state_may_be_donated_while_it_is_being_saved(tmp_path):
     w = jnp.arange(3_000_000.0)
     overwrite = jax.jit(lambda a: a * 0 - 1, donate_argnums=0)

@@ -31,6 +31,11 @@ _SCALED = {
 PLAIN_TEXT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
+# Types whose bytes hold neighbouring codes: one compiled pass over the weights. In the others' layouts XLA would choose
+# each code several times over, so codes are made first.
+_ONE_PASS = ("Q2_0", "Q8_0")
+
+
 def write(
     branch: Branch,
     path: Path,
@@ -118,20 +123,25 @@ class Source:
 
 
 def packed_value(value: Value) -> Packed:
-    """Codes and scales in the bytes of the value's type.
-
-    Compiled in two steps: in one, XLA would choose each code as often as a byte's layout looks at it.
-    """
+    """Codes and scales in the bytes of the value's type."""
     assert value.grid is not None
     assert value.scale is not None
     if not _on_grid(value.grid, value.scale):
         check_scales(value.grid, np.asarray(value.scale))  # says which
-    data, tensor_scale = _packed(value.grid, value.kind, value.codes(), value.scale)
+    if value.kind in _ONE_PASS:
+        data, tensor_scale = _from_weights(value.grid, value.kind, value.weight, value.scale)
+    else:
+        data, tensor_scale = _from_codes(value.grid, value.kind, value.codes(), value.scale)
     return Packed(value.kind, np.asarray(data), None if tensor_scale is None else np.asarray(tensor_scale))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _packed(grid: Grid, kind: str, codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def _from_weights(grid: Grid, kind: str, weight: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    return write_blocks(grid, grid.nearest(weight, scale), scale, kind)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _from_codes(grid: Grid, kind: str, codes: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     return write_blocks(grid, codes, scale, kind)
 
 

@@ -59,7 +59,7 @@ class Value:
 class _Arrays:
     """Parameters of a checkpoint as it holds them, in groups; the next group is read while the last one is used."""
 
-    GROUP_BYTES = 1 << 28
+    GROUP_BYTES = 1 << 29
 
     def __init__(self, checkpoints: Checkpoints, meta: dict[str, Any], sources: Mapping[str, list[str]]):
         """`sources`: {path: tensors of the checkpoint that belong to it}."""
@@ -72,6 +72,7 @@ class _Arrays:
     def expect(self, paths: Iterable[str]) -> None:
         """Says in which order paths will be asked for."""
         self._queue = list(dict.fromkeys(paths))
+        self._read_ahead()
 
     def get(self, path: str) -> dict[str, jax.Array]:
         """{tensor: array} of a path."""
@@ -81,9 +82,13 @@ class _Arrays:
                 self._held, self._pending = self._pending.result(), None
             if path not in self._held:
                 self._held = self._read(self._next_group(path))
-            if self._queue and self._bytes(self._queue[0]) <= self.GROUP_BYTES:
-                self._pending = self._thread.submit(self._read, self._next_group(self._queue[0]))
+            self._read_ahead()
         return self._held[path]
+
+    def _read_ahead(self) -> None:
+        """Begins the next group, unless one is being read or it is so large that it should be alone in memory."""
+        if self._pending is None and self._queue and self._bytes(self._queue[0]) <= self.GROUP_BYTES:
+            self._pending = self._thread.submit(self._read, self._next_group(self._queue[0]))
 
     def close(self) -> None:
         """Waits for what is being read, and lets go of everything."""
@@ -106,10 +111,7 @@ class _Arrays:
         return group
 
     def _read(self, paths: list[str]) -> dict[str, dict[str, jax.Array]]:
-        tensors = self._meta["tensors"]
-        names = [n for path in paths for n in self._sources[path]]
-        wanted = {n: jax.ShapeDtypeStruct(tuple(tensors[n][1]), jnp.dtype(tensors[n][0])) for n in names}
-        arrays = self._checkpoints.arrays(self._meta, wanted)
+        arrays = self._checkpoints.read(self._meta, [n for path in paths for n in self._sources[path]])
         return {path: {n: arrays[n] for n in self._sources[path]} for path in paths}
 
 
