@@ -135,6 +135,8 @@ class Checkpoints:
     def save_weights(self, step: int, parts: Iterable[dict[str, np.ndarray]], meta: Json) -> None:
         """Saves weights alone as the phase's last checkpoint, one part after another, each freed before the next.
 
+        For one process; an error of `parts` is passed on as it is.
+
         Args:
           parts: flat {path: array}; together all the weights.
           meta: as in `save`.
@@ -155,6 +157,9 @@ class Checkpoints:
                 self._orbax.wait_until_finished()
                 tensors |= _shapes(arrays)
                 folders |= dict.fromkeys(arrays, folder)
+        except UserError:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
         except Exception as e:
             self._abandon(staging, e)
         own = {"phase": self.phase, "step": step, "done": True, "version": _version()}

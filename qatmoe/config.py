@@ -168,7 +168,7 @@ class Config:
     """Everything that defines a run."""
 
     name: str = "run"
-    init_from: str = ""  # RUN[@STEP]: take the trunk from that run's checkpoint instead of training it
+    init_from: str = ""  # RUN[:PHASE][@STEP]: take the trunk from that run's checkpoint instead of training it
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     quant: QuantConfig = dataclasses.field(default_factory=QuantConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

@@ -32,15 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_free(out, force=args.force)
         check_apart(out, Path(args.run))
-        if args.context < 0:
-            raise UserError(f"--context {args.context}: must be a number of tokens, or 0 for that of training")
-        options = {"rest": args.rest, "ternary": args.ternary, "drop_mtp": args.drop_mtp}
+        _check(args)
+        options = {"rest": args.rest, "ternary": args.ternary or "TQ2_0", "drop_mtp": args.drop_mtp}
         with Branch(args.run, args.branch, args.step, **options) as branch:
             started = time.perf_counter()
             arch = _write(branch, out, args)
             size, seconds = _size(out), time.perf_counter() - started
             print(f"{out}: {arch}, phase {branch.phase}, step {branch.step} of {args.run}")
             print(f"{size:,} bytes in {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s", flush=True)
+            if args.format == "gguf" and branch.model.n_mtp > 1:
+                print("llama.cpp cannot draft with more than one MTP module and aborts when asked to")
             if not args.verify:
                 return 0
             report = _verify(branch, out, arch, args)
@@ -62,16 +63,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, help="file (gguf) or folder to write")
     parser.add_argument("--force", action="store_true", help="replace what is at --out")
     parser.add_argument("--verify", action="store_true", help="read it back and compare it with the run")
-    parser.add_argument("--verify_tokens", type=int, default=4096, help="tokens for the comparison of logits")
+    parser.add_argument("--verify_tokens", type=int, default=4096, help="tokens for the comparison of logits, 0: none")
     known = f"gguf: {', '.join(names.GGUF)}; else {', '.join(names.HUGGINGFACE)}"
     parser.add_argument("--arch", default="auto", help=f"architecture; the first that fits by default ({known})")
     parser.add_argument("--rest", default="BF16", choices=RESTS, help="type of the weights that lie on no grid")
-    parser.add_argument("--ternary", default="TQ2_0", help="gguf type of ternary blocks of 256: TQ2_0, TQ1_0 or Q2_0")
+    parser.add_argument("--ternary", default="", help="gguf type of ternary_256: TQ2_0 (default), TQ1_0 or Q2_0")
     parser.add_argument("--drop_mtp", action="store_true", help="leave the MTP modules out")
-    parser.add_argument("--context", type=int, default=0, help="context length to state; that of training by default")
-    parser.add_argument("--chat_template", type=Path, help="gguf: file with a Jinja template; plain text by default")
+    parser.add_argument(
+        "--context", type=int, default=0, help="context length to state; the import's or training's by default"
+    )
+    parser.add_argument(
+        "--chat_template", type=Path, help="gguf: file with a Jinja template; plain text or the import's by default"
+    )
     parser.add_argument("--name", default="", help="name of the model; the run's by default")
     return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError for values that nothing can be done with, and for options that the format would ignore."""
+    if args.context < 0:
+        raise UserError(f"--context {args.context}: must be a number of tokens, or 0 for that of training")
+    if args.verify_tokens < 0:
+        raise UserError(f"--verify_tokens {args.verify_tokens}: must be a number of tokens, or 0 for none")
+    for name in ("name", "chat_template", "ternary"):
+        if args.format != "gguf" and getattr(args, name):
+            raise UserError(f"--{name} is for --format gguf: leave it out")
 
 
 def _write(branch: Branch, out: Path, args: argparse.Namespace) -> str:

@@ -1,6 +1,7 @@
 """Writing files so that a reader, or a crash, never sees half of one."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,22 +28,51 @@ def atomic_file(path: str | Path, *, force: bool = False) -> Iterator[BinaryIO]:
     When the block raises, the temporary file is removed and what was at `path` is untouched.
 
     Raises:
-      UserError: something is at `path` already and `force` is off, or the file cannot be written.
+      UserError: something is at `path` already and `force` is off, another process is writing `path`, or the file
+        cannot be written.
     """
     path = Path(path)
     check_free(path, force=force)
     temporary = path.with_name(f".{path.name}.tmp")
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = _claim(path, temporary, os.O_RDWR | os.O_CREAT)
+        try:
+            with open(fd, "wb") as f:
+                f.truncate()  # what a process that was killed had written
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+                check_free(path, force=force)  # something may have come there meanwhile
+                os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _claim(path: Path, temporary: Path, flags: int) -> int:
+    """Opens and locks a temporary file or folder: two processes must never fill the same one."""
+    while True:
+        fd = os.open(temporary, flags, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            os.close(fd)
+            raise UserError(f"another process is writing {path}: wait for it, or choose another path") from e
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(temporary)):
+                return fd
+        os.close(fd)  # it got its final name between the opening and the locking
+        if flags & os.O_DIRECTORY:
+            temporary.mkdir(exist_ok=True)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        yield
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}; free space there or choose another directory") from e
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def check_free(path: Path, *, force: bool) -> None:
@@ -54,10 +84,10 @@ def check_free(path: Path, *, force: bool) -> None:
 
 
 def check_apart(out: Path, source: Path) -> None:
-    """Raises UserError where replacing `out` would remove `source`."""
-    out, source = out.resolve(), source.resolve()
-    if out == source or out in source.parents:
-        raise UserError(f"{out} holds what is read ({source}): choose another --out")
+    """Raises UserError where writing `out` would remove `source` or a part of it."""
+    there, source = out.resolve(), source.resolve()
+    if there == source or there in source.parents or (source in there.parents and os.path.lexists(out)):
+        raise UserError(f"{out} belongs to what is read ({source}): choose another --out")
 
 
 @contextlib.contextmanager
@@ -68,34 +98,47 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     renames, what was at `path` lies beside it, and is put back by the next call.
 
     Raises:
-      UserError: something is at `path` already and `force` is off, or the folder cannot be written.
+      UserError: something is at `path` already and `force` is off, or it is not a folder that such a call made;
+        another process is writing `path`; or the folder cannot be written.
     """
     path = Path(path)
     check_free(path, force=True)
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    try:
+    with _explained(path):
         if os.path.lexists(old) and not os.path.lexists(path):
             os.replace(old, path)
-        check_free(path, force=force)
-        if os.path.lexists(path) and not path.is_dir():
-            raise UserError(f"cannot write {path}: it is a file and a folder is to be written; choose another path")
-        _remove(temporary)  # of a process that was killed
-        temporary.mkdir(parents=True)
-        yield temporary
-        _remove(old)
-        if os.path.lexists(path):
-            os.replace(path, old)
+        _check_replaceable(path, force)
+        temporary.mkdir(parents=True, exist_ok=True)
+        fd = _claim(path, temporary, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.replace(temporary, path)
-        except OSError:
-            if os.path.lexists(old):
-                os.replace(old, path)
+            for leftover in temporary.iterdir():  # of a process that was killed
+                _remove(leftover)
+            yield temporary
+            _check_replaceable(path, force)
+            _remove(old)
+            if os.path.lexists(path):
+                os.replace(path, old)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if os.path.lexists(old):
+                    os.replace(old, path)
+                raise
+            _remove(old)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _remove(old)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}; free space there or choose another directory") from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            os.close(fd)
+
+
+def _check_replaceable(path: Path, force: bool) -> None:
+    """Raises UserError where `path` is taken, or by something that nobody meant with --force."""
+    check_free(path, force=force)
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"cannot write {path}: it is a file and a folder is to be written; choose another path")
+    if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
+        raise UserError(f"{path} is neither a model nor a run (no config.json): remove it yourself, or choose another")
 
 
 def _remove(path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -117,8 +118,8 @@ def import_source(cfg: Config) -> tuple[str, str, int]:
       UserError: there is no such checkpoint.
     """
     where = f"config.init_from={cfg.init_from!r}"
-    source, _, step = cfg.init_from.partition("@")
-    folder, _, phase = source.partition(":")
+    source, step = _split(cfg.init_from, "@")
+    folder, phase = _split(source, ":")
     phase = phase or next(iter(cfg.train.phases))
     if step and not step.isdigit():
         raise UserError(f"{where}: what follows '@' must be a step number")
@@ -130,10 +131,21 @@ def import_source(cfg: Config) -> tuple[str, str, int]:
     return folder, phase, wanted
 
 
+def _split(text: str, mark: str) -> tuple[str, str]:
+    """What is before and after the last mark; all of it before, where it is a folder's name or has no mark."""
+    before, found, after = text.rpartition(mark)
+    return (before, after) if found and not Path(text).is_dir() else (text, "")
+
+
 def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:
     """Raises UserError where the checkpoint that config.init_from names does not exist or does not fit this run."""
     folder, phase, step = import_source(cfg)
-    first = next(iter(cfg.train.phases.values()))
+    name, first = next(iter(cfg.train.phases.items()))
+    if first.quantize:
+        raise UserError(
+            f"config.train.phases.{name}.quantize is on, and config.init_from replaces that phase, the first: "
+            f"let it be the trunk, and add a phase with start={name!r}"
+        )
     abstract = abstract_state(cfg, first, plan, mesh)
     with Checkpoints(folder, phase) as checkpoints:
         meta = checkpoints.meta(step)

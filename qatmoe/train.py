@@ -22,15 +22,18 @@ import jax
 
 from qatmoe import cli, report
 from qatmoe.checkpoint import open_workdir
-from qatmoe.config import Config, ModelConfig, to_json
-from qatmoe.convert import names
+from qatmoe.config import Config, to_json
+from qatmoe.convert import gguf_model, huggingface_model, names
+from qatmoe.convert.vocab import pre_tokenizer
+from qatmoe.convert.weights import ORIGIN, Storage
 from qatmoe.data import batches
+from qatmoe.data.tokenizer import Tokenizer
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.mesh import make_mesh
 from qatmoe.metrics import Metrics
-from qatmoe.phases import check_import, round_control, run_phase
-from qatmoe.quant.plan import format_coverage, totals
+from qatmoe.phases import check_import, import_source, round_control, run_phase
+from qatmoe.quant.plan import Plan, format_coverage, totals
 from qatmoe.run import Interrupted, Run, Stop, check_mesh, quant_plan, train_iterator, valid_batches
 
 
@@ -56,6 +59,7 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
         with Metrics(workdir, tensorboard=cfg.train.tensorboard) as metrics:
             run = Run(cfg, workdir, mesh, data, iterator, plan, metrics, stop)
             announce(run, table)
+            keep_origin(cfg, workdir)
             # Phases: the trunk, then its branches. A finished one is passed over.
             for name in cfg.train.phases:
                 run_phase(run, name)
@@ -74,7 +78,7 @@ def announce(run: Run, table: list[dict[str, Any]]) -> None:
         f"{stats['valid_bytes_per_token']:.2f} bytes per token"
     )
     print(format_coverage(table))
-    print(deployment(run.cfg.model), flush=True)
+    print(deployment(run.cfg, run.plan, run.data.tokenizer), flush=True)
     plan = {"totals": totals(table), "rows": table, "data": stats, "environment": report.environment()}
     write_atomically(run.workdir / "plan.json", json.dumps(plan, indent=1))
     write_atomically(run.workdir / "tokenizer.json", run.data.tokenizer.json)
@@ -82,15 +86,30 @@ def announce(run: Run, table: list[dict[str, Any]]) -> None:
     run.metrics.text("plan", format_coverage(table))
 
 
-def deployment(model: ModelConfig) -> str:
-    """Which files will hold this model; better known before it is trained than after."""
+def deployment(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> str:
+    """Which files will hold the quantized model; better known before it is trained than after."""
+    storage = Storage(cfg, plan, rest="F32")
     lines = []
     for what, table in (("GGUF", names.GGUF), ("Hugging Face", names.HUGGINGFACE)):
         try:
-            lines.append(f"deploys to {what} as {names.architecture(model, table)}")
+            arch = names.architecture(cfg.model, table)
+            if what == "GGUF":
+                gguf_model.parts(storage, arch)
+                pre_tokenizer(tokenizer.json)
+            else:
+                huggingface_model.contents(storage, arch, packed=False)
+            lines.append(f"deploys to {what} as {arch}")
         except UserError as e:
             lines.append(f"does not deploy to {what}: {e}")
     return "\n".join(lines)
+
+
+def keep_origin(cfg: Config, workdir: Path) -> None:
+    """An imported model's context, chat template and ends of turn belong to what is trained from it."""
+    if cfg.init_from and not (workdir / ORIGIN).exists():
+        source = Path(import_source(cfg)[0]) / ORIGIN
+        if source.is_file():
+            write_atomically(workdir / ORIGIN, source.read_text(encoding="utf-8"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

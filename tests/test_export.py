@@ -125,7 +125,7 @@ def test_every_format_writes_and_verifies(form, options, run, tmp_path, capsys):
     plain = options and "control" in options[0]
     if plain and form == "compressed-tensors":
         line = refused(capsys, f"--run={run}", f"--format={form}", f"--out={tmp_path / 'out'}", *options)
-        assert "phase control has nothing on a grid" in line
+        assert "nothing on a grid" in line
         assert list(tmp_path.iterdir()) == []
         return
     out = tmp_path / "out"
@@ -326,6 +326,9 @@ def test_what_is_there_is_replaced_only_when_told(form, run, exported, tmp_path,
     else:
         out.mkdir()
         (out / "precious").write_bytes(b"precious")
+        line = refused(capsys, "--run", run, "--format", form, "--out", out, "--force")
+        assert "neither a model nor a run" in line and (out / "precious").exists()  # nobody meant that with --force
+        (out / "config.json").write_bytes(b"{}")
     before = contents(out)
     assert f"{out} exists" in refused(capsys, "--run", run, "--format", form, "--out", out)
     assert contents(out) == before
@@ -440,6 +443,7 @@ def test_a_folder_that_cannot_get_its_name_leaves_the_old_one(run, tmp_path, mon
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("precious")
+    (out / "config.json").write_text("{}")
     real = os.replace
 
     def replace(source, target):
@@ -512,13 +516,64 @@ def test_a_disk_that_is_full_at_the_last_small_file(run, tmp_path, monkeypatch, 
         (["--step=-1"], "no such checkpoint"),
         (["--arch=llama"], "--arch 'llama': must be auto, "),
         (["--arch=olmoe"], "no architecture holds this model exactly: olmoe needs router='softmax'"),
-        (["--ternary=Q4_0"], "--ternary 'Q4_0': must be one of TQ2_0"),
     ],
 )
 @pytest.mark.parametrize("form", FORMATS)
 def test_unknown_values_are_named(form, options, message, run, tmp_path, capsys):
     assert message in refused(capsys, f"--run={run}", f"--format={form}", f"--out={tmp_path / 'out'}", *options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("form", "option", "message"),
+    [
+        ("gguf", "--ternary=Q4_0", "--ternary 'Q4_0': must be one of TQ2_0"),
+        ("gguf", "--verify_tokens=-5", "--verify_tokens -5"),
+        ("gguf", "--chat_template=/no/such/file", "--chat_template /no/such/file: No such file"),
+        ("safetensors", "--ternary=TQ1_0", "--ternary is for --format gguf"),
+        ("compressed-tensors", "--name=x", "--name is for --format gguf"),
+        ("safetensors", "--chat_template=x", "--chat_template is for --format gguf"),
+    ],
+)
+def test_options_that_would_do_nothing(form, option, message, run, tmp_path, capsys):
+    assert message in refused(capsys, f"--run={run}", f"--format={form}", f"--out={tmp_path / 'out'}", option)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "config.json", "checkpoints/qat/2"])
+def test_force_never_reaches_into_the_run(name, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    before = contents(tmp_path / "run")
+    for form in FORMATS:
+        out = tmp_path / "run" / name
+        assert "belongs to what is read" in refused(capsys, "--run", tmp_path / "run", "--format", form, "--out", out, "--force")  # fmt: skip  # noqa: E501
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("form", ["gguf", "safetensors"])
+def test_two_at_once_do_not_write_one_file(form, run, tmp_path, monkeypatch, capsys):
+    """The second finds the first at work, says so, and leaves it alone."""
+    real, lines = Branch.value, []
+
+    def value(branch, part):
+        if not lines:
+            lines.append("")  # the second one's own reading must not come here again
+            lines[0] = refused(capsys, "--run", run, "--format", form, "--out", tmp_path / "out", "--branch=control")
+        return real(branch, part)
+
+    monkeypatch.setattr(Branch, "value", value)
+    assert command(run, form, tmp_path / "out", "--verify", "--verify_tokens=0") == 0
+    assert "another process is writing" in lines[0]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_config_that_is_not_the_checkpoints(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["model"]["qkv_bias"] = True
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    line = refused(capsys, "--run", tmp_path / "run", "--format=gguf", "--out", tmp_path / "out")
+    assert "attn/k_bias is absent in it" in line
 
 
 @pytest.mark.parametrize("option", ["--format=onnx", "--rest=F64", "--step=two", "--quantize"])
@@ -708,6 +763,6 @@ def test_without_the_deploy_extra_the_same_bytes_are_written(run, exported, chil
             assert [line.split(":")[1].strip().split(" ")[-1] for line in missing] == ["gguf", "libggml", "L2"]
         else:
             assert any("L1 by safetensors" in line for line in missing)
-        assert all("pip install 'qatmoe[deploy]'" in line for line in missing if "does not read" not in line)
+        assert all("pip install -e '.[deploy]'" in line for line in missing if "does not read" not in line)
         assert "FAILED" not in part and "L0" in part and "qatmoe 0" in part + "qatmoe 0" * (form == "safetensors")
     assert gguf.File(tmp_path / "gguf").tensors

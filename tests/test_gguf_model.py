@@ -503,7 +503,7 @@ def test_pypi_gguf_reads_fields_and_tensors_as_written(tmp_path, small_tokenizer
     make_run(tmp_path / "run", small_tokenizer, WIDE_QWEN, quant)
     with Branch(tmp_path / "run", rest="BF16") as branch:
         gguf_model.write(branch, tmp_path / "m.gguf", name="A model", context=77, force=False)
-        numbers, parts = branch.numbers(), gguf_model.parts(branch, "qwen3moe")
+        numbers, parts = branch.numbers(), gguf_model.parts(branch.storage, "qwen3moe")
         fields = gguf_model.hyper_parameters(branch.model, "qwen3moe", "A model", 77)
         fields |= vocab.gguf_fields(branch.tokenizer, VOCAB)
     reader = other.GGUFReader(tmp_path / "m.gguf")

@@ -1,5 +1,6 @@
 """The import command: what becomes of a Hugging Face folder, what is refused, and what hostile folders can do."""
 
+import dataclasses
 import json
 import math
 import os
@@ -24,7 +25,8 @@ from test_huggingface import GLM, QWEN, make
 
 from qatmoe import export, import_hf, metrics, train
 from qatmoe.checkpoint import Checkpoints
-from qatmoe.convert import hf_config, huggingface_model, names
+from qatmoe.config import resolve
+from qatmoe.convert import gguf, hf_config, huggingface_model, names
 from qatmoe.convert.hf_import import import_folder
 from qatmoe.convert.safetensors import Tensor, write_sharded
 from qatmoe.convert.weights import Branch
@@ -103,9 +105,41 @@ def test_the_command_says_what_it_made_and_what_comes_next(tiny, tmp_path, capsy
         f"next: python -m qatmoe.train --config {run}/qat.py --workdir {run}_qat",
     ]
     assert err == ""
-    assert {p.name for p in run.iterdir()} == {"checkpoints", "config.json", "qat.py", "tokenizer.json"}
+    assert {p.name for p in run.iterdir()} == {"checkpoints", "config.json", "origin.json", "qat.py", "tokenizer.json"}
     assert {p.name for p in tmp_path.iterdir()} == {"model", "run"}
     assert export.main([f"--run={run}", "--format=gguf", f"--out={tmp_path / 'out.gguf'}"]) == 0
+
+
+def test_what_the_folder_says_of_the_models_use_comes_back(tiny, tmp_path):
+    """Its context, what ends a turn, its chat template: through a run that starts from it, to both kinds of file."""
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    (tiny / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0]}))
+    (tiny / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    import_folder(tiny, tmp_path / "run")
+    cfg = resolve(json.loads((tmp_path / "run" / "config.json").read_text()))
+    train.keep_origin(dataclasses.replace(cfg, init_from=str(tmp_path / "run")), tmp_path / "run")  # its own: kept
+    (tmp_path / "next").mkdir()
+    train.keep_origin(dataclasses.replace(cfg, init_from=str(tmp_path / "run")), tmp_path / "next")
+    assert (tmp_path / "next" / "origin.json").read_text() == (tmp_path / "run" / "origin.json").read_text()
+    for form in ("gguf", "safetensors"):
+        assert export.main([f"--run={tmp_path / 'run'}", f"--format={form}", f"--out={tmp_path / form}"]) == 0
+    with gguf.File(tmp_path / "gguf") as file:
+        assert file.fields["qwen3moe.context_length"].value == 4096
+        assert file.fields["tokenizer.ggml.eos_token_id"].value == 7
+        assert file.fields["tokenizer.chat_template"].value == "{{ messages[0].content }}!"
+    written = json.loads((tmp_path / "safetensors" / "config.json").read_text())
+    assert (written["max_position_embeddings"], written["eos_token_id"]) == (4096, [7, 0])
+    assert (tmp_path / "safetensors" / "chat_template.jinja").read_text() == "{{ messages[0].content }}!"
+
+
+def test_the_first_phase_is_not_quantized(trunk, child_env, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", child_env["XDG_CACHE_HOME"])
+    _, folder = trunk
+    args = [f"--config={folder / 'run' / 'qat.py'}", f"--workdir={tmp_path / 'qat'}", *SHORT, *sources(folder)]
+    assert train.main(["train", *args, "--config.train.phases.trunk.quantize=True"]) == 2
+    assert "trunk.quantize is on, and config.init_from replaces that phase" in capsys.readouterr().err
+    assert not (tmp_path / "qat").exists()
 
 
 def test_shards_are_the_same_model(templates, tmp_path):
@@ -423,6 +457,9 @@ def refused(capsys, source, out, *more):
         ("tiny", {"rope_parameters": ["default"]}, "rope_parameters=['default'] is not an object"),
         ("tiny", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
         ("glm", {"n_group": 2}, "n_group=2"),
+        ("tiny", {"layer_types": ["sliding_attention"]}, "layer_types"),
+        ("tiny", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "per kind of layer"),
+        ("glm", {"model_type": "dots1", "sliding_window": 4, "max_window_layers": 1}, "max_window_layers=1"),
         ("glm", {"topk_group": 4}, "topk_group=4"),
         ("tiny", {"attention_bias": True}, "attention_bias=True"),
         ("tiny", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
@@ -613,11 +650,13 @@ def test_what_is_there_is_replaced_only_when_told(tiny, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
     (run / "precious").write_text("")
+    assert "neither a model nor a run" in refused(capsys, tiny, run, "--force")
+    (run / "config.json").write_text("{}")
     assert f"{run} exists" in refused(capsys, tiny, run)
-    assert [p.name for p in run.iterdir()] == ["precious"]
+    assert {p.name for p in run.iterdir()} == {"config.json", "precious"}
     (tiny / "config.json").rename(tiny / "kept.json")
     refused(capsys, tiny, run, "--force")
-    assert [p.name for p in run.iterdir()] == ["precious"]
+    assert {p.name for p in run.iterdir()} == {"config.json", "precious"}
     (tiny / "kept.json").rename(tiny / "config.json")
     assert import_hf.main([str(tiny), f"--out={run}", "--force"]) == 0
     assert not (run / "precious").exists() and (run / "qat.py").exists()

@@ -129,7 +129,7 @@ def jax_model(models: Path, phase: str, rest: str):
     """Scores (L, V) of a list of ids as llama.cpp computes them, and the tokenizer."""
     with Branch(models / "run", phase, rest=rest) as branch:
         weights, cfg, tok = branch.numbers(), branch.model, branch.tokenizer
-        kinds = {part.path: branch.storage(part)[0] for part in names.gguf_parts(cfg, "").values()}
+        kinds = {part.path: branch.storage.type_of(part)[0] for part in names.gguf_parts(cfg, "").values()}
     return lambda ids: np.asarray(llama_numerics.logits(weights, kinds, cfg, jnp.asarray(ids, jnp.int32))), tok
 
 

@@ -29,8 +29,6 @@ import numpy as np
 from qatmoe.errors import UserError
 from qatmoe.files import atomic_file
 
-Value = str | bool | int | float | list[str] | list[bool] | list[int] | list[float]
-
 MAX_HEADER = 128 << 20  # bytes before the data; vocabularies and merges take 20 MB
 MAX_NAME = 63  # bytes of a tensor's name that llama.cpp reads
 _ALIGNMENTS = [1 << n for n in range(3, 21)]  # the specification asks for a multiple of 8
@@ -57,7 +55,7 @@ class Field(NamedTuple):
     """A value of a file's metadata. A list is an array of `type`."""
 
     type: str
-    value: Any  # Value
+    value: Any  # a str, bool, int or float, or a list of one of them
 
 
 # From enum ggml_type (ggml.h) and the structs of ggml-common.h: id, weights and bytes of a block.

@@ -13,7 +13,7 @@ from qatmoe.convert import gguf, names
 from qatmoe.convert.gguf import Field
 from qatmoe.convert.names import Part
 from qatmoe.convert.vocab import gguf_fields
-from qatmoe.convert.weights import PLAIN, Branch, Value
+from qatmoe.convert.weights import PLAIN, Branch, Storage, Value
 from qatmoe.errors import UserError
 from qatmoe.quant.grid import Grid
 from qatmoe.quant.pack import Packed, check_scales, write_blocks
@@ -43,7 +43,7 @@ def write(
     arch: str = "auto",
     name: str = "",
     context: int = 0,
-    chat_template: str = PLAIN_TEXT,
+    chat_template: str = "",
     force: bool,
 ) -> str:
     """Writes a branch as a GGUF file; returns the architecture.
@@ -51,34 +51,36 @@ def write(
     Args:
       arch: glm4moe, qwen3moe, olmoe, or the first that computes what the model computes.
       name: general.name; the run's by default.
-      context: context_length; the length of the training sequences by default.
-      chat_template: Jinja, for llama.cpp's chat programs.
+      context: context_length; by default the imported model's, or the length of the training sequences.
+      chat_template: Jinja, for llama.cpp's chat programs; by default the imported model's, or plain text.
 
     Raises:
       UserError: no architecture or type holds the model exactly, or the file cannot be written. Nothing is left behind.
     """
     arch = names.architecture(branch.model, names.GGUF, arch)
-    held = parts(branch, arch)
-    fields = hyper_parameters(branch.model, arch, name or branch.cfg.name, context or branch.cfg.data.seq_len)
+    held = parts(branch.storage, arch)
+    fields = hyper_parameters(branch.model, arch, name or branch.cfg.name, context or branch.context)
     fields |= gguf_fields(branch.tokenizer, branch.model.vocab_size)
-    fields["tokenizer.chat_template"] = Field("string", chat_template)
-    tensors = {n: tensor(branch, n, part) for n, part in held.items()}
+    fields["tokenizer.chat_template"] = Field("string", chat_template or branch.origin.chat_template or PLAIN_TEXT)
+    if branch.origin.end_ids:  # llama.cpp finds the other ends by their text
+        fields["tokenizer.ggml.eos_token_id"] = Field("uint32", branch.origin.end_ids[0])
+    tensors = {n: tensor(branch.storage, n, part) for n, part in held.items()}
     branch.expect(held.values())
     read = Source(branch)
     gguf.write(path, fields, tensors, lambda n: read(n, held[n]), force=force)
     return arch
 
 
-def parts(branch: Branch, arch: str) -> dict[str, Part]:
+def parts(storage: Storage, arch: str) -> dict[str, Part]:
     """{tensor name: what it holds}; NVFP4 tensors are followed by their scale tensors.
 
     Raises:
       UserError: llama.cpp would ignore a scale tensor.
     """
     held: dict[str, Part] = {}
-    for name, part in names.gguf_parts(branch.model, arch).items():
+    for name, part in names.gguf_parts(storage.model, arch).items():
         held[name] = part
-        if branch.storage(part)[0] != "NVFP4":
+        if storage.type_of(part)[0] != "NVFP4":
             continue
         if name.split(".")[-2] not in _SCALED[arch]:
             raise UserError(
@@ -89,12 +91,12 @@ def parts(branch: Branch, arch: str) -> dict[str, Part]:
     return held
 
 
-def tensor(branch: Branch, name: str, part: Part) -> gguf.Tensor:
+def tensor(storage: Storage, name: str, part: Part) -> gguf.Tensor:
     """Type and shape of a tensor of the file."""
-    shape = branch.shape_of(part)
+    shape = storage.shape_of(part)
     if name.endswith(".scale"):
         return gguf.Tensor("F32", shape[:-2] or (1,))
-    return gguf.Tensor(branch.storage(part)[0], shape)
+    return gguf.Tensor(storage.type_of(part)[0], shape)
 
 
 class Source:
@@ -106,7 +108,7 @@ class Source:
 
     def __call__(self, name: str, part: Part) -> np.ndarray:
         """Bytes of blocks, or plain numbers."""
-        if self._branch.storage(part)[1] is None:
+        if self._branch.storage.type_of(part)[1] is None:
             value = self._branch.value(part)
             return np.asarray(value.weight.astype(PLAIN[value.kind]))
         whole = dataclasses.replace(part, half=None)
@@ -118,7 +120,7 @@ class Source:
         if name.endswith(".scale"):
             assert packed.tensor_scale is not None
             return np.atleast_1d(packed.tensor_scale)
-        rows = self._branch.shape_of(part)[-2]
+        rows = self._branch.storage.shape_of(part)[-2]
         return packed.data if part.half is None else packed.data[..., part.half * rows : (part.half + 1) * rows, :]
 
 

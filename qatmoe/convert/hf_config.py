@@ -81,6 +81,8 @@ def read(raw: Json, where: str) -> tuple[str, ModelConfig]:
     for key, off in _OFF.items():
         if raw.get(key) not in off:
             raise r.refuse(f"{key}={raw[key]!r} is a feature that cannot be imported")
+    if any(kind != "full_attention" for kind in r.get("layer_types", default=[])):
+        raise r.refuse(f"layer_types={raw['layer_types']!r}: only full attention can be imported")
     heads, dim = r.size("num_attention_heads"), r.size("hidden_size")
     head_dim = r.size("head_dim", default=dim // heads)
     theta, fraction = _rope(r, arch)
@@ -97,7 +99,7 @@ def read(raw: Json, where: str) -> tuple[str, ModelConfig]:
         "top_k": r.size("num_experts_per_tok", default=8),
         "tie_embeddings": r.flag("tie_word_embeddings", default=False),
     }
-    own = {"qwen3_moe": _qwen3_moe, "olmoe": _olmoe, "glm4_moe": _glm4_moe, "dots1": _glm4_moe}[arch](r, common)
+    own = {"qwen3_moe": _qwen3_moe, "olmoe": _olmoe, "glm4_moe": _glm4_moe, "dots1": _glm4_moe}[arch](r)
     return arch, ModelConfig(**common | own)
 
 
@@ -108,6 +110,8 @@ def _rope(r: _Reader, arch: str) -> tuple[float, float]:
         settings = r.get(key, default={})
         if not isinstance(settings, Mapping):
             raise r.refuse(f"{key}={settings!r} is not an object")
+        if any(isinstance(value, Mapping) for value in settings.values()):
+            raise r.refuse(f"{key}={settings!r} has settings per kind of layer: only one kind can be imported")
         kind = settings.get("rope_type", settings.get("type", "default"))
         if kind != "default":
             raise r.refuse(f"rope_type={kind!r} is a feature that cannot be imported")
@@ -117,7 +121,7 @@ def _rope(r: _Reader, arch: str) -> tuple[float, float]:
     return inner.number("rope_theta", default=10_000.0), fraction
 
 
-def _qwen3_moe(r: _Reader, common: Json) -> Json:
+def _qwen3_moe(r: _Reader) -> dict[str, Any]:
     if r.flag("attention_bias", default=False):
         raise r.refuse("attention_bias=True (biases on the output projection too) cannot be imported")
     if r.size("decoder_sparse_step", default=1) != 1:
@@ -136,7 +140,7 @@ def _qwen3_moe(r: _Reader, common: Json) -> Json:
     }
 
 
-def _olmoe(r: _Reader, common: Json) -> Json:
+def _olmoe(r: _Reader) -> dict[str, Any]:
     if r.flag("attention_bias", default=False):
         raise r.refuse("attention_bias=True (biases on the output projection too) cannot be imported")
     return {
@@ -153,8 +157,12 @@ def _olmoe(r: _Reader, common: Json) -> Json:
 _SOFTMAX = {"router": "softmax", "router_bias": False, "routed_scale": 1.0, "n_shared_experts": 0, "n_mtp": 0}
 
 
-def _glm4_moe(r: _Reader, common: Json) -> Json:
+def _glm4_moe(r: _Reader) -> dict[str, Any]:
     dots = r.raw["model_type"] == "dots1"
+    if dots and r.get("sliding_window") is not None and "layer_types" not in r.raw:
+        full = r.size("max_window_layers", default=62, low=0)
+        if full < r.size("num_hidden_layers"):
+            raise r.refuse(f"layers from max_window_layers={full} on have a sliding window, which cannot be imported")
     if dots and r.flag("attention_bias", default=False):
         raise r.refuse("attention_bias=True (biases on the output projection too) cannot be imported")
     return {
@@ -173,12 +181,13 @@ def _glm4_moe(r: _Reader, common: Json) -> Json:
     }
 
 
-def write(m: ModelConfig, arch: str, context: int, dtype: str, end_id: int) -> dict[str, Any]:
+def write(m: ModelConfig, arch: str, context: int, dtype: str, end_ids: tuple[int, ...]) -> dict[str, Any]:
     """A config.json that transformers reads as this model.
 
     Args:
       context: max_position_embeddings.
       dtype: of the weights, "bfloat16" or "float32".
+      end_ids: tokens that end a text.
     """
     rope = {"rope_type": "default", "rope_theta": m.rope_theta}
     config: dict[str, Any] = {
@@ -200,7 +209,7 @@ def write(m: ModelConfig, arch: str, context: int, dtype: str, end_id: int) -> d
         "tie_word_embeddings": m.tie_embeddings,
         "attention_bias": m.qkv_bias,
         "bos_token_id": None,
-        "eos_token_id": end_id,
+        "eos_token_id": end_ids[0] if len(end_ids) == 1 else list(end_ids),
         "pad_token_id": None,
         "dtype": dtype,
         "torch_dtype": dtype,

@@ -17,6 +17,7 @@ from qatmoe.config import Config, DataConfig, ModelConfig, PhaseConfig, QuantCon
 from qatmoe.convert import hf_config, names
 from qatmoe.convert.names import Part
 from qatmoe.convert.safetensors import MAX_JSON, Folder
+from qatmoe.convert.weights import ORIGIN, Origin
 from qatmoe.data import tokenizer
 from qatmoe.errors import UserError
 from qatmoe.files import atomic_folder, check_apart, write_atomically
@@ -49,6 +50,7 @@ def get_config():
     config.quant.experts = "{grid}"
     config.optim.lr = 1e-5
     config.optim.scale_lr = 1e-6
+    config.train.bias_rate = 0.0  # the model's router is balanced: its selection biases stay
     config.train.phases.trunk = phase(steps=1)
     config.train.phases.control = phase(start="trunk", steps=1000, warmup=50, decay=500)
     config.train.phases.qat = phase(start="trunk", steps=1000, warmup=50, decay=500, quantize=True)
@@ -79,8 +81,9 @@ def import_folder(source: Path, out: Path, *, drop_mtp: bool = False, force: boo
         with atomic_folder(out, force=force) as place:
             (place / "tokenizer.json").write_text(tok.json, encoding="utf-8")
             write_atomically(place / "config.json", to_json(cfg))
+            write_atomically(place / ORIGIN, json.dumps(_origin(source, raw, tok)._asdict()))
             write_atomically(place / "qat.py", _qat(out, shape, kept))
-            meta = {"config": json.loads(to_json(cfg)), "data": "", "tokenizer": tok.hash, "source": raw}
+            meta = {"config": json.loads(to_json(cfg)), "data": "", "tokenizer": tok.hash}
             with Checkpoints(place, TRUNK) as checkpoints:
                 checkpoints.save_weights(0, _parts(source, files, wanted), meta)
     return kept
@@ -144,6 +147,20 @@ def _tokenizer(source: Path, model: ModelConfig) -> tokenizer.Tokenizer:
     found = tokenizer.load(str(path))
     found.check_vocab(model.vocab_size)
     return found
+
+
+def _origin(source: Path, raw: dict[str, Any], tok: tokenizer.Tokenizer) -> Origin:
+    """What the folder says of the model's use: its context, what ends a turn, its chat template."""
+    settings = [
+        _read_json(p) for p in (source / "generation_config.json", source / "tokenizer_config.json") if p.is_file()
+    ]
+    ends: Any = next((c["eos_token_id"] for c in [*settings, raw] if c.get("eos_token_id") is not None), [])
+    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int) and 0 <= i < tok.vocab_size]
+    template = next((c["chat_template"] for c in settings if isinstance(c.get("chat_template"), str)), "")
+    if (source / "chat_template.jinja").is_file():
+        template = (source / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+    context = raw.get("max_position_embeddings")
+    return Origin(context if isinstance(context, int) and 0 < context < 1 << 31 else 0, tuple(ends), template)
 
 
 # ---- is it what config.json says? ------------------------------------------------------------------------------------

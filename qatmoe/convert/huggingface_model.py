@@ -15,7 +15,7 @@ from qatmoe.convert import compressed, hf_config, names, safetensors
 from qatmoe.convert.names import Part
 from qatmoe.convert.safetensors import DTYPES, Tensor
 from qatmoe.convert.vocab import huggingface_files
-from qatmoe.convert.weights import PLAIN, Branch, Value
+from qatmoe.convert.weights import PLAIN, Branch, Storage, Value
 from qatmoe.errors import UserError
 from qatmoe.files import atomic_folder
 from qatmoe.quant.grid import GRIDS, Grid
@@ -29,40 +29,45 @@ def write(branch: Branch, folder: Path, *, arch: str = "auto", packed: bool, con
     Args:
       arch: glm4_moe, qwen3_moe, olmoe, or the first that computes what the model computes.
       packed: codes and scales (compressed-tensors) instead of plain numbers.
-      context: max_position_embeddings; the length of the training sequences by default.
+      context: max_position_embeddings; by default the imported model's, or the length of the training sequences.
 
     Raises:
       UserError: no architecture, type or layout holds the model exactly, or the folder cannot be written.
     """
     arch = names.architecture(branch.model, names.HUGGINGFACE, arch)
-    held = contents(branch, arch, packed)
-    tensors = {name: tensor(branch, *content) for name, content in held.items()}
-    dtype = "float32" if branch.rest == "F32" else "bfloat16"
-    config = hf_config.write(branch.model, arch, context or branch.cfg.data.seq_len, dtype, branch.tokenizer.end_id)
+    held = contents(branch.storage, arch, packed)
+    tensors = {name: tensor(branch.storage, *content) for name, content in held.items()}
+    dtype = "float32" if branch.storage.rest == "F32" else "bfloat16"
+    config = hf_config.write(
+        branch.model, arch, context or branch.context, dtype, branch.origin.end_ids or (branch.tokenizer.end_id,)
+    )
     if packed:
-        config["quantization_config"] = _quantization(branch, arch)
+        config["quantization_config"] = _quantization(branch.storage, arch)
     read = Source(branch)
     branch.expect(part for part, _ in held.values())
     with atomic_folder(folder, force=force) as place:
         safetensors.write_sharded(place, tensors, lambda name: read(*held[name]))
-        for file, text in (huggingface_files(branch.tokenizer) | {"config.json": json.dumps(config, indent=2)}).items():
+        files = huggingface_files(branch.tokenizer) | {"config.json": json.dumps(config, indent=2)}
+        if branch.origin.chat_template:
+            files["chat_template.jinja"] = branch.origin.chat_template
+        for file, text in files.items():
             (place / file).write_text(text, encoding="utf-8")
     return arch
 
 
-def contents(branch: Branch, arch: str, packed: bool) -> dict[str, Content]:
+def contents(storage: Storage, arch: str, packed: bool) -> dict[str, Content]:
     """{tensor name: what it holds}.
 
     Raises:
       UserError: a grid has no exact form in such a folder.
     """
-    if branch.rest not in ("F32", "BF16"):
-        raise UserError(f"--rest {branch.rest}: Hugging Face folders are written with BF16 or F32")
+    if storage.rest not in ("F32", "BF16"):
+        raise UserError(f"--rest {storage.rest}: Hugging Face folders are written with BF16 or F32")
     held: dict[str, Content] = {}
-    for name, part in names.huggingface_parts(branch.model, arch).items():
-        grid = branch.storage(part)[1]
+    for name, part in names.huggingface_parts(storage.model, arch).items():
+        grid = storage.type_of(part)[1]
         if grid is None or not packed:
-            if grid is not None and not grid.bf16_exact and branch.rest != "F32":
+            if grid is not None and not grid.bf16_exact and storage.rest != "F32":
                 raise UserError(f"{name} is on {grid.name}, whose numbers bfloat16 cannot hold: give --rest F32")
             held[name] = (part, "")
             continue
@@ -73,19 +78,19 @@ def contents(branch: Branch, arch: str, packed: bool) -> dict[str, Content]:
                 f"{name} is on {grid.name}: compressed-tensors packs projections only, not embeddings or heads; use "
                 "--format safetensors"
             )
-        for suffix in _packed_tensors(grid.name, branch.shape_of(part)):
+        for suffix in _packed_tensors(grid.name, storage.shape_of(part)):
             held[name.removesuffix("weight") + suffix] = (part, suffix)
     return held
 
 
-def tensor(branch: Branch, part: Part, suffix: str) -> Tensor:
+def tensor(storage: Storage, part: Part, suffix: str) -> Tensor:
     """Type and shape of a tensor of the folder."""
-    kind, grid = branch.storage(part)
-    shape = branch.shape_of(part)
+    kind, grid = storage.type_of(part)
+    shape = storage.shape_of(part)
     if suffix:
         assert grid is not None
         return _packed_tensors(grid.name, shape)[suffix]
-    return Tensor(kind if grid is None else branch.rest, shape)
+    return Tensor(kind if grid is None else storage.rest, shape)
 
 
 class Source:
@@ -100,16 +105,16 @@ class Source:
         if not suffix:
             value = self._branch.value(part)
             numbers = value.weight if value.grid is None else value.numbers()
-            return np.asarray(numbers.astype(PLAIN[tensor(self._branch, part, "").dtype]))
+            return np.asarray(numbers.astype(PLAIN[tensor(self._branch.storage, part, "").dtype]))
         # gate and up are packed as one: programs fuse them, and then both need the same global scale (nvfp4).
         whole = dataclasses.replace(part, half=None)
         if self._packed[0] != whole:
             value = self._branch.value(whole)
             assert value.grid is not None
             self._packed = (whole, compressed.pack(value.grid, _codes(value), np.asarray(value.scale)).tensors)
-        array, rows = self._packed[1][suffix], self._branch.shape_of(part)[0]
+        array, rows = self._packed[1][suffix], self._branch.storage.shape_of(part)[0]
         if suffix == "weight_shape":
-            return np.asarray(self._branch.shape_of(part), array.dtype)
+            return np.asarray(self._branch.storage.shape_of(part), array.dtype)
         if part.half is None or suffix == "weight_global_scale":
             return array
         return array[part.half * rows : (part.half + 1) * rows]
@@ -128,12 +133,12 @@ def _packed_tensors(grid_name: str, shape: tuple[int, ...]) -> dict[str, Tensor]
     return {suffix: Tensor(known[array.dtype], array.shape) for suffix, array in zeros.tensors.items()}
 
 
-def _quantization(branch: Branch, arch: str) -> dict[str, object]:
+def _quantization(storage: Storage, arch: str) -> dict[str, object]:
     """The quantization_config of config.json: all linear layers that are not on a grid are named in `ignore`."""
     grids: dict[str, Grid] = {}
     ignore = []
-    for name, part in names.huggingface_parts(branch.model, arch).items():
-        grid = branch.storage(part)[1]
+    for name, part in names.huggingface_parts(storage.model, arch).items():
+        grid = storage.type_of(part)[1]
         module = name.removesuffix(".weight")
         if grid is not None:
             grids[module] = grid
@@ -146,5 +151,5 @@ def _quantization(branch: Branch, arch: str) -> dict[str, object]:
             "one: export with --format safetensors or gguf"
         )
     if not grids:
-        raise UserError(f"phase {branch.phase} has nothing on a grid: --format compressed-tensors packs nothing")
+        raise UserError("this branch has nothing on a grid: --format compressed-tensors packs nothing")
     return compressed.config(grids, ignore)

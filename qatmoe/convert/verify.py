@@ -80,7 +80,7 @@ def verify_gguf(branch: Branch, path: Path, arch: str, tokens: int = 4096) -> Re
     """Reads a GGUF file back and compares it with the branch it was written from.
 
     Args:
-      tokens: how many tokens of the bundled held-out novel L2 takes.
+      tokens: how many tokens of the bundled held-out novel L2 takes; 0 leaves it out. It holds the model in f32.
 
     Raises:
       UserError: the file cannot be read.
@@ -90,7 +90,7 @@ def verify_gguf(branch: Branch, path: Path, arch: str, tokens: int = 4096) -> Re
     sha = hashlib.sha256()
     decoders = _decoders(report)
     with gguf.File(path) as file:
-        held = gguf_model.parts(branch, arch)
+        held = gguf_model.parts(branch.storage, arch)
         branch.expect(held.values())
         read = gguf_model.Source(branch)
         if set(held) != set(file.tensors):
@@ -110,13 +110,15 @@ def verify_gguf(branch: Branch, path: Path, arch: str, tokens: int = 4096) -> Re
             scale = file.data(name.removesuffix("weight") + "scale") if tensor.kind == "NVFP4" else None
             _compare(report, row, name, data, scale, np.asarray(branch.value(held[name]).numbers()), decoders)
     report.rows, report.sha256 = list(rows.values()), sha.hexdigest()
-    if llama.installed():
+    if not tokens:
+        report.unchecked.append("L2: --verify_tokens 0")
+    elif llama.installed():
         try:
             _logits(branch, path, tokens, report)
         except UserError as e:  # llama.cpp refuses the file
             report.faults.append(f"L2: {e}")
     else:
-        report.unchecked.append("L2: llama-cpp-python is not installed (pip install 'qatmoe[deploy]')")
+        report.unchecked.append("L2: llama-cpp-python is not installed (pip install -e '.[deploy]')")
     return report
 
 
@@ -129,7 +131,7 @@ def verify_huggingface(branch: Branch, folder: Path, arch: str, *, packed: bool)
     report = Report([], {}, [], [], "")
     rows: dict[str, Row] = {}
     sha = hashlib.sha256()
-    held = huggingface_model.contents(branch, arch, packed)
+    held = huggingface_model.contents(branch.storage, arch, packed)
     branch.expect(part for part, _ in held.values())
     read = huggingface_model.Source(branch)
     with safetensors.Folder(folder) as file, contextlib.ExitStack() as stack:
@@ -137,7 +139,7 @@ def verify_huggingface(branch: Branch, folder: Path, arch: str, *, packed: bool)
         if set(held) != set(file.tensors):
             report.faults.append(f"tensors differ: {sorted(set(held) ^ set(file.tensors))[:4]}")
         for name, (part, suffix) in [(n, c) for n, c in held.items() if n in file.tensors]:
-            grid = branch.storage(part)[1]
+            grid = branch.storage.type_of(part)[1]
             row = rows.setdefault(kind := grid.name if grid else file.tensors[name].dtype, Row(kind))
             data = file.read(name)
             sha.update(data.tobytes())
@@ -171,7 +173,7 @@ def _library(folder: Path, stack: contextlib.ExitStack, report: Report) -> dict[
     try:
         package = importlib.import_module("safetensors")
     except ImportError:
-        report.unchecked.append("L1 by safetensors: the package is not installed (pip install 'qatmoe[deploy]')")
+        report.unchecked.append("L1 by safetensors: the package is not installed (pip install -e '.[deploy]')")
         return None
     opened = [stack.enter_context(package.safe_open(f, "numpy")) for f in sorted(folder.glob("*.safetensors"))]
     return {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -182,7 +184,7 @@ def _decoders(report: Report) -> dict[str, Decoder]:
     try:
         package = importlib.import_module("gguf")
     except ImportError:
-        report.unchecked.append("L1 by gguf: the package is not installed (pip install 'qatmoe[deploy]')")
+        report.unchecked.append("L1 by gguf: the package is not installed (pip install -e '.[deploy]')")
     else:
 
         def by_gguf(kind: str, data: np.ndarray) -> np.ndarray | None:
@@ -194,7 +196,7 @@ def _decoders(report: Report) -> dict[str, Decoder]:
     if llama.installed():
         decoders["libggml"] = llama.dequantize
     else:
-        report.unchecked.append("L1 by libggml: llama-cpp-python is not installed (pip install 'qatmoe[deploy]')")
+        report.unchecked.append("L1 by libggml: llama-cpp-python is not installed (pip install -e '.[deploy]')")
     return decoders
 
 
@@ -233,7 +235,7 @@ def _note(report: Report, row: Row, name: str, decoded: dict[str, np.ndarray], e
 def _logits(branch: Branch, path: Path, tokens: int, report: Report) -> None:
     windows_ML = _windows(branch, tokens)
     weights = branch.numbers()
-    kinds = {part.path: branch.storage(part)[0] for part in gguf_parts(branch.model, "").values()}
+    kinds = {part.path: branch.storage.type_of(part)[0] for part in gguf_parts(branch.model, "").values()}
     exact = dict.fromkeys(kinds, "F32")
     rounded = any(kind != "F32" for kind in kinds.values())
     figures: dict[str, list[dict[str, np.ndarray]]] = {"as it is": []}

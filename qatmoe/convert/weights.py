@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,11 @@ from qatmoe.convert import names
 from qatmoe.convert.names import Part
 from qatmoe.data import tokenizer
 from qatmoe.errors import UserError
-from qatmoe.model.transformer import STACKED
+from qatmoe.model.transformer import STACKED, abstract_params
 from qatmoe.quant.grid import GRIDS, Grid
 from qatmoe.quant.plan import Plan
 from qatmoe.run import quant_plan
+from qatmoe.tree import path_of
 
 log = logging.getLogger(__name__)
 
@@ -115,10 +116,48 @@ class _Arrays:
         return {path: {n: arrays[n] for n in self._sources[path]} for path in paths}
 
 
+class Storage:
+    """How the parts of a model are stored, before there are any weights.
+
+    Attributes: `cfg`, `model`, `plan`, `rest`.
+    """
+
+    def __init__(self, cfg: Config, plan: Plan, *, rest: str = "BF16", ternary: str = "TQ2_0", drop_mtp: bool = False):
+        """Arguments as `Branch` has them. Raises UserError for an unknown type."""
+        if rest not in RESTS:
+            raise UserError(f"--rest {rest!r}: must be one of {', '.join(RESTS)}")
+        if ternary not in GRIDS["ternary_256"].gguf:
+            raise UserError(f"--ternary {ternary!r}: must be one of {', '.join(GRIDS['ternary_256'].gguf)}")
+        self.cfg, self.plan, self.rest, self._ternary = cfg, plan, rest, ternary
+        self.model: ModelConfig = dataclasses.replace(cfg.model, n_mtp=0) if drop_mtp else cfg.model
+
+    def path(self, part: Part) -> str:
+        """A part's parameter in the run's own layout: "layers/3/attn/q" where layers are not stacked."""
+        stack, _, rest = part.path.partition("/")
+        return part.path if self.cfg.model.scan_layers or stack not in STACKED else f"{stack}/{part.layer}/{rest}"
+
+    def type_of(self, part: Part) -> tuple[str, Grid | None]:
+        """GGUF type and grid of a part."""
+        grid = self.plan.get(self.path(part))
+        if grid is not None:
+            return (self._ternary if self._ternary in grid.gguf else grid.gguf[0]), grid
+        if part.path.endswith(("norm", "bias", "router/weight")):
+            return "F32", None
+        if self.rest != "Q8_0":
+            return self.rest, None
+        fits = self.shape_of(part)[-1] % GRIDS["q8_0"].superblock == 0
+        return ("Q8_0", GRIDS["q8_0"]) if fits else ("BF16", None)
+
+    def shape_of(self, part: Part) -> tuple[int, ...]:
+        """The shape of a part."""
+        return names.shape_of(self.model, part)
+
+
 class Branch:
     """A phase of a run at one of its checkpoints. Nothing is written to the run's folder.
 
-    Attributes: `cfg`, `model`, `plan` (empty where the phase does not quantize), `tokenizer`, `phase`, `step`, `rest`.
+    Attributes: `cfg`, `model`, `plan` (empty where the phase does not quantize), `tokenizer`, `phase`, `step`,
+    `storage`, `origin`.
     """
 
     def __init__(
@@ -143,11 +182,6 @@ class Branch:
         Raises:
           UserError: no such run, phase or step, or a damaged checkpoint.
         """
-        if rest not in RESTS:
-            raise UserError(f"--rest {rest!r}: must be one of {', '.join(RESTS)}")
-        if ternary not in GRIDS["ternary_256"].gguf:
-            raise UserError(f"--ternary {ternary!r}: must be one of {', '.join(GRIDS['ternary_256'].gguf)}")
-        self.rest, self._ternary = rest, ternary
         self.workdir = Path(workdir)
         self.cfg = _config(self.workdir)
         self.phase = phase or list(self.cfg.train.phases)[-1]
@@ -159,9 +193,12 @@ class Branch:
         self._checkpoints = Checkpoints(self.workdir, self.phase)
         self._meta = self._newest() if step is None else self._checkpoints.meta(step)
         self.step: int = self._meta["step"]
-        self.plan: Plan = quant_plan(self.cfg)[0] if self.cfg.train.phases[self.phase].quantize else {}
-        self.model: ModelConfig = dataclasses.replace(self.cfg.model, n_mtp=0) if drop_mtp else self.cfg.model
+        plan = quant_plan(self.cfg)[0] if self.cfg.train.phases[self.phase].quantize else {}
+        self.storage = Storage(self.cfg, plan, rest=rest, ternary=ternary, drop_mtp=drop_mtp)
+        self.plan, self.model = self.storage.plan, self.storage.model
+        self.origin = read_origin(self.workdir)
         self._known = self._sources()
+        self._check_shapes()
         self._arrays = _Arrays(self._checkpoints, self._meta, self._known)
         self._layer: tuple[str, int | None, Value | None] = ("", None, None)
 
@@ -174,14 +211,14 @@ class Branch:
         self._arrays.close()
         self._checkpoints.close()
 
+    @property
+    def context(self) -> int:
+        """Tokens that the model is known to work on: the imported model's, or the training sequences'."""
+        return self.origin.context or self.cfg.data.seq_len
+
     def expect(self, parts: Iterable[Part]) -> None:
         """Says in which order parts will be asked for, so that they can be read ahead."""
-        self._arrays.expect(self._path(part) for part in parts if self._path(part) in self._known)
-
-    def _path(self, part: Part) -> str:
-        """A part's parameter in the run's own layout: "layers/3/attn/q" where layers are not stacked."""
-        stack, _, rest = part.path.partition("/")
-        return part.path if self.cfg.model.scan_layers or stack not in STACKED else f"{stack}/{part.layer}/{rest}"
+        self._arrays.expect(self.storage.path(part) for part in parts if self.storage.path(part) in self._known)
 
     def _sources(self) -> dict[str, list[str]]:
         """{path: its weights (their average, if the run keeps one) and learned scales in the checkpoint}."""
@@ -193,6 +230,18 @@ class Branch:
                 found[path].append(f"params/scales/{path}")
         return found
 
+    def _check_shapes(self) -> None:
+        """Raises UserError where the checkpoint does not hold the model that config.json describes."""
+        wanted = {path_of(p): a.shape for p, a in jax.tree_util.tree_leaves_with_path(abstract_params(self.cfg.model))}
+        found = {path: tuple(self._meta["tensors"][source[0]][1]) for path, source in self._known.items()}
+        differ = [path for path in wanted | found if wanted.get(path) != found.get(path)]
+        if differ:
+            path = differ[0]
+            raise UserError(
+                f"{self.workdir}/config.json is not of this checkpoint: {path} is {found.get(path, 'absent')} in it, "
+                f"{wanted.get(path, 'absent')} by the config ({len(differ)} tensors differ); restore the config"
+            )
+
     def _newest(self) -> dict[str, Any]:
         """The `meta` of the newest complete checkpoint."""
         for step in reversed(self._checkpoints.steps()):
@@ -202,27 +251,11 @@ class Branch:
                 log.warning("skipping a damaged checkpoint: %s", e)
         raise UserError(f"{self._checkpoints.directory}: no complete checkpoint; train that phase first")
 
-    def storage(self, part: Part) -> tuple[str, Grid | None]:
-        """GGUF type and grid of a part."""
-        grid = self.plan.get(self._path(part))
-        if grid is not None:
-            return (self._ternary if self._ternary in grid.gguf else grid.gguf[0]), grid
-        if part.path.endswith(("norm", "bias", "router/weight")):
-            return "F32", None
-        if self.rest != "Q8_0":
-            return self.rest, None
-        fits = self.shape_of(part)[-1] % GRIDS["q8_0"].superblock == 0
-        return ("Q8_0", GRIDS["q8_0"]) if fits else ("BF16", None)
-
-    def shape_of(self, part: Part) -> tuple[int, ...]:
-        """The shape of a part."""
-        return names.shape_of(self.model, part)
-
     def value(self, part: Part) -> Value:
         """One part. The last parameter stays in memory: ask for the parts of one parameter together."""
-        path = self._path(part)
+        path = self.storage.path(part)
         if path not in self._known:
-            return Value("F32", jnp.zeros(self.shape_of(part), jnp.float32))
+            return Value("F32", jnp.zeros(self.storage.shape_of(part), jnp.float32))
         if self._layer[:2] != (path, part.layer) or self._layer[2] is None:
             self._layer = ("", None, None)  # freed before the next is made
             self._layer = (path, part.layer, self._value(path, part))
@@ -238,7 +271,7 @@ class Branch:
         if part.layer is not None and self.cfg.model.scan_layers:
             weight, scale = weight[part.layer], None if scale is None else scale[part.layer]
         weight = weight.astype(jnp.float32)
-        kind, grid = self.storage(part)
+        kind, grid = self.storage.type_of(part)
         if kind == "F16" and float(jnp.abs(weight).max()) > 65504:
             raise UserError(f"{path} holds numbers beyond 65504, the largest of F16: give --rest BF16 or F32")
         if grid is None:
@@ -294,6 +327,32 @@ def _put(tree: dict[str, Any], keys: list[str], leaf: Any) -> None:
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
     tree[keys[-1]] = leaf
+
+
+class Origin(NamedTuple):
+    """What an imported model's folder says of its use, beside its weights."""
+
+    context: int = 0  # tokens; 0: unknown
+    end_ids: tuple[int, ...] = ()  # tokens that end a text or a turn
+    chat_template: str = ""
+
+
+ORIGIN = "origin.json"
+
+
+def read_origin(workdir: Path) -> Origin:
+    """The origin of a run's weights; an empty one where they were trained from scratch.
+
+    Raises:
+      UserError: the file is not what an import writes.
+    """
+    try:
+        found = json.loads((workdir / ORIGIN).read_text(encoding="utf-8"))
+        return Origin(int(found["context"]), tuple(map(int, found["end_ids"])), str(found["chat_template"]))
+    except FileNotFoundError:
+        return Origin()
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{workdir / ORIGIN} cannot be used ({e}): remove it, or import the model again") from e
 
 
 def _config(workdir: Path) -> Config:
