@@ -1,4 +1,4 @@
-"""A 1.2B-parameter MoE of the Qwen3-MoE shape (64 experts, 8 active) in 2 bits on one 80 GB GPU.
+"""A 1.3B-parameter MoE of the Qwen3-MoE shape (64 experts, 8 active) in 2 bits on one 80 GB GPU.
 
     python -m qatmoe.train --config configs/h100_1b.py --config.data.source=TEXT
 

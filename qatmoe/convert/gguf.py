@@ -27,7 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from qatmoe.errors import UserError
-from qatmoe.files import atomic_file
+from qatmoe.files import atomic_file, write_behind
 
 MAX_HEADER = 128 << 20  # bytes before the data; vocabularies and merges take 20 MB
 MAX_NAME = 63  # bytes of a tensor's name that llama.cpp reads
@@ -395,3 +395,4 @@ def write(
             data = np.ascontiguousarray(array).view(np.uint8)  # bfloat16 has no buffer that `write` takes
             f.write(data.data)
             f.write(bytes(_padded(data.nbytes, alignment) - data.nbytes))
+            write_behind(f)

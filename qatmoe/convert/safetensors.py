@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from qatmoe.errors import UserError
-from qatmoe.files import atomic_file, write_atomically
+from qatmoe.files import atomic_file, write_atomically, write_behind
 
 # In the order in which a file holds them: by alignment, so that every tensor is aligned, then as the reference does.
 DTYPES: dict[str, np.dtype] = {
@@ -304,6 +304,7 @@ def write(
         for name, tensor in tensors.items():
             f.seek(8 + len(text) + starts[name])
             f.write(_bytes_of(name, tensor, np.asarray(read(name))))
+            write_behind(f)
 
 
 def _sizes(path: Path, tensors: Tensors) -> dict[str, int]:
