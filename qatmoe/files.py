@@ -1,6 +1,7 @@
 """Writing files so that a reader, or a crash, never sees half of one."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -35,7 +36,7 @@ def atomic_file(path: str | Path, *, force: bool = False) -> Iterator[BinaryIO]:
     check_free(path, force=force)
     temporary = path.with_name(f".{path.name}.tmp")
     with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         fd = _claim(path, temporary, os.O_RDWR | os.O_CREAT)
         try:
             with open(fd, "wb") as f:
@@ -48,6 +49,13 @@ def atomic_file(path: str | Path, *, force: bool = False) -> Iterator[BinaryIO]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as e:  # says less than what is the matter
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from e
 
 
 def write_behind(f: BinaryIO) -> None:
@@ -115,7 +123,7 @@ def atomic_folder(path: str | Path, *, force: bool = False) -> Iterator[Path]:
         if os.path.lexists(old) and not os.path.lexists(path):
             os.replace(old, path)
         _check_replaceable(path, force)
-        temporary.mkdir(parents=True, exist_ok=True)
+        _make_folder(temporary)
         fd = _claim(path, temporary, os.O_RDONLY | os.O_DIRECTORY)
         try:
             for leftover in temporary.iterdir():  # of a process that was killed

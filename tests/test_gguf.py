@@ -475,9 +475,11 @@ def test_a_file_is_replaced_only_when_told_and_only_by_a_whole_one(tmp_path):
     check(path, FIELDS, tensors, arrays)
 
 
-def test_a_directory_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="cannot write"):
-        write(tmp_path / "none" / "a.gguf")
+def test_a_directory_that_is_not_there_is_made(tmp_path):
+    write(tmp_path / "none" / "a.gguf")
+    assert (tmp_path / "none" / "a.gguf").is_file()
+    with pytest.raises(UserError, match="cannot write .*: Not a directory"):
+        write(tmp_path / "none" / "a.gguf" / "b.gguf")
 
 
 # Damage.
