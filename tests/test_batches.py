@@ -330,8 +330,8 @@ def test_processes_share_each_validation_batch(load):
 
 
 def test_vocabulary_mismatch_shows_before_the_text_is_read():
-    with pytest.raises(UserError, match="2048 tokens but model.vocab_size=4096"):
-        batches.load_data(DataConfig(source="/no/such/file.txt"), 4096)
+    with pytest.raises(UserError, match="2048 tokens but model.vocab_size=1024"):
+        batches.load_data(DataConfig(source="/no/such/file.txt"), 1024)
 
 
 def test_tokenizer_trained_on_the_source(load, source, tmp_path, monkeypatch):

@@ -188,7 +188,7 @@ def cache(child_env, monkeypatch):
         ("--config.data.source=/no/such.txt", "/no/such.txt"),
         ("--config.data.source=EMPTY", "empty.txt"),
         ("--config.data.source=LATIN1", "latin1.txt"),
-        ("--config.model.vocab_size=4096", "4096"),
+        ("--config.model.vocab_size=1024", "1024"),
         ("--config.quant.experts=q2_k", "q2_k"),
         ("--config.quant.experts=q4_o", "did you mean 'q4_0'"),
         ("--config.quant.gate_up=q2_k", "layers/experts/gate_up"),
