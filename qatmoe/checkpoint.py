@@ -301,6 +301,11 @@ class Checkpoints:
                 return step
         return None
 
+    def in_parts(self, step: int) -> bool:
+        """Whether a checkpoint holds weights alone, as `save_weights` writes them; reads one small file."""
+        self._require(step)
+        return "parts" in _load_json(self.path(step) / "meta.json")
+
     def meta(self, step: int) -> Json:
         """The `meta` of one checkpoint, without its arrays.
 

@@ -148,11 +148,11 @@ def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:
         )
     abstract = abstract_state(cfg, first, plan, mesh)
     with Checkpoints(folder, phase) as checkpoints:
-        meta = checkpoints.meta(step)
-        if "parts" in meta:
+        if checkpoints.in_parts(step):
+            meta = checkpoints.meta(step)
             _layer_arrays(meta, abstract, folder)
         else:
-            checkpoints.check(step, abstract)
+            meta = checkpoints.check(step, abstract)
     if meta["tokenizer"] != data.tokenizer.hash:
         raise UserError(
             f"config.init_from={cfg.init_from!r} was trained with another tokenizer: set config.data.tokenizer"
@@ -166,9 +166,8 @@ def import_state(run: Run, name: str) -> tuple[TrainState, Position]:
     folder, phase, step = import_source(run.cfg)
     abstract = run.abstract_state(run.cfg.train.phases[name])
     with Checkpoints(folder, phase) as checkpoints:
-        meta = checkpoints.meta(step)
-        if "parts" in meta:
-            return _state_of_weights(run, abstract, checkpoints, meta), run.train_iterator.start
+        if checkpoints.in_parts(step):
+            return _state_of_weights(run, abstract, checkpoints, checkpoints.meta(step)), run.train_iterator.start
         state, position, _ = checkpoints.restore(step, abstract)
     if position["stream"] != run.train_iterator.start["stream"]:
         print(f"{folder} was trained on other batches: this run's data starts from its beginning")

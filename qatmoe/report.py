@@ -6,8 +6,10 @@ Make them again at any time:  python -m qatmoe.report --run WORKDIR
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,22 @@ def summarize(workdir: str | Path) -> Summary:
     }
     write_atomically(workdir / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     return summary
+
+
+def fill_tables(page: Path, tables: Mapping[str, str]) -> None:
+    """Puts each table between the lines `<!-- NAME: command -->` and `<!-- end -->` of a page.
+
+    Raises:
+      UserError: the page has no such lines for a name, or more than one pair.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, lines in tables.items():
+        pattern = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end -->)"
+        literal = lines.replace("\\", "\\\\")
+        text, n = re.subn(pattern, rf"\g<1>\n{literal}\n\n\g<2>", text, flags=re.S)
+        if n != 1:
+            raise UserError(f"{page} has no markers for {name!r}")
+    write_atomically(page, text)
 
 
 def table(summary: Summary) -> str:

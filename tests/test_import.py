@@ -22,6 +22,7 @@ import safetensors.numpy
 import torch
 import transformers
 from test_huggingface import GLM, QWEN, make
+from test_safetensors import edit_json
 
 from qatmoe import export, import_hf, metrics, train
 from qatmoe.checkpoint import Checkpoints
@@ -708,20 +709,8 @@ NASTY = [
 ]
 
 
-def edit_json(rng, value):
-    """Changes one thing at a random depth of a JSON value; returns the new value."""
-    if not isinstance(value, dict | list) or not value or rng.random() < 0.1:
-        return rng.choice(NASTY)
-    if isinstance(value, list):
-        i = rng.randrange(len(value))
-        return value[:i] + [edit_json(rng, value[i])] + value[i + 1 :]
-    key = rng.choice(list(value))
-    what = rng.random()
-    if what < 0.15:
-        return {k: v for k, v in value.items() if k != key}
-    if what < 0.2:
-        return {(rng.choice(["", "x", "dtype", "lm_head.weight"]) if k == key else k): v for k, v in value.items()}
-    return value | {key: edit_json(rng, value[key])}
+def edit_config(rng, value):
+    return edit_json(rng, value, NASTY, ("", "x", "dtype", "lm_head.weight"), leaf=0.1, drop=0.15)
 
 
 def edit_bytes(rng, data):
@@ -742,9 +731,9 @@ def mutate(rng, name, data):
     if rng.random() < 0.4:
         return edit_bytes(rng, data)
     if name.endswith(".json"):
-        return json.dumps(edit_json(rng, json.loads(data))).encode()
+        return json.dumps(edit_config(rng, json.loads(data))).encode()
     length = struct.unpack("<Q", data[:8])[0]
-    text = json.dumps(edit_json(rng, json.loads(data[8 : 8 + length]))).encode()
+    text = json.dumps(edit_config(rng, json.loads(data[8 : 8 + length]))).encode()
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 

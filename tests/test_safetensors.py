@@ -638,20 +638,20 @@ NASTY = [
 ]
 
 
-def edit_json(rng, value):
+def edit_json(rng, value, nasty=NASTY, names=("", "x", "__metadata__", "dtype"), leaf=0.15, drop=0.1):
     """Changes one thing at a random depth of a JSON value; returns the new value."""
-    if not isinstance(value, dict | list) or not value or rng.random() < 0.15:
-        return rng.choice(NASTY)
+    if not isinstance(value, dict | list) or not value or rng.random() < leaf:
+        return rng.choice(nasty)
     if isinstance(value, list):
         i = rng.randrange(len(value))
-        return value[:i] + [edit_json(rng, value[i])] + value[i + 1 :]
+        return value[:i] + [edit_json(rng, value[i], nasty, names, leaf, drop)] + value[i + 1 :]
     key = rng.choice(list(value))
     what = rng.random()
-    if what < 0.1:
+    if what < drop:
         return {k: v for k, v in value.items() if k != key}
     if what < 0.2:
-        return {(rng.choice(["", "x", "__metadata__", "dtype"]) if k == key else k): v for k, v in value.items()}
-    return value | {key: edit_json(rng, value[key])}
+        return {(rng.choice(names) if k == key else k): v for k, v in value.items()}
+    return value | {key: edit_json(rng, value[key], nasty, names, leaf, drop)}
 
 
 def mutate(rng, data, is_index):

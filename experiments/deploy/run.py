@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from qatmoe.convert import compressed, gguf_model, huggingface_model, llama
 from qatmoe.convert.verify import Report, verify_gguf, verify_huggingface
 from qatmoe.convert.weights import Branch
 from qatmoe.quant.grid import GRIDS
+from qatmoe.report import fill_tables
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -166,18 +166,7 @@ def draft_table(result: dict) -> str:
 def write() -> None:
     """Puts the tables between their markers in docs/deploy.md."""
     result = json.loads(RESULTS.read_text())
-    page = ROOT / "docs" / "deploy.md"
-    text = page.read_text()
-    for name, table in (("grids", grid_table(result["rows"])), ("drafts", draft_table(result))):
-        text, n = re.subn(
-            rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end -->)",
-            lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}",
-            text,
-            flags=re.S,
-        )
-        if n != 1:
-            raise SystemExit(f"{page} has no markers for {name!r}")
-    page.write_text(text)
+    fill_tables(ROOT / "docs" / "deploy.md", {"grids": grid_table(result["rows"]), "drafts": draft_table(result)})
 
 
 def main() -> None:

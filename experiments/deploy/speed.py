@@ -27,6 +27,7 @@ from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, to_json
 from qatmoe.data import tokenizer
 from qatmoe.model.transformer import abstract_params
+from qatmoe.report import fill_tables
 from qatmoe.run import quant_plan
 from qatmoe.tree import path_of
 
@@ -174,13 +175,7 @@ def table(result: dict) -> str:
 
 def write() -> None:
     """Puts the table between its markers in docs/deploy.md."""
-    page = ROOT / "docs" / "deploy.md"
-    made = table(json.loads(RESULTS.read_text()))
-    pattern = r"(<!-- speed: [^\n]*-->\n).*?(<!-- end -->)"
-    text, n = re.subn(pattern, lambda m: f"{m[1]}\n{made}\n\n{m[2]}", page.read_text(), flags=re.S)
-    if n != 1:
-        raise SystemExit(f"{page} has no markers for 'speed'")
-    page.write_text(text)
+    fill_tables(ROOT / "docs" / "deploy.md", {"speed": table(json.loads(RESULTS.read_text()))})
 
 
 def main() -> None:

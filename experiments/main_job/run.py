@@ -8,12 +8,13 @@ Finished runs under DIR are not repeated.
 
 import argparse
 import json
-import re
 import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from qatmoe.report import fill_tables
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -89,18 +90,8 @@ def benchmark_table(result: dict) -> str:
 def write() -> None:
     """Puts the tables between their markers in README.md."""
     result = json.loads(RESULTS.read_text())
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, table in (("table", loss_table(result["runs"])), ("benchmark", benchmark_table(result["benchmark"]))):
-        text, n = re.subn(
-            rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end -->)",
-            lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}",
-            text,
-            flags=re.S,
-        )
-        if n != 1:
-            raise SystemExit(f"README.md has no markers for {name!r}")
-    readme.write_text(text)
+    tables = {"table": loss_table(result["runs"]), "benchmark": benchmark_table(result["benchmark"])}
+    fill_tables(ROOT / "README.md", tables)
 
 
 def main() -> None:

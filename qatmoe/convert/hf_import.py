@@ -4,6 +4,7 @@ Weights keep their type and are stored in the unrolled layout, layer by layer, s
 a whole: at most one parameter of one layer, and what orbax holds while it writes a part.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def import_folder(source: Path, out: Path, *, drop_mtp: bool = False, force: boo
     _check_model(out, model, source)
     tok = _tokenizer(source, model)
     with Folder(source) as files:
-        kept = _without_mtp(model) if drop_mtp else model
+        kept = dataclasses.replace(model, n_mtp=0) if drop_mtp else model
         _check_counts(source, model, files)
         wanted = _by_parameter(kept, arch)
         _check_tensors(source, model, kept, arch, files)
@@ -97,15 +98,11 @@ def _check_model(out: Path, model: ModelConfig, source: Path) -> None:
         raise UserError(f"{source}/config.json describes a model that cannot be: {e}") from e
 
 
-def _without_mtp(model: ModelConfig) -> ModelConfig:
-    return ModelConfig(**{**vars(model), "n_mtp": 0})
-
-
 def _config(out: Path, model: ModelConfig, dtype: str) -> Config:
     """The folder's own config: a run of one phase, its weights in the unrolled layout."""
     return Config(
         name=out.name,
-        model=ModelConfig(**{**vars(model), "scan_layers": False, "dtype": dtype}),
+        model=dataclasses.replace(model, scan_layers=False, dtype=dtype),
         quant=QuantConfig(experts="none"),
         data=DataConfig(tokenizer=str(out.absolute() / "tokenizer.json")),
         train=TrainConfig(phases={TRUNK: PhaseConfig(steps=1)}),

@@ -15,7 +15,7 @@ from qatmoe.convert import compressed, hf_config, names, safetensors
 from qatmoe.convert.names import Part
 from qatmoe.convert.safetensors import DTYPES, Tensor
 from qatmoe.convert.vocab import huggingface_files
-from qatmoe.convert.weights import PLAIN, Branch, Storage, Value
+from qatmoe.convert.weights import PLAIN, Branch, Storage
 from qatmoe.errors import UserError
 from qatmoe.files import atomic_folder
 from qatmoe.quant.grid import GRIDS, Grid
@@ -73,7 +73,7 @@ def contents(storage: Storage, arch: str, packed: bool) -> dict[str, Content]:
             continue
         if grid.name not in compressed.FORMATS:
             raise UserError(f"{name} is on {grid.name}, which compressed-tensors cannot hold: use --format safetensors")
-        if not name.endswith(("_proj.weight",)):
+        if not name.endswith("_proj.weight"):
             raise UserError(
                 f"{name} is on {grid.name}: compressed-tensors packs projections only, not embeddings or heads; use "
                 "--format safetensors"
@@ -111,17 +111,16 @@ class Source:
         if self._packed[0] != whole:
             value = self._branch.value(whole)
             assert value.grid is not None
-            self._packed = (whole, compressed.pack(value.grid, _codes(value), np.asarray(value.scale)).tensors)
+            self._packed = (
+                whole,
+                compressed.pack(value.grid, np.asarray(value.codes()), np.asarray(value.scale)).tensors,
+            )
         array, rows = self._packed[1][suffix], self._branch.storage.shape_of(part)[0]
         if suffix == "weight_shape":
             return np.asarray(self._branch.storage.shape_of(part), array.dtype)
         if part.half is None or suffix == "weight_global_scale":
             return array
         return array[part.half * rows : (part.half + 1) * rows]
-
-
-def _codes(value: Value) -> np.ndarray:
-    return np.asarray(value.codes())
 
 
 @functools.cache
