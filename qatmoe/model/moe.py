@@ -93,23 +93,42 @@ def _dense(
     down_EDF: jax.Array,
     cfg: ModelConfig,
 ) -> tuple[jax.Array, jax.Array]:
+    x_EGCD, weights_EGC, rows = dispatch(x_GTD, weights_GTk, indices_GTk, cfg)
+    y_EGCD = expert_matmuls(x_EGCD, weights_EGC, gate_up_EFD, down_EDF, cfg.swiglu_limit)
+    dropped = jnp.mean(rows.row_Tk == rows.choice_R.shape[-1], dtype=jnp.float32)
+    return combine(y_EGCD, rows), dropped
+
+
+def dispatch(
+    x_GTD: jax.Array, weights_GTk: jax.Array, indices_GTk: jax.Array, cfg: ModelConfig
+) -> tuple[jax.Array, jax.Array, Rows]:
+    """Tokens to the C rows of each expert, empty ones zero: (E, G, C, D), weights (E, G, C) f32, and the map back."""
     G, T, D = x_GTD.shape
     E, C = cfg.n_experts, capacity(T, cfg)
     starts_E = jnp.arange(E) * C
     rows = jax.vmap(lambda indices_Tk: _place(indices_Tk, starts_E, C, E * C, E))(indices_GTk)
     x_GECD = jax.vmap(_to_rows)(x_GTD, rows).reshape(G, E, C, D)
     weights_GEC = jax.vmap(_weights_to_rows)(weights_GTk, rows).reshape(G, E, C)
-
     # Pinning both sides makes the exchange one all-to-all over the expert axis. Experts lead, so that the matmul's
     # batch axis is already where the backends want it.
     x_EGCD = constrain(constrain(x_GECD, ("batch", None, None, None)).swapaxes(0, 1), ("experts", "group", None, None))
-    gate_up_EGCF = jnp.einsum("egcd,efd->egcf", x_EGCD, gate_up_EFD.astype(x_GTD.dtype))
-    hidden_EGCF = _gated(gate_up_EGCF, weights_GEC.swapaxes(0, 1), cfg.swiglu_limit)
-    y_EGCD = jnp.einsum("egcf,edf->egcd", hidden_EGCF, down_EDF.astype(x_GTD.dtype))
-    y_GECD = constrain(constrain(y_EGCD, ("experts", "group", None, None)).swapaxes(0, 1), ("batch", None, None, None))
+    return x_EGCD, weights_GEC.swapaxes(0, 1), rows
 
-    y_GTD = jax.vmap(_from_rows)(y_GECD.reshape(G, E * C, D), rows)
-    return y_GTD, jnp.mean(rows.row_Tk == E * C, dtype=jnp.float32)
+
+def expert_matmuls(
+    x_EGCD: jax.Array, weights_EGC: jax.Array, gate_up_EFD: jax.Array, down_EDF: jax.Array, limit: float
+) -> jax.Array:
+    """Each expert's FFN on its own rows, times the rows' weights: (E, G, C, D) in the dtype of x."""
+    gate_up_EGCF = jnp.einsum("egcd,efd->egcf", x_EGCD, gate_up_EFD.astype(x_EGCD.dtype))
+    hidden_EGCF = _gated(gate_up_EGCF, weights_EGC, limit)
+    return jnp.einsum("egcf,edf->egcd", hidden_EGCF, down_EDF.astype(x_EGCD.dtype))
+
+
+def combine(y_EGCD: jax.Array, rows: Rows) -> jax.Array:
+    """Rows of experts back to their tokens, summed: (G, T, D). The way back of `dispatch`."""
+    E, G, C, D = y_EGCD.shape
+    y_GECD = constrain(constrain(y_EGCD, ("experts", "group", None, None)).swapaxes(0, 1), ("batch", None, None, None))
+    return jax.vmap(_from_rows)(y_GECD.reshape(G, E * C, D), rows)
 
 
 def _blocked(

@@ -215,7 +215,7 @@ class Grid:
         s = scale[..., None]
         if self.signed:
             x, s = xp.where(s < 0, -x, x), abs(s)
-        if len(self.levels) > 16:
+        if len(self.levels) > 4 and set(np.diff(self.levels)) == {1.0}:
             level = self._nearest_integer(x, s)
             out = level if table.dtype == np.float32 else (level - self.levels[0]).astype(table.dtype)
             return out.reshape(w.shape)
@@ -226,7 +226,7 @@ class Grid:
         return out.reshape(w.shape)
 
     def _nearest_integer(self, x: Array, s: Array) -> Array:
-        """The chain of comparisons for long integer tables: a guess by division, corrected exactly."""
+        """The chain of comparisons for consecutive integers: a guess by division, corrected exactly."""
         xp = _xp(x)
         low, high = self.levels[self.first_code], self.levels[-1]
         guess = xp.rint((x / s).clip(low, high))

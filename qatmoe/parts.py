@@ -1,0 +1,193 @@
+"""Where a training step's time goes: each part compiled and timed alone, forward and backward, at the config's shapes.
+
+Alone, a part cannot share a pass over memory with its neighbours, so the parts need not add up to the step; what they
+leave is norms, residual sums, embedding and what XLA overlaps.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qatmoe import loss as losses
+from qatmoe import step as steps
+from qatmoe.config import Config, PhaseConfig
+from qatmoe.model import moe, router, transformer
+from qatmoe.model.attention import attention
+from qatmoe.model.layers import ffn, rope_angles
+from qatmoe.optim import make_optimizer
+from qatmoe.run import quant_plan
+
+Part = dict[str, Any]
+
+
+def measure(cfg: Config, rounds: int) -> list[Part]:
+    """One row per part: `part`, `ms` (median of one call), `times` (calls in a step)."""
+    m = dataclasses.replace(cfg.model, scan_layers=False)
+    n_moe = m.n_layers - m.n_dense_layers + m.n_mtp
+    depth = m.n_layers + m.n_mtp
+    micro = dataclasses.replace(cfg, model=m)
+    found = [
+        ("attention", depth, _attention(micro)),
+        ("router", n_moe, _router(micro)),
+    ]
+    if m.experts == "dense":
+        found += [("dispatch and combine", n_moe, _dispatch(micro)), ("expert matmuls", n_moe, _matmuls(micro))]
+    else:
+        found += [(f"experts ({m.experts}), dispatch included", n_moe, _experts(micro))]
+    if m.n_shared_experts:
+        found += [("shared experts", n_moe, _ffn(micro, "layers", "shared"))]
+    if m.n_dense_layers:
+        found += [("dense FFN", m.n_dense_layers, _ffn(micro, "dense_layers", "ffn"))]
+    found += [("head and loss", 1 + m.n_mtp, _head(micro))]
+    accumulated = cfg.train.grad_accum
+    rows = [{"part": p, "ms": _time(*f, rounds), "times": n * accumulated} for p, n, f in found]
+    del found
+    if quant_plan(cfg)[0]:
+        rows.append(
+            {"part": f"fake quantization ({cfg.quant.scale})", "ms": _time(*_quantize(cfg), rounds), "times": 1}
+        )
+    rows.append({"part": "optimizer", "ms": _optimizer_ms(cfg, rounds), "times": 1})
+    return rows
+
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def _time(call: Callable[..., Any], args: tuple[Any, ...], rounds: int) -> float:
+    """Milliseconds, median of `rounds` after two more."""
+    compiled = jax.jit(call).lower(*args).compile()
+    times = []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:]) * 1e3
+
+
+def _with_gradients(f: Callable[..., jax.Array], n: int) -> Callable[..., Any]:
+    """f's value and its gradients with respect to the first n arguments, at a gradient of ones."""
+
+    def both(*args: Any) -> Any:
+        out, pull_back = jax.vjp(lambda *floats: f(*floats, *args[n:]), *args[:n])
+        return out, pull_back(jnp.ones_like(out))
+
+    return both
+
+
+def _tokens(cfg: Config) -> int:
+    return cfg.train.batch_size // cfg.train.grad_accum * cfg.data.seq_len
+
+
+def _activations(cfg: Config, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(2), shape, jnp.dtype(cfg.model.dtype))
+
+
+def _layer(cfg: Config, stack: str, name: str) -> Any:
+    """The parameters `name` of one layer of a stack."""
+    declared = transformer.param_tree(cfg.model)[stack]["0"][name]
+    keys = jax.random.key(3)
+    return jax.tree.map(lambda p: p.fill + p.std * jax.random.normal(keys, p.shape, jnp.float32), declared)
+
+
+def _attention(cfg: Config) -> Call:
+    m, B, L = cfg.model, cfg.train.batch_size // cfg.train.grad_accum, cfg.data.seq_len
+    rope = rope_angles(jnp.broadcast_to(jnp.arange(L), (B, L)), m.head_dim, m.rotary_fraction, m.rope_theta)
+    f = _with_gradients(lambda params, x_BLD, rope: attention(params, m, x_BLD, rope, None), 2)
+    return f, (_layer(cfg, "layers", "attn"), _activations(cfg, B, L, m.dim), rope)
+
+
+def _router(cfg: Config) -> Call:
+    f = _with_gradients(lambda params, x_TD: router.route(params, cfg.model, x_TD).weights_Tk, 2)
+    return f, (_layer(cfg, "layers", "router"), _activations(cfg, _tokens(cfg), cfg.model.dim))
+
+
+def _routed(cfg: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens (1, T, D) and how the router of a fresh layer sends them."""
+    x_TD = _activations(cfg, _tokens(cfg), cfg.model.dim)
+    routing = jax.jit(lambda p, x: router.route(p, cfg.model, x))(_layer(cfg, "layers", "router"), x_TD)
+    return x_TD[None], routing.weights_Tk[None], routing.indices_Tk[None]
+
+
+def _dispatch(cfg: Config) -> Call:
+    def there_and_back(x_GTD: jax.Array, weights_GTk: jax.Array, indices_GTk: jax.Array) -> jax.Array:
+        x_EGCD, weights_EGC, rows = moe.dispatch(x_GTD, weights_GTk, indices_GTk, cfg.model)
+        return moe.combine(x_EGCD * weights_EGC[..., None].astype(x_EGCD.dtype), rows)
+
+    return _with_gradients(there_and_back, 2), _routed(cfg)
+
+
+def _matmuls(cfg: Config) -> Call:
+    m = cfg.model
+    experts = _layer(cfg, "layers", "experts")
+    rows = (m.n_experts, 1, moe.capacity(_tokens(cfg), m))
+    f = _with_gradients(lambda x, w, gate_up, down: moe.expert_matmuls(x, w, gate_up, down, m.swiglu_limit), 4)
+    weights_EGC = jnp.full(rows, 1 / m.top_k, jnp.float32)
+    return f, (_activations(cfg, *rows, m.dim), weights_EGC, experts["gate_up"], experts["down"])
+
+
+def _experts(cfg: Config) -> Call:
+    x_GTD, weights_GTk, indices_GTk = _routed(cfg)
+    experts = _layer(cfg, "layers", "experts")
+
+    def f(x_TD: Any, weights_Tk: Any, gate_up: Any, down: Any, indices_Tk: Any) -> jax.Array:
+        return moe.expert_ffn(x_TD, weights_Tk, indices_Tk, gate_up, down, cfg.model, cfg.model.experts)[0]
+
+    return _with_gradients(f, 4), (x_GTD[0], weights_GTk[0], experts["gate_up"], experts["down"], indices_GTk[0])
+
+
+def _ffn(cfg: Config, stack: str, name: str) -> Call:
+    f = _with_gradients(lambda params, x_TD: ffn(params, x_TD, cfg.model.swiglu_limit), 2)
+    return f, (_layer(cfg, stack, name), _activations(cfg, _tokens(cfg), cfg.model.dim))
+
+
+def _head(cfg: Config) -> Call:
+    m, B, L = cfg.model, cfg.train.batch_size // cfg.train.grad_accum, cfg.data.seq_len
+    name = "embed" if m.tie_embeddings else "head"
+    weight_VD = m.init_std * jax.random.normal(jax.random.key(4), (m.vocab_size, m.dim), jnp.float32)
+    targets_BL = jax.random.randint(jax.random.key(5), (B, L), 0, m.vocab_size)
+
+    def f(weight_VD: jax.Array, hidden_BLD: jax.Array, targets_BL: jax.Array) -> jax.Array:
+        weights_BL = jnp.ones(targets_BL.shape, jnp.float32)
+        return losses.head_loss({name: weight_VD}, m, hidden_BLD, targets_BL, weights_BL, chunk=cfg.train.loss_chunk)[0]
+
+    return _with_gradients(f, 2), (weight_VD, _activations(cfg, B, L, m.dim), targets_BL)
+
+
+def _quantize(cfg: Config) -> Call:
+    """The deployed values of all planned weights, and the gradients through them."""
+    plan = quant_plan(cfg)[0]
+    phase = PhaseConfig(steps=1, quantize=True)
+    state = jax.jit(lambda k: steps.branch(cfg, phase, plan, steps.init_state(cfg, k)))(jax.random.key(0))
+
+    def both(params: Any) -> Any:
+        values, pull_back = jax.vjp(lambda p: steps.deployed(cfg, plan, p, True), params)
+        return pull_back(jax.tree.map(jnp.ones_like, values))
+
+    return both, (state.params,)
+
+
+def _optimizer_ms(cfg: Config, rounds: int) -> float:
+    """The update of all weights in place, their gradients bf16 or f32 as the step makes them."""
+    optimizer = make_optimizer(cfg.optim)
+
+    def update(params: Any, state: Any, grads: Any) -> Any:
+        updates, state = optimizer.update(jax.tree.map(lambda g: g.astype(jnp.float32), grads), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"model": jax.jit(functools.partial(transformer.init_params, cfg.model))(jax.random.key(0)), "scales": {}}
+    state = jax.jit(optimizer.init)(params)
+    grads = jax.tree.map(lambda p: jnp.full(p.shape, 1e-3, jnp.dtype(cfg.model.dtype)), params)
+    compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, grads).compile()
+    times = []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        params, state = jax.block_until_ready(compiled(params, state, grads))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:]) * 1e3
