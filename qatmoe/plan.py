@@ -33,6 +33,8 @@ SIZES = ("16GB", "24GB", "64GB", "128GB")  # without --memory
 CONTEXT = 32_768  # tokens, without --context, where the model is made for as many
 
 _GRIDS = ("experts", *FAMILIES, "mtp")  # keys of config.quant, and options
+_DESCRIPTION = 31  # bytes that a tensor's description takes beside its shape and the name without "blk.NN."
+_FIELDS = 2000  # bytes of the hyper-parameters
 _SCALE = {"M": 2, "G": 3, "T": 4}
 _LABELS = {KEPT: "norms, routers, biases", OTHER: "projection"}
 
@@ -69,7 +71,9 @@ class Memory:
 def of_model(shape: Shape, quant: QuantConfig, *, rest: str = "BF16", ternary: str = "TQ2_0") -> Memory:
     """A built-in model; raises UserError for grids that it cannot have."""
     pieces = stored(shape, quant, rest=rest, ternary=ternary)
-    return Memory(shape, _rows(pieces), round(shape.vocab_size * shape.entry_bytes), exact=False)
+    described = sum(piece.number * (_DESCRIPTION + len(piece.name) + 8 * len(piece.shape)) for piece, _ in pieces)
+    metadata = described + _FIELDS + round(shape.vocab_size * shape.entry_bytes)
+    return Memory(shape, _rows(pieces), metadata, exact=False)
 
 
 def of_run(branch: Branch) -> Memory:
@@ -146,10 +150,14 @@ def parse_cache(text: str, shape: Shape) -> CacheType:
     Raises:
       UserError: an unknown type, or one whose blocks do not divide a head.
     """
-    cache = CacheType.parse(re.sub(r"(^|/)f16\b", r"\1bf16", text))
+    cache = _cache_type(text)
     for layers in shape.caches:
         cache.check(layers.head)
     return cache
+
+
+def _cache_type(text: str) -> CacheType:
+    return CacheType.parse(re.sub(r"(^|/)f16\b", r"\1bf16", text))
 
 
 def summary(memory: Memory, cache: str, context: int, sizes: Sequence[str]) -> dict[str, Any]:
@@ -392,6 +400,7 @@ def _check(args: argparse.Namespace) -> None:
     for key in given:
         if getattr(args, key) not in ("none", *(["same"] if key in ("gate_up", "down", "mtp") else [])):
             get(getattr(args, key))
+    _cache_type(args.cache)
     if args.memory:
         parse_memory(args.memory)
 

@@ -30,8 +30,8 @@ FLOORS: list[set[str]] = [
     {"report", "run", "cli"},
     {"phases", "convert.weights"},
     {"convert.gguf_model", "convert.huggingface_model", "convert.hf_import"},
-    {"convert.verify"},
-    {"train", "benchmark", "export", "import_hf"},
+    {"convert.verify", "shapes"},
+    {"train", "benchmark", "export", "import_hf", "plan"},
 ]
 ROOT = Path(qatmoe.__file__).parent
 MODULES = {
