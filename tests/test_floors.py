@@ -16,7 +16,7 @@ FLOORS: list[set[str]] = [
     {"quant.pack", "quant.plan"},
     {"quant.fake"},
     {"data.corpus", "data.cache"},
-    {"data.tokenizer"},
+    {"data.tokenizer", "data.cloze"},
     {"data.batches"},
     {"model.layers", "model.cache"},
     {"model.attention", "model.router", "model.moe"},
@@ -30,8 +30,8 @@ FLOORS: list[set[str]] = [
     {"report", "run", "cli"},
     {"phases", "convert.weights"},
     {"convert.gguf_model", "convert.huggingface_model", "convert.hf_import"},
-    {"convert.verify", "shapes"},
-    {"train", "benchmark", "export", "import_hf", "plan"},
+    {"convert.verify", "shapes", "harness"},
+    {"train", "benchmark", "export", "import_hf", "plan", "tasks"},
 ]
 ROOT = Path(qatmoe.__file__).parent
 MODULES = {
