@@ -22,6 +22,7 @@ FLOORS: list[set[str]] = [
     {"model.attention", "model.router", "model.moe"},
     {"model.mtp"},
     {"model.transformer"},
+    {"decode"},
     {"loss", "optim"},
     {"step"},
     {"checkpoint", "metrics"},
