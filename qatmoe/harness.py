@@ -64,7 +64,7 @@ class Model(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Nats of continuations, and whether all their tokens are the likeliest; requests: (_, context, continuation)."""
+        """Nats of continuations, and whether all their tokens are the likeliest; requests hold ids."""
         totals = np.zeros(len(requests))
         greedy = np.ones(len(requests), bool)
         windows = [(i, *window) for i, (_, *pair) in enumerate(requests) for window in self._windows(*pair)]

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONTEXT = 40
 CFG = dataclasses.replace(GLM, vocab_size=2048, scan_layers=False, n_layers=2)
-PARAMS = random_weights(CFG, 3)
+PARAMS = jax.tree.map(jnp.asarray, random_weights(CFG, 3))
 TOKENIZER = tokenizer.load()
 TEXT = "She had been looking at him with an expression of great surprise, and now she rose; the room was very still."
 
@@ -26,10 +27,17 @@ def model():
     return harness.Model(PARAMS, CFG, TOKENIZER, CONTEXT, rows=4)
 
 
+@jax.jit
+def reference(tokens_BL):
+    cfg = dataclasses.replace(CFG, eval_experts="reference")
+    hidden_BLD = transformer.forward(PARAMS, cfg, tokens_BL, train=False).hidden_BLD
+    return transformer.logits(PARAMS, cfg, hidden_BLD)
+
+
 def plain(tokens):
-    """Log-probabilities of what follows each token, (L, V) f64, without padding or batches."""
-    hidden_BLD = transformer.forward(PARAMS, CFG, np.array([tokens]), train=False).hidden_BLD
-    return np.asarray(jax.nn.log_softmax(transformer.logits(PARAMS, CFG, hidden_BLD)[0]), np.float64)
+    """Log-probabilities of what follows each token, (L, V) f64: one row, every expert on every token."""
+    logits_LV = np.asarray(reference(np.pad(tokens, (0, 64 - len(tokens)))[None])[0, : len(tokens)], np.float64)
+    return logits_LV - np.log(np.exp(logits_LV).sum(-1, keepdims=True))
 
 
 def nats(tokens, predicted):
@@ -57,12 +65,14 @@ def test_loglikelihood_is_the_sum_of_the_continuations_log_probabilities(model):
     assert not greedy
 
 
-def test_a_token_across_the_boundary_belongs_to_the_continuation(model):
+def test_a_boundary_inside_a_token_is_where_the_harness_has_it(model):
     context, continuation = "She had been look", "ing at him"
     whole, before = model.tok_encode(context + continuation), model.tok_encode(context)
-    assert whole[: len(before)] != before  # "looking" is cut elsewhere
-    assert whole != [*before, *model.tok_encode(continuation)]
-    assert ask(model, (context, continuation))[0][0] == pytest.approx(nats(whole, len(whole) - len(before)), abs=1e-4)
+    after = whole[len(before) :]
+    assert whole[: len(before)] != before and after != model.tok_encode(continuation)  # "looking" is one token
+    # As its Hugging Face models do: the context's own tokens, then what is left of the whole text's.
+    expected = nats([*before, *after], len(after))
+    assert ask(model, (context, continuation))[0][0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_white_space_at_the_end_of_a_context_belongs_to_the_continuation(model):
@@ -125,8 +135,13 @@ def rolling(model, text):
 def test_a_short_texts_rolling_sum_is_the_total_of_its_token_losses(model):
     tokens = np.array([[TOKENIZER.end_id, *model.tok_encode(TEXT[:60])]])
     assert tokens.size <= CONTEXT
-    hidden_BLD = transformer.forward(PARAMS, CFG, tokens[:, :-1], train=False).hidden_BLD
-    ce_BL, _ = loss.token_losses(PARAMS, CFG, hidden_BLD, tokens[:, 1:])
+
+    @jax.jit
+    def losses(tokens_BL):
+        hidden_BLD = transformer.forward(PARAMS, CFG, tokens_BL[:, :-1], train=False).hidden_BLD
+        return loss.token_losses(PARAMS, CFG, hidden_BLD, tokens_BL[:, 1:])[0]
+
+    ce_BL = losses(tokens)
     assert rolling(model, TEXT[:60]) == pytest.approx(-float(ce_BL.sum()), abs=1e-3)
 
 
