@@ -27,7 +27,7 @@ from qatmoe.quant.grid import get
 from qatmoe.quant.plan import KEPT, OTHER, family
 from qatmoe.shapes import FAMILIES, SHAPES, Piece, Shape, find, from_model, size, stored
 
-COMPUTE_BUFFERS = 1_000_000_000  # bytes. Scores of 512 tokens over 151,936 entries take 0.31 GB, activations as much
+COMPUTE_BUFFERS = 1_000_000_000  # bytes, an assumption. Scores of 512 tokens over 151,936 entries take 0.31 GB of it
 WINDOW_EXTRA, WINDOW_STEP = 512, 256  # llama.cpp keeps a window and one batch, rounded up (llama-kv-cache-iswa.cpp)
 SIZES = ("16GB", "24GB", "64GB", "128GB")  # without --memory
 CONTEXT = 32_768  # tokens, without --context, where the model is made for as many
@@ -221,7 +221,7 @@ def text(result: dict[str, Any]) -> str:
         "",
         *aligned(
             [
-                ("", "GB", "GiB", ""),
+                ("", "bytes", "GB", "GiB"),
                 _both(result["bytes"], "file"),
                 _both(result["cache_bytes"], f"cache of {result['context']:,} tokens in {result['cache']}"),
                 _both(result["compute_buffers"], "assumed for what llama.cpp computes in"),
@@ -252,7 +252,7 @@ def _family_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _both(n: int, what: str) -> tuple[str, ...]:
-    return what, f"{n / 1e9:,.2f}", f"{n / 2**30:,.2f}", ""
+    return what, f"{n:,}", f"{n / 1e9:,.2f}", f"{n / 2**30:,.2f}"
 
 
 def _fit_rows(result: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -1,9 +1,11 @@
 """The memory command: files as they are written, caches by hand, what fits, and what is refused."""
 
 import dataclasses
+import importlib.util
 import json
 
 import pytest
+from conftest import ROOT
 from test_gguf_model import GLM, QWEN, make_run
 
 from qatmoe import export, plan, shapes
@@ -184,6 +186,15 @@ def test_all_models_in_one_table(capsys, tmp_path):
     assert lines["olmoe-7b-a1b"][1:5] == ["6.92", "B", "1.28", "B"]
     assert [fit["memory"] for fit in results["glm-4.5"]["fits"]] == ["16GB", "24GB", "64GB", "128GB"]
     assert {row["kind"] for row in results["glm-4.5"]["families"] if row["family"] == "shared"} == {"Q8_0"}
+
+
+def test_the_documentations_tables_are_those_of_today():
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "experiments" / "memory" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = module.PAGE.read_text()
+    for name, settings in module.TABLES.items():
+        assert f"<!-- {name}: python experiments/memory/run.py -->\n\n{module.markdown(*settings)}\n\n<!-- end" in page
 
 
 def test_grids_that_no_model_can_have_are_refused(capsys):
