@@ -32,19 +32,21 @@ class Model(TemplateLM):
     token once (`get_rolling_token_windows`).
     """
 
-    def __init__(self, params: dict[str, Any], cfg: ModelConfig, tokenizer: Tokenizer, context: int, rows: int = 16):
+    def __init__(
+        self, params: dict[str, Any], cfg: ModelConfig, tokenizer: Tokenizer, context: int, tokens: int = 4096
+    ):
         """Takes a model in.
 
         Args:
           params: f32, as `convert.weights.Branch.numbers` gives them.
           cfg: with scan_layers off.
           context: tokens that the model sees at most, at least 2.
-          rows: sequences of a batch at the longest length; shorter ones go in more.
+          tokens: of a batch, padding included; a longer sequence is a batch of its own.
         """
         super().__init__()
         self._params, self._cfg, self._tokenizer = params, cfg, tokenizer
         self.max_length = context
-        self._tokens = rows * _padded(context, context)
+        self._tokens = tokens
 
     @property
     def eot_token_id(self) -> int:
@@ -69,7 +71,7 @@ class Model(TemplateLM):
         greedy = np.ones(len(requests), bool)
         windows = [(i, *window) for i, (_, *pair) in enumerate(requests) for window in self._windows(*pair)]
         for length, batch in self._batches(windows):
-            tokens_BL = np.full((self._tokens // length, length + 1), self.eot_token_id, np.int32)
+            tokens_BL = np.full((self._rows(length), length + 1), self.eot_token_id, np.int32)
             for row_L, (_, tokens, _) in zip(tokens_BL, batch, strict=False):
                 row_L[: len(tokens)] = tokens
             nats_BL, best_BL = map(np.asarray, _score(self._params, self._cfg, tokens_BL))
@@ -93,9 +95,12 @@ class Model(TemplateLM):
         for window in windows:
             by_length.setdefault(_padded(len(window[1]) - 1, self.max_length), []).append(window)
         for length, group in sorted(by_length.items()):
-            rows = self._tokens // length
+            rows = self._rows(length)
             for start in range(0, len(group), rows):
                 yield length, group[start : start + rows]
+
+    def _rows(self, length: int) -> int:
+        return max(1, self._tokens // length)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first stop string, which is left out, or the number of tokens the task asks for.

@@ -90,7 +90,7 @@ def _rows(task: str, found: dict[str, Any]) -> list[Row]:
         if not filtered or metric.endswith("_stderr"):
             continue
         per_document = [s[metric] for s in samples if s.get("filter", filtered) == filtered and metric in s]
-        influence = _influence(metric, per_document)
+        influence = _influence(metric, value, per_document)
         stderr = found["results"][task].get(f"{metric}_stderr,{filtered}")
         if influence is not None:
             stderr = math.sqrt(np.sum(influence**2))
@@ -104,7 +104,7 @@ def _rows(task: str, found: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def _influence(metric: str, per_document: Sequence[Any]) -> np.ndarray | None:
+def _influence(metric: str, value: float, per_document: Sequence[Any]) -> np.ndarray | None:
     """Of each document on the value: for a mean (x - mean) / sqrt(n (n - 1)), for a ratio its linearization."""
     n = len(per_document)
     if n < 2:
@@ -115,7 +115,8 @@ def _influence(metric: str, per_document: Sequence[Any]) -> np.ndarray | None:
         return _RATIOS[metric][1](ratio) * (nats - ratio * size) / size.sum()
     if all(isinstance(p, bool | int | float) for p in per_document):
         values = np.array(per_document, np.float64)
-        return (values - values.mean()) / math.sqrt(n * (n - 1))
+        if math.isclose(values.mean(), value, abs_tol=1e-12):  # and not some other function of them
+            return (values - values.mean()) / math.sqrt(n * (n - 1))
     return None
 
 

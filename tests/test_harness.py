@@ -24,7 +24,7 @@ TEXT = "She had been looking at him with an expression of great surprise, and no
 
 @pytest.fixture(scope="module")
 def model():
-    return harness.Model(PARAMS, CFG, TOKENIZER, CONTEXT, rows=4)
+    return harness.Model(PARAMS, CFG, TOKENIZER, CONTEXT, tokens=160)
 
 
 @jax.jit
@@ -119,6 +119,11 @@ def test_few_programs_are_compiled(model):
     before = harness._score._cache_size()
     ask(model, *[(TEXT[:i], TEXT[i : i + 9]) for i in range(1, 100, 3)])
     assert harness._score._cache_size() - before <= 2  # of 32 and 40 tokens
+
+
+def test_a_sequence_longer_than_a_batch_is_one_of_its_own(model):
+    small = harness.Model(PARAMS, CFG, TOKENIZER, CONTEXT, tokens=10)
+    assert ask(small, (TEXT, " Anne"))[0][0] == pytest.approx(ask(model, (TEXT, " Anne"))[0][0], abs=1e-4)
 
 
 def test_an_empty_continuation_is_certain(model):

@@ -94,8 +94,8 @@ def test_the_error_of_a_ratio_by_hand():
     pairs = [(-10.0, 4), (-9.0, 5), (-30.0, 11)]
     ratio = 49 / 20
     expected = [(10 - ratio * 4) / 20, (9 - ratio * 5) / 20, (30 - ratio * 11) / 20]
-    np.testing.assert_allclose(tasks._influence("bits_per_byte", pairs), np.array(expected) / math.log(2))
-    np.testing.assert_allclose(tasks._influence("word_perplexity", pairs), np.array(expected) * math.exp(ratio))
+    np.testing.assert_allclose(tasks._influence("bits_per_byte", 0.0, pairs), np.array(expected) / math.log(2))
+    np.testing.assert_allclose(tasks._influence("word_perplexity", 0.0, pairs), np.array(expected) * math.exp(ratio))
 
 
 def test_the_error_of_a_ratio_is_that_of_drawn_documents():
@@ -103,13 +103,16 @@ def test_the_error_of_a_ratio_is_that_of_drawn_documents():
     sizes = rng.integers(50, 150, (2000, 40))
     nats = sizes * rng.normal(2.0, 0.3, sizes.shape)
     drawn = np.std(nats.sum(1) / sizes.sum(1)) / math.log(2)
-    influence = tasks._influence("bits_per_byte", list(zip(-nats[0], sizes[0], strict=True)))
+    influence = tasks._influence("bits_per_byte", 0.0, list(zip(-nats[0], sizes[0], strict=True)))
     assert math.sqrt(np.sum(influence**2)) == pytest.approx(drawn, rel=0.3)
 
 
 def test_differences_are_of_pairs():
     def row(values):
-        return {"value": np.mean(values), "influence": tasks._influence("acc", [float(v) for v in values])}
+        return {
+            "value": np.mean(values),
+            "influence": tasks._influence("acc", np.mean(values), [float(v) for v in values]),
+        }
 
     first, other = np.array([1, 0, 1, 1, 0]), np.array([1, 0, 0, 1, 0])
     difference, error = tasks.compare(row(first), row(other))
@@ -137,9 +140,14 @@ def test_metrics_that_are_no_mean_keep_the_harness_own_error():
     assert (exact["metric"], exact["stderr"], exact["documents"]) == ("em", None, 7)
 
 
+def test_other_functions_of_a_documents_number_are_no_means():
+    assert tasks._influence("perplexity", math.exp(2.5), [-2.0, -3.0]) is None
+    assert tasks._influence("acc", 0.5, [0.0]) is None
+
+
 def test_the_table_has_a_column_for_each_branch_and_difference():
     def rows(values):
-        influence = tasks._influence("acc", values)
+        influence = tasks._influence("acc", np.mean(values), values)
         error = math.sqrt(np.sum(influence**2))
         return [
             {
