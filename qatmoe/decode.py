@@ -7,7 +7,7 @@ rounding. MTP modules are not used.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -77,12 +77,6 @@ class Decoder:
             )
             self.used += count
         return scores_V
-
-    def compile(self, count: int) -> None:
-        """Compiles what feeding `count` tokens, and single ones after them, will run: for timing, never needed."""
-        for run in {run for run, _ in self._runs(count)} | {1}:
-            ids = np.zeros((1, run), np.int32)
-            _feed.lower(self._params, self._memory, ids, 0, 0, self._cfg, self.cache).compile()
 
     def _runs(self, count: int) -> Iterator[tuple[int, int]]:
         """Lengths of the runs that `count` tokens are fed in, and how many of them each holds."""
@@ -193,7 +187,7 @@ def generate(
       UserError: an unusable argument, at once and not at the first token.
     """
     ids = checked_ids(prompt_ids, cfg)
-    check_sampling(max_tokens, temperature, top_k, top_p)
+    check_sampling(max_tokens, temperature, top_k, top_p, seed)
     decoder = Decoder(params, cfg, len(ids) + max_tokens, cache)
     return _tokens(decoder, ids, max_tokens, temperature, top_k, top_p, jax.random.key(seed), frozenset(stop_ids))
 
@@ -220,6 +214,52 @@ def _tokens(
         ids = np.array([token])
 
 
+def stream_text(
+    tokens: Iterable[int],
+    decode: Callable[[list[int]], str],
+    prompt_ids: Sequence[int] | np.ndarray,
+    stop: Sequence[str],
+) -> Iterator[str]:
+    """The text of tokens piece by piece, as soon as later tokens cannot change it.
+
+    Held back are characters whose bytes are not all there yet, and what may be the beginning of a stop string. The text
+    ends before the first stop string in it.
+
+    Args:
+      decode: ids to text, where unfinished characters become U+FFFD (`Tokenizer.decode`).
+      prompt_ids: what comes before; some tokenizers write a token differently at the beginning of a text.
+    """
+    ids = [int(i) for i in prompt_ids]
+    start, end = max(0, len(ids) - 8), len(ids)  # a stretch whose text is known, to tell what the next tokens add to it
+    held = ""
+    for token in tokens:
+        ids.append(token)
+        known, text = decode(ids[start:end]), decode(ids[start:])
+        if text.endswith("\ufffd"):
+            continue
+        held += text[len(known) :]
+        start, end = end, len(ids)
+        safe, stopped = _safe(held, stop)
+        if safe:
+            yield held[:safe]
+        if stopped:
+            return
+        held = held[safe:]
+    held += decode(ids[start:])[len(decode(ids[start:end])) :]
+    safe, stopped = _safe(held, stop)
+    if rest := held[:safe] if stopped else held:
+        yield rest
+
+
+def _safe(text: str, stop: Sequence[str]) -> tuple[int, bool]:
+    """How many characters of `text` no stop string can take back, and whether one begins there."""
+    found = [at for at in (text.find(s) for s in stop) if at >= 0]
+    if found:
+        return min(found), True
+    begun = (n for s in stop for n in range(1, len(s)) if text.endswith(s[:n]))
+    return len(text) - max(begun, default=0), False
+
+
 def checked_ids(ids: Sequence[int] | np.ndarray, cfg: ModelConfig) -> np.ndarray:
     """Token ids as int32. Raises UserError if there are none, or ids that the model has no row for."""
     array = np.asarray(ids, np.int64)
@@ -231,7 +271,7 @@ def checked_ids(ids: Sequence[int] | np.ndarray, cfg: ModelConfig) -> np.ndarray
     return array.astype(np.int32)
 
 
-def check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+def check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     """Raises UserError for values that no token can be drawn with."""
     if max_tokens < 1:
         raise UserError(f"max_tokens={max_tokens}: must be at least 1")
@@ -241,3 +281,5 @@ def check_sampling(max_tokens: int, temperature: float, top_k: int, top_p: float
         raise UserError(f"top_k={top_k}: must be a number of tokens, or 0 for all")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p={top_p}: must be more than 0 and at most 1")
+    if not 0 <= seed < 1 << 32:
+        raise UserError(f"seed={seed}: must be from 0 to {(1 << 32) - 1}")

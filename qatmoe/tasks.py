@@ -1,6 +1,6 @@
 """Scores of a run's branches on tasks of lm-evaluation-harness.
 
-    python -m qatmoe.tasks --run runs/moe_2bit --branch control --branch qat
+    python -m qatmoe.tasks --run runs/moe_2bit --branch control qat
     python -m qatmoe.tasks --run runs/qwen3_qat --tasks hellaswag,arc_easy --limit 500
 
 Two tasks are made from the bundled held-out novel and need no download: cloze (which of four sentences comes next;
@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m qatmoe.tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", required=True, help="folder of a run (the training command's --workdir)")
-    parser.add_argument("--branch", action="append", help="phase of the run; may be repeated; its last one by default")
+    parser.add_argument("--branch", nargs="+", help="phases of the run; its last one by default")
     parser.add_argument("--tasks", default=",".join(cloze.NAMES), help="names, with commas between them")
     parser.add_argument("--limit", type=int, help="documents of each task; all by default")
     parser.add_argument("--context", type=int, default=0, help="tokens at most; the import's or training's by default")

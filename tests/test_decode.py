@@ -10,7 +10,8 @@ import pytest
 
 from qatmoe import decode
 from qatmoe.config import ModelConfig
-from qatmoe.decode import Decoder, generate, probabilities
+from qatmoe.data import tokenizer
+from qatmoe.decode import Decoder, generate, probabilities, stream_text
 from qatmoe.errors import UserError
 from qatmoe.model import transformer
 from qatmoe.model.cache import CacheType
@@ -208,6 +209,7 @@ def test_stops_before_a_stop_token():
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.1}, "top_p=1.1"),
+        ({"seed": -1}, "seed=-1"),
         ({"prompt_ids": []}, "prompt is empty"),
         ({"prompt_ids": [3, 48]}, "token 48 .* 48"),
         ({"prompt_ids": [-1]}, "token -1"),
@@ -218,3 +220,77 @@ def test_bad_arguments_are_refused_at_once(options, message):
     options = {"cfg": CFG, "prompt_ids": [1], "max_tokens": 3} | options
     with pytest.raises(UserError, match=message):
         generate(params_of(CFG), **options)
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+def pieces(words, stop=(), prompt=()):
+    """What is written for words as tokens; `prompt` words come before."""
+    words = [*prompt, *words]
+    ids = range(len(prompt), len(words))
+    return list(stream_text(ids, lambda ids: "".join(words[i] for i in ids), range(len(prompt)), stop))
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        ((), ["ab", "cd", "ef"]),
+        (("z",), ["ab", "cd", "ef"]),
+        (("bcde",), ["a"]),
+        (("bcX",), ["a", "bcd", "ef"]),
+        (("ef", "d"), ["ab", "c"]),
+        (("dX", "e"), ["ab", "c", "d"]),
+        (("efg",), ["ab", "cd", "ef"]),  # begun, never finished
+        (("ab",), []),
+        (("f", "bcdef"), ["a"]),
+        (("cd", "bc"), ["a"]),
+    ],
+)
+def test_stop_strings_split_over_tokens(stop, expected):
+    assert pieces(["ab", "cd", "ef"], stop) == expected
+
+
+def test_stop_strings_in_what_is_held_until_the_end():
+    assert pieces(["a\ufffd"], ("a",)) == []
+    assert pieces(["ab\ufffd"], ("b",)) == ["a"]
+
+
+@pytest.mark.parametrize("text", ["Ab \u65e5\u672c\u8a9e \U0001f600!", "caf\u00e9 \u03b1\u03b2 x"])
+def test_characters_split_over_tokens(text):
+    tokens = tokenizer.load("default")
+    ids = [int(i) for i in tokens.encode(text)]
+    assert len(ids) > len(text.split()) * 2
+    written = list(stream_text(ids, tokens.decode, tokens.encode("Before\u00e9"), ()))
+    assert "".join(written) == text
+    assert not any("\ufffd" in piece for piece in written)
+
+
+def test_an_unfinished_character_is_written_at_the_end():
+    tokens = tokenizer.load("default")
+    ids = [int(i) for i in tokens.encode("a\U0001f600")]
+    assert list(stream_text(ids[:-1], tokens.decode, (), ())) == ["a", "\ufffd"]
+    assert "".join(stream_text([*ids[:-1], ids[0]], tokens.decode, (), ())) == "a\ufffda"
+
+
+def test_text_is_written_before_the_next_token_is_drawn():
+    drawn = []
+
+    def tokens():
+        for i in range(3):
+            drawn.append(i)
+            yield i
+
+    stream = stream_text(tokens(), lambda ids: "xyz"[: len(ids)] if 0 in ids else "", (), ())
+    assert (next(stream), drawn) == ("x", [0])
+    assert (next(stream), drawn) == ("y", [0, 1])
+
+
+def test_tokenizers_that_write_the_first_token_differently():
+    """Without its space, as SentencePiece's do."""
+    words = ["one", " two", " three"]
+
+    def decode(ids):
+        return "".join(words[i] for i in ids).removeprefix(" ")
+
+    assert list(stream_text([1, 2], decode, [0], ())) == [" two", " three"]

@@ -32,7 +32,7 @@ FLOORS: list[set[str]] = [
     {"phases", "convert.weights"},
     {"convert.gguf_model", "convert.huggingface_model", "convert.hf_import"},
     {"convert.verify", "shapes", "harness"},
-    {"train", "benchmark", "export", "import_hf", "plan", "tasks"},
+    {"train", "benchmark", "export", "import_hf", "generate", "plan", "tasks"},
 ]
 ROOT = Path(qatmoe.__file__).parent
 MODULES = {
