@@ -193,7 +193,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m qatmoe.tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", required=True, help="folder of a run (the training command's --workdir)")
-    parser.add_argument("--branch", nargs="+", help="phases of the run; its last one by default")
+    parser.add_argument(
+        "--branch", nargs="+", action="extend", default=[], help="phases of the run, one or more; its last by default"
+    )
     parser.add_argument("--tasks", default=",".join(cloze.NAMES), help="names, with commas between them")
     parser.add_argument("--limit", type=int, help="documents of each task; all by default")
     parser.add_argument("--context", type=int, default=0, help="tokens at most; the import's or training's by default")
