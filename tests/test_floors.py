@@ -16,12 +16,13 @@ FLOORS: list[set[str]] = [
     {"quant.pack", "quant.plan"},
     {"quant.fake"},
     {"data.corpus", "data.cache"},
-    {"data.tokenizer"},
+    {"data.tokenizer", "data.cloze"},
     {"data.batches"},
-    {"model.layers"},
+    {"model.layers", "model.cache"},
     {"model.attention", "model.router", "model.moe"},
     {"model.mtp"},
     {"model.transformer"},
+    {"decode"},
     {"loss", "optim"},
     {"step"},
     {"checkpoint", "metrics"},
@@ -30,8 +31,8 @@ FLOORS: list[set[str]] = [
     {"report", "run", "cli"},
     {"phases", "parts", "convert.weights"},
     {"convert.gguf_model", "convert.huggingface_model", "convert.hf_import"},
-    {"convert.verify"},
-    {"train", "benchmark", "export", "import_hf"},
+    {"convert.verify", "shapes", "harness"},
+    {"train", "benchmark", "export", "import_hf", "generate", "plan", "tasks"},
 ]
 ROOT = Path(qatmoe.__file__).parent
 MODULES = {

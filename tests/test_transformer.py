@@ -195,6 +195,28 @@ def test_auxiliary_values_cover_every_moe_layer(params):
     np.testing.assert_allclose(aux["load_NE"], counts / (2 * L * 2), rtol=1e-5)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_its_own_choices_forced_change_no_bit(params, scan):
+    cfg = dataclasses.replace(CFG, scan_layers=scan)
+    tree = params if scan else transformer.unstack_layers(params)
+    plain = forward(tree, cfg, train=False, return_routing=True)
+    forced = forward(tree, cfg, train=False, return_routing=True, choices_NTk=plain.aux["indices_NTk"])
+    jax.tree.map(np.testing.assert_array_equal, forced, plain)
+    np.testing.assert_allclose(jnp.sum(plain.aux["probs_NTE"], axis=-1), 1.0, rtol=1e-5)
+
+
+def test_forced_choices_are_the_ones_that_compute(params):
+    """Every token to experts 0 and 1: as if the selection bias had sent it there; in the modules too."""
+    there = jnp.broadcast_to(jnp.arange(2, dtype=jnp.int32), (3, 2 * L, 2))
+    forced = forward(params, CFG, train=False, return_routing=True, choices_NTk=there)
+    biased = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.at[..., :2].add(100.0) if path[-1].key == "bias" else leaf, params
+    )
+    expected = forward(biased, CFG, train=False, return_routing=True)
+    np.testing.assert_array_equal(forced.aux["load_NE"], expected.aux["load_NE"])
+    assert_trees_close((forced.hidden_BLD, forced.mtp_hidden), (expected.hidden_BLD, expected.mtp_hidden))
+
+
 def test_every_parameter_but_the_bias_gets_a_gradient(params):
     _, grads = loss_and_grads(params, CFG)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):

@@ -362,6 +362,17 @@ def _header_bytes(path: Path, fields: Mapping[str, Field], tensors: Mapping[str,
     return b"".join(parts) + bytes(_padded(size, alignment) - size)
 
 
+def data_bytes(tensor: Tensor, alignment: int = 32) -> int:
+    """Bytes that a tensor's data takes in a file, padding included."""
+    return _padded(_stored(tensor)[2], alignment)
+
+
+def file_bytes(fields: Mapping[str, Field], tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the file that `write` makes. Raises UserError as `write` does, before any weights are there."""
+    header = _header_bytes(Path("model.gguf"), fields, tensors, 32)
+    return len(header) + sum(map(data_bytes, tensors.values()))
+
+
 def write(
     path: Path,
     fields: Mapping[str, Field],

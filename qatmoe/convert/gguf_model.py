@@ -20,7 +20,7 @@ from qatmoe.quant.pack import Packed, check_scales, write_blocks
 
 _GATING = {"softmax": 1, "sigmoid": 2}  # llama_expert_gating_func_type
 # Where llama.cpp multiplies by the scale tensor that NVFP4 needs beside its blocks; it ignores others without a word.
-_SCALED = {
+SCALED = {
     "qwen3moe": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"),
     "olmoe": ("attn_q", "attn_k", "attn_v", "attn_output"),
     "glm4moe": ("attn_q", "attn_k", "attn_v", "attn_output"),
@@ -59,16 +59,22 @@ def write(
     """
     arch = names.architecture(branch.model, names.GGUF, arch)
     held = parts(branch.storage, arch)
-    fields = hyper_parameters(branch.model, arch, name or branch.cfg.name, context or branch.context)
-    fields |= gguf_fields(branch.tokenizer, branch.model.vocab_size)
-    fields["tokenizer.chat_template"] = Field("string", chat_template or branch.origin.chat_template or PLAIN_TEXT)
-    if branch.origin.end_ids:  # llama.cpp finds the other ends by their text
-        fields["tokenizer.ggml.eos_token_id"] = Field("uint32", branch.origin.end_ids[0])
+    fields = metadata(branch, arch, name, context, chat_template)
     tensors = {n: tensor(branch.storage, n, part) for n, part in held.items()}
     branch.expect(held.values())
     read = Source(branch)
     gguf.write(path, fields, tensors, lambda n: read(n, held[n]), force=force)
     return arch
+
+
+def metadata(branch: Branch, arch: str, name: str = "", context: int = 0, chat_template: str = "") -> dict[str, Field]:
+    """All fields of the file. Arguments and errors as `write` has them."""
+    fields = hyper_parameters(branch.model, arch, name or branch.cfg.name, context or branch.context)
+    fields |= gguf_fields(branch.tokenizer, branch.model.vocab_size)
+    fields["tokenizer.chat_template"] = Field("string", chat_template or branch.origin.chat_template or PLAIN_TEXT)
+    if branch.origin.end_ids:  # llama.cpp finds the other ends by their text
+        fields["tokenizer.ggml.eos_token_id"] = Field("uint32", branch.origin.end_ids[0])
+    return fields
 
 
 def parts(storage: Storage, arch: str) -> dict[str, Part]:
@@ -82,7 +88,7 @@ def parts(storage: Storage, arch: str) -> dict[str, Part]:
         held[name] = part
         if storage.type_of(part)[0] != "NVFP4":
             continue
-        if name.split(".")[-2] not in _SCALED[arch]:
+        if name.split(".")[-2] not in SCALED[arch]:
             raise UserError(
                 f"{name} is on nvfp4, and llama.cpp's {arch} ignores the scale tensor that NVFP4 needs there: export "
                 "with --format compressed-tensors, train it on mxfp4, or (for experts) use a model that fits qwen3moe"

@@ -26,7 +26,7 @@ from qatmoe.data import tokenizer
 from qatmoe.errors import UserError
 from qatmoe.model.transformer import STACKED, abstract_params
 from qatmoe.quant.grid import GRIDS, Grid
-from qatmoe.quant.plan import Plan
+from qatmoe.quant.plan import KEPT, Plan, family
 from qatmoe.run import quant_plan
 from qatmoe.tree import path_of
 
@@ -116,6 +116,24 @@ class _Arrays:
         return {path: {n: arrays[n] for n in self._sources[path]} for path in paths}
 
 
+def stored_as(grid: Grid | None, *, kept: bool, row: int, rest: str, ternary: str) -> tuple[str, Grid | None]:
+    """GGUF type and grid of a tensor of weights.
+
+    Args:
+      grid: the grid that it was trained on, if any.
+      kept: whether it is a norm, a bias or a router: always F32.
+      row: weights along its contraction axis.
+      rest, ternary: as `Branch` has them.
+    """
+    if grid is not None:
+        return (ternary if ternary in grid.gguf else grid.gguf[0]), grid
+    if kept:
+        return "F32", None
+    if rest != "Q8_0":
+        return rest, None
+    return ("Q8_0", GRIDS["q8_0"]) if row % GRIDS["q8_0"].superblock == 0 else ("BF16", None)
+
+
 class Storage:
     """How the parts of a model are stored, before there are any weights.
 
@@ -139,14 +157,8 @@ class Storage:
     def type_of(self, part: Part) -> tuple[str, Grid | None]:
         """GGUF type and grid of a part."""
         grid = self.plan.get(self.path(part))
-        if grid is not None:
-            return (self._ternary if self._ternary in grid.gguf else grid.gguf[0]), grid
-        if part.path.endswith(("norm", "bias", "router/weight")):
-            return "F32", None
-        if self.rest != "Q8_0":
-            return self.rest, None
-        fits = self.shape_of(part)[-1] % GRIDS["q8_0"].superblock == 0
-        return ("Q8_0", GRIDS["q8_0"]) if fits else ("BF16", None)
+        kept = family(part.path) == KEPT
+        return stored_as(grid, kept=kept, row=self.shape_of(part)[-1], rest=self.rest, ternary=self._ternary)
 
     def shape_of(self, part: Part) -> tuple[int, ...]:
         """The shape of a part."""

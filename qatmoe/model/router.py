@@ -14,6 +14,7 @@ class Routing(NamedTuple):
 
     weights_Tk: jax.Array  # f32, factor on each chosen expert's output
     indices_Tk: jax.Array  # int32, chosen experts, best first
+    probs_TE: jax.Array  # f32, scores normalised to sum 1 per token; the selection bias is not in them
     load_E: jax.Array  # f32, share of all T*k assignments that each expert got; sums to 1
     balance: jax.Array  # f32 scalar, 1 when the load is even, E when one expert takes everything (k=1)
     z: jax.Array  # f32 scalar
@@ -27,8 +28,8 @@ def router_params(cfg: ModelConfig, std: float) -> dict[str, Param]:
     return params
 
 
-def route(params: dict, cfg: ModelConfig, x_TD: jax.Array) -> Routing:
-    """Chooses top_k experts per token.
+def route(params: dict, cfg: ModelConfig, x_TD: jax.Array, choices_Tk: jax.Array | None = None) -> Routing:
+    """Chooses top_k experts per token, or takes the given choices; the weights are always from the token's own scores.
 
     "softmax": scores are softmax(logits) (Qwen3-MoE, OLMoE). "sigmoid": scores are sigmoid(logits), each expert on its
     own (DeepSeek-V3 eq. 15, GLM-4.5). The bias is added for the selection only and gets no gradient; the weights are
@@ -50,7 +51,7 @@ def route(params: dict, cfg: ModelConfig, x_TD: jax.Array) -> Routing:
     selection_TE = jax.lax.stop_gradient(scores_TE)
     if cfg.router_bias:
         selection_TE += jax.lax.stop_gradient(params["bias"])
-    _, indices_Tk = jax.lax.top_k(selection_TE, cfg.top_k)
+    indices_Tk = jax.lax.top_k(selection_TE, cfg.top_k)[1] if choices_Tk is None else choices_Tk
     # A masked sum and not a gather: the gradient of a gather is a scatter, slow on GPU and TPU.
     chosen_TkE = indices_Tk[..., None] == jnp.arange(cfg.n_experts)
     weights_Tk = jnp.sum(jnp.where(chosen_TkE, scores_TE[:, None, :], 0.0), axis=-1)
@@ -61,6 +62,7 @@ def route(params: dict, cfg: ModelConfig, x_TD: jax.Array) -> Routing:
     return Routing(
         weights_Tk=weights_Tk * cfg.routed_scale,
         indices_Tk=indices_Tk,
+        probs_TE=probs_TE,
         load_E=load_E,
         balance=cfg.n_experts * jnp.sum(load_E * jnp.mean(probs_TE, axis=0)),
         z=jnp.mean(jnp.square(jax.nn.logsumexp(logits_TE, axis=-1))),

@@ -6,6 +6,7 @@ Master weights are f32 and cast to cfg.dtype where they are used; the residual s
 softmax, SwiGLU and logits are f32.
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from flax import nnx
 from qatmoe.config import ModelConfig
 from qatmoe.mesh import constrain
 from qatmoe.model.attention import attention, attention_params
+from qatmoe.model.cache import CacheType
 from qatmoe.model.layers import Param, ffn, ffn_params, norm_param, rms_norm, rope_angles
 from qatmoe.model.moe import expert_ffn, expert_params
 from qatmoe.model.mtp import mtp_module, mtp_params
-from qatmoe.model.router import route, router_params
+from qatmoe.model.router import Routing, route, router_params
 
 STACKED = ("dense_layers", "layers", "mtp")  # top-level keys whose trees are stacked over layers
 
@@ -31,7 +33,9 @@ class Output(NamedTuple):
 
     hidden_BLD: jax.Array  # after the final norm, cfg.dtype; `logits` turns it into predictions of token t+1
     mtp_hidden: tuple[jax.Array, ...]  # per module (B, L, D) after its norm: predictions of token t+2+i
-    aux: dict[str, jax.Array]  # "balance", "z" (f32 scalars, means over rows), "load_NE", "dropped_N", ["indices_NTk"]
+    aux: dict[
+        str, jax.Array
+    ]  # "balance", "z" (f32 scalars, means over rows), "load_NE", "dropped_N", ["indices_NTk", "probs_NTE"]
 
 
 # ---- parameters ----
@@ -141,6 +145,8 @@ def forward(
     mtp_tokens: jax.Array | None = None,
     train: bool,
     groups: int = 1,
+    cache: CacheType | None = None,
+    choices_NTk: jax.Array | None = None,
     return_routing: bool = False,
 ) -> Output:
     """Runs the trunk and, when their inputs are given, the MTP modules.
@@ -153,37 +159,46 @@ def forward(
       mtp_tokens: int (n_mtp, B, L), [i][:, t] is token t+1+i, the input of module i; None skips the modules.
       train: experts run as cfg.experts; otherwise as cfg.eval_experts, which drops no token.
       groups: equal groups of tokens dispatched to experts on their own; a multiple of the devices that split the batch.
-      return_routing: adds "indices_NTk", the chosen experts of every row of "load_NE", to aux.
+      cache: attention reads keys and values as that type of cache stores them, as when the tokens are decoded one by
+        one (`decode`); static under jit. None: as they are.
+      choices_NTk: int32 experts that tokens are sent to, for every row of "load_NE"; their weights are still the
+        token's own scores. None: each router chooses.
+      return_routing: adds to aux, for every row of "load_NE", "indices_NTk", the chosen experts, and "probs_NTE", the
+        router's scores normalised to sum 1 (f32).
 
     Returns:
       `Output`; aux["load_NE"] is the share of assignments each expert got (rows sum to 1), aux["dropped_N"] the share
       of assignments that found no room, both f32.
+
+    Raises:
+      UserError: heads of cfg.head_dim do not fit the cache type.
     """
     B, L = tokens_BL.shape
     dtype = jnp.dtype(cfg.dtype)
     if positions_BL is None:
         positions_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
     rope = rope_angles(positions_BL, cfg.head_dim, cfg.rotary_fraction, cfg.rope_theta)
-    implementation = cfg.experts if train else _eval_experts(cfg, groups)
+    implementation = cfg.experts if train else eval_experts(cfg, groups)
 
     def embed(ids_BL: jax.Array) -> jax.Array:
         return constrain(params["embed"][ids_BL].astype(dtype), ("batch", None, None))
 
-    def block(layer: dict[str, Any], x_BLD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def attend(params: dict[str, Any], x_BLD: jax.Array) -> jax.Array:
+        return attention(params, cfg, x_BLD, rope, segments_BL, cache)
+
+    def own_block(
+        layer: dict[str, Any], x_BLD: jax.Array, choices_Tk: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         x_BLD = constrain(x_BLD, ("batch", None, None))
-        normed_BLD = rms_norm(x_BLD, layer["attn_norm"], cfg.norm_eps)
-        x_BLD += attention(layer["attn"], cfg, normed_BLD, rope, segments_BL)
-        normed_BLD = rms_norm(x_BLD, layer["ffn_norm"], cfg.norm_eps)
-        if "ffn" in layer:
-            return x_BLD + ffn(layer["ffn"], normed_BLD, cfg.swiglu_limit), {}
-        y_BLD, aux = _moe(layer, cfg, normed_BLD, implementation, groups, return_routing)
-        return x_BLD + y_BLD, aux
+        return block(layer, cfg, x_BLD, attend, implementation, groups, choices_Tk, return_routing)
 
     if cfg.remat == "full":
-        block = jax.checkpoint(block)
+        own_block = jax.checkpoint(own_block)
     x_BLD = embed(tokens_BL)
-    x_BLD, _ = _run_layers(block, params.get("dense_layers"), x_BLD, cfg.scan_layers)
-    x_BLD, layers_aux = _run_layers(block, params.get("layers"), x_BLD, cfg.scan_layers)
+    x_BLD, _ = _run_layers(own_block, params.get("dense_layers"), x_BLD, cfg.scan_layers)
+    n_moe = cfg.n_layers - cfg.n_dense_layers
+    forced_NTk = None if choices_NTk is None else choices_NTk[:n_moe]
+    x_BLD, layers_aux = _run_layers(own_block, params.get("layers"), x_BLD, cfg.scan_layers, forced_NTk)
     hidden_BLD = rms_norm(x_BLD, params["norm"], cfg.norm_eps)
 
     mtp_hidden: list[jax.Array] = []
@@ -191,10 +206,37 @@ def forward(
     for i, ids_BL in enumerate([] if mtp_tokens is None else mtp_tokens):
         previous_BLD = mtp_hidden[-1] if mtp_hidden else hidden_BLD
         module = _layer(params["mtp"], i, cfg.scan_layers)
-        module_BLD, module_aux = mtp_module(module, cfg, previous_BLD, embed(ids_BL), block)
+        forced_Tk = None if choices_NTk is None else choices_NTk[n_moe + i]
+        forced_block = functools.partial(own_block, choices_Tk=forced_Tk)
+        module_BLD, module_aux = mtp_module(module, cfg, previous_BLD, embed(ids_BL), forced_block)
         mtp_hidden.append(module_BLD)
         rows.append(jax.tree.map(lambda a: a[None], module_aux))
     return Output(hidden_BLD, tuple(mtp_hidden), _collect_aux(rows))
+
+
+def block(
+    layer: dict[str, Any],
+    cfg: ModelConfig,
+    x_BLD: jax.Array,
+    attend: Callable[[dict[str, Any], jax.Array], jax.Array],
+    implementation: str,
+    groups: int = 1,
+    choices_Tk: jax.Array | None = None,
+    return_routing: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One decoder layer, (B, L, D) -> (B, L, D), and a MoE layer's row of `Output.aux`.
+
+    attend: (parameters of "attn", normed (B, L, D)) -> (B, L, D). implementation: how experts run, see `moe`.
+    """
+    x_BLD += attend(layer["attn"], rms_norm(x_BLD, layer["attn_norm"], cfg.norm_eps))
+    normed_BLD = rms_norm(x_BLD, layer["ffn_norm"], cfg.norm_eps)
+    if "ffn" in layer:
+        return x_BLD + ffn(layer["ffn"], normed_BLD, cfg.swiglu_limit), {}
+    routing = route(layer["router"], cfg, normed_BLD.reshape(-1, cfg.dim), choices_Tk)
+    y_BLD, aux = _moe(layer, cfg, normed_BLD, routing, implementation, groups)
+    if return_routing:
+        aux |= {"indices_NTk": routing.indices_Tk, "probs_NTE": routing.probs_TE}
+    return x_BLD + y_BLD, aux
 
 
 def head_weight(params: dict[str, Any], cfg: ModelConfig) -> jax.Array:
@@ -217,11 +259,10 @@ def logits(params: dict[str, Any], cfg: ModelConfig, hidden: jax.Array) -> jax.A
 
 
 def _moe(
-    layer: dict[str, Any], cfg: ModelConfig, x_BLD: jax.Array, implementation: str, groups: int, return_routing: bool
+    layer: dict[str, Any], cfg: ModelConfig, x_BLD: jax.Array, routing: Routing, implementation: str, groups: int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Routed experts plus shared experts."""
     x_TD = x_BLD.reshape(-1, cfg.dim)
-    routing = route(layer["router"], cfg, x_TD)
     experts = layer["experts"]
     y_TD, dropped = expert_ffn(
         x_TD, routing.weights_Tk, routing.indices_Tk, experts["gate_up"], experts["down"], cfg, implementation, groups
@@ -229,23 +270,24 @@ def _moe(
     y_BLD = y_TD.reshape(x_BLD.shape)
     if cfg.n_shared_experts:
         y_BLD += ffn(layer["shared"], x_BLD, cfg.swiglu_limit)
-    aux = {"balance": routing.balance, "z": routing.z, "load_NE": routing.load_E, "dropped_N": dropped}
-    if return_routing:
-        aux["indices_NTk"] = routing.indices_Tk
-    return y_BLD, aux
+    return y_BLD, {"balance": routing.balance, "z": routing.z, "load_NE": routing.load_E, "dropped_N": dropped}
 
 
 def _run_layers(
-    block: Callable, layers: dict[str, Any] | None, x_BLD: jax.Array, scan: bool
+    block: Callable,
+    layers: dict[str, Any] | None,
+    x_BLD: jax.Array,
+    scan: bool,
+    choices_NTk: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Runs the layers of one kind in order; auxiliary values come back stacked on axis 0."""
     if layers is None:
         return x_BLD, {}
     if scan:
-        return jax.lax.scan(lambda x_BLD, layer: block(layer, x_BLD), x_BLD, layers)
+        return jax.lax.scan(lambda x_BLD, layer: block(layer[0], x_BLD, layer[1]), x_BLD, (layers, choices_NTk))
     auxes = []
     for i in range(len(layers)):
-        x_BLD, aux = block(layers[str(i)], x_BLD)
+        x_BLD, aux = block(layers[str(i)], x_BLD, None if choices_NTk is None else choices_NTk[i])
         auxes.append(aux)
     return x_BLD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *auxes)
 
@@ -254,7 +296,7 @@ def _layer(layers: dict[str, Any], i: int, stacked: bool) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: leaf[i], layers) if stacked else layers[str(i)]
 
 
-def _eval_experts(cfg: ModelConfig, groups: int) -> str:
+def eval_experts(cfg: ModelConfig, groups: int) -> str:
     """What "auto" means: ragged_dot is fast on a TPU, but cannot keep groups of tokens on their own devices."""
     if cfg.eval_experts != "auto":
         return cfg.eval_experts

@@ -36,6 +36,15 @@ MTP_RULES: tuple[tuple[str, str], ...] = (
     ("attention", _MTP + r"attn/[qkvo]$"),
 )
 _KEPT_F32 = re.compile(r"norm$|bias$|router/weight$")  # as llama.cpp stores them
+KEPT, OTHER = "kept", "other"
+
+
+def family(path: str) -> str:
+    """The key of a parameter's rule; without one, KEPT for norms, biases and routers, which stay in f32, else OTHER."""
+    for key, pattern in (*RULES, *MTP_RULES):
+        if re.search(pattern, path):
+            return key
+    return KEPT if _KEPT_F32.search(path) else OTHER
 
 
 def make_plan(shapes: Shapes, model: ModelConfig, quant: QuantConfig) -> Plan:

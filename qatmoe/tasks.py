@@ -1,0 +1,228 @@
+"""Scores of a run's branches on tasks of lm-evaluation-harness.
+
+    python -m qatmoe.tasks --run runs/moe_2bit --branch control qat
+    python -m qatmoe.tasks --run runs/qwen3_qat --tasks hellaswag,arc_easy --limit 500
+
+Two tasks are made from the bundled held-out novel and need no download: cloze (which of four sentences comes next;
+chance is 25 %) and novel (rolling perplexity). All others are the harness's own, which loads their data sets from the
+Hugging Face hub. Weights are those that are deployed: on the grid if the phase quantizes. Needs the extra `eval`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import importlib.metadata
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qatmoe.convert.weights import Branch
+from qatmoe.data import cloze
+from qatmoe.errors import UserError
+from qatmoe.files import write_atomically
+
+Row = dict[str, Any]
+
+# Metrics that are functions of the log-likelihood of all documents over their words or bytes, a = -sum(l) / sum(n).
+_RATIOS: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = {  # value, and its derivative
+    "word_perplexity": (math.exp, math.exp),
+    "byte_perplexity": (math.exp, math.exp),
+    "bits_per_byte": (lambda a: a / math.log(2), lambda a: 1 / math.log(2)),
+}
+NOTE = (
+    "+-: standard error over documents; difference: to the first branch, its error from pairs of the same document. "
+    "Models of a million parameters score near chance on all but perplexity."
+)
+
+
+@contextlib.contextmanager
+def opened(tasks: Sequence[str]) -> Iterator[Any]:
+    """The harness's index of tasks (`lm_eval.tasks.TaskManager`), the bundled ones among them.
+
+    Raises:
+      UserError: lm-eval is not installed, or a task is unknown.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as e:
+        raise UserError(f"qatmoe.tasks needs lm-evaluation-harness ({e}): pip install 'qatmoe[eval]'") from e
+    with tempfile.TemporaryDirectory(prefix="qatmoe_tasks_") as folder:
+        cloze.write(Path(folder))
+        manager = TaskManager(include_path=folder, include_defaults=not set(tasks) <= set(cloze.NAMES))
+        _check_known(tasks, manager.all_tasks)
+        yield manager
+
+
+def evaluate(model: Any, tasks: Sequence[str], manager: Any, limit: int | None = None) -> list[Row]:
+    """Runs tasks of an index on a `harness.Model`, on the first `limit` documents of each.
+
+    Returns:
+      One row per task and metric: task, metric, value, stderr (None: unknown), documents, influence. The last is the
+      part that each document has in the error of the value, (documents,) f64, so that stderr is the root of the sum of
+      its squares; None for metrics that are no mean or ratio over documents.
+
+    Raises:
+      UserError: a data set that cannot be loaded.
+    """
+    import lm_eval
+
+    options = {"task_manager": manager, "limit": limit, "bootstrap_iters": 0}
+    try:
+        found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), **options)
+    except OSError as e:  # what data sets that cannot be reached raise
+        raise UserError(f"--tasks {','.join(tasks)}: a data set cannot be loaded: {' '.join(str(e).split())}") from e
+    return [row for task in found["results"] for row in _rows(task, found)]
+
+
+def _rows(task: str, found: dict[str, Any]) -> list[Row]:
+    """The metrics of a task, or of a group of them."""
+    rows = []
+    samples = found["samples"].get(task, [])
+    for key, value in found["results"][task].items():
+        metric, _, filtered = key.partition(",")
+        if not filtered or metric.endswith("_stderr"):
+            continue
+        per_document = [s[metric] for s in samples if s.get("filter", filtered) == filtered and metric in s]
+        influence = _influence(metric, value, per_document)
+        stderr = found["results"][task].get(f"{metric}_stderr,{filtered}")
+        if influence is not None:
+            stderr = math.sqrt(np.sum(influence**2))
+        name = metric if filtered == "none" else f"{metric} ({filtered})"
+        number = stderr if isinstance(stderr, int | float) else None
+        documents = len(per_document) or found["n-samples"].get(task, {}).get("effective")
+        rows.append(
+            {"task": task, "metric": name, "value": float(value), "stderr": number, "documents": documents}
+            | {"influence": influence}
+        )
+    return rows
+
+
+def _influence(metric: str, value: float, per_document: Sequence[Any]) -> np.ndarray | None:
+    """Of each document on the value: for a mean (x - mean) / sqrt(n (n - 1)), for a ratio its linearization."""
+    n = len(per_document)
+    if n < 2:
+        return None
+    if metric in _RATIOS:
+        nats, size = -np.array([p[0] for p in per_document]), np.array([p[1] for p in per_document], np.float64)
+        ratio = nats.sum() / size.sum()
+        return _RATIOS[metric][1](ratio) * (nats - ratio * size) / size.sum()
+    if all(isinstance(p, bool | int | float) for p in per_document):
+        values = np.array(per_document, np.float64)
+        if math.isclose(values.mean(), value, abs_tol=1e-12):  # and not some other function of them
+            return (values - values.mean()) / math.sqrt(n * (n - 1))
+    return None
+
+
+def compare(first: Row, other: Row) -> tuple[float, float | None]:
+    """The difference of a metric between two models, and its standard error over pairs of the same document."""
+    difference = other["value"] - first["value"]
+    a, b = first["influence"], other["influence"]
+    if a is None or b is None or len(a) != len(b):
+        return difference, None
+    return difference, math.sqrt(np.sum((b - a) ** 2))
+
+
+def _check_known(tasks: Sequence[str], known: Sequence[str]) -> None:
+    for task in tasks:
+        if task not in known:
+            close = difflib.get_close_matches(task, known, 1, 0.5)
+            hint = f"did you mean {close[0]!r}?" if close else "`lm-eval ls tasks` lists them"
+            raise UserError(f"--tasks {task!r}: the harness has no such task; {hint} Bundled: {', '.join(cloze.NAMES)}")
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def table(branches: dict[str, list[Row]]) -> str:
+    """Tasks x branches with their standard errors, for the terminal."""
+    first, *others = branches
+    cells = [["task", "metric", "documents", *branches, *(f"{name} - {first}" for name in others)]]
+    for i, row in enumerate(branches[first]):
+        same = [rows[i] for rows in branches.values()]
+        numbers = [_number(r["value"], r["stderr"]) for r in same]
+        differences = [_number(*compare(row, r), sign="+") for r in same[1:]]
+        cells.append([row["task"], row["metric"], str(row["documents"] or ""), *numbers, *differences])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for line in cells:
+        padded = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def _number(value: float, stderr: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" + ("" if stderr is None else f" +- {stderr:.4f}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: prints the table, writes tasks.json. Exit codes: 0 done, 2 unusable input."""
+    args = _parser().parse_args(argv)
+    branches: dict[str, list[Row]] = {}
+    steps: dict[str, int] = {}
+    try:
+        tasks = list(dict.fromkeys(task for task in args.tasks.split(",") if task))
+        _check(args, tasks)
+        with opened(tasks) as manager:
+            from qatmoe.harness import Model
+
+            for name in args.branch or [""]:
+                with Branch(args.run, name, rest="F32") as branch:
+                    cfg = dataclasses.replace(branch.model, scan_layers=False)
+                    model = Model(branch.numbers(), cfg, branch.tokenizer, args.context or branch.context)
+                    branches[branch.phase] = evaluate(model, tasks, manager, args.limit)
+                    steps[branch.phase] = branch.step
+        out = Path(args.json) if args.json else Path(args.run) / "tasks.json"
+        write_atomically(out, json.dumps(_report(args, branches, steps), indent=1) + "\n")
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    print(table(branches))
+    print(f"\n{NOTE}\n{out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qatmoe.tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, help="folder of a run (the training command's --workdir)")
+    parser.add_argument(
+        "--branch", nargs="+", action="extend", default=[], help="phases of the run, one or more; its last by default"
+    )
+    parser.add_argument("--tasks", default=",".join(cloze.NAMES), help="names, with commas between them")
+    parser.add_argument("--limit", type=int, help="documents of each task; all by default")
+    parser.add_argument("--context", type=int, default=0, help="tokens at most; the import's or training's by default")
+    parser.add_argument("--json", default="", help="file to write; tasks.json in the run's folder by default")
+    return parser
+
+
+def _check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
+    if not tasks:
+        raise UserError(f"--tasks {args.tasks!r}: names no task; give {','.join(cloze.NAMES)} or others")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: must be at least 1; leave it out for all documents")
+    if args.context and args.context < 2:
+        raise UserError(f"--context {args.context}: must be at least 2, or 0 for that of training")
+
+
+def _report(args: argparse.Namespace, branches: dict[str, list[Row]], steps: dict[str, int]) -> dict[str, Any]:
+    first = next(iter(branches.values()))
+    rows = []
+    for name, found in branches.items():
+        for base, row in zip(first, found, strict=True):
+            difference, error = compare(base, row)
+            kept = {key: value for key, value in row.items() if key != "influence"}
+            against = {} if found is first else {"difference": difference, "difference_stderr": error}
+            rows.append({"branch": name, "step": steps[name], **kept, **against})
+    return {"lm_eval": importlib.metadata.version("lm_eval"), "limit": args.limit, "rows": rows}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

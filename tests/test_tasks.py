@@ -1,0 +1,206 @@
+"""The tasks command: from a run to its table, without a network, and what is refused."""
+
+import dataclasses
+import json
+import math
+import socket
+import sys
+
+import numpy as np
+import pytest
+from test_gguf_model import GLM, make_run
+
+from qatmoe import tasks
+from qatmoe.config import QuantConfig
+from qatmoe.convert.weights import Branch
+from qatmoe.data import cloze, corpus, tokenizer
+from qatmoe.harness import Model
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+LIMIT = 6
+TEXT = next(corpus.documents("default", field="data.valid")).text
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of one branch with random weights on a grid."""
+    folder = tmp_path_factory.mktemp("tasks") / "run"
+    make_run(folder, tokenizer.load(), dataclasses.replace(GLM, vocab_size=2048, dim=64, expert_dim=64), QuantConfig())
+    return folder
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(self, address):
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module")
+def report(run, tmp_path_factory):
+    """What the command writes of the bundled tasks, and what it prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cloze, "chapters", lambda text: [text[1000:1600], text[3000:3900], text[9000:9300]])
+        assert tasks.main([f"--run={run}", f"--limit={LIMIT}", "--context=64"]) == 0
+    return json.loads((run / "tasks.json").read_text())
+
+
+def rows_of(report):
+    return {(row["task"], row["metric"]): row for row in report["rows"]}
+
+
+def test_end_to_end_without_a_network(run, offline, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    assert tasks.main([f"--run={run}", "--tasks=cloze", "--limit=2", "--context=32", f"--json={out}"]) == 0
+    said = capsys.readouterr().out
+    assert "cloze  acc " in said and "near chance" in said and str(out) in said
+    assert json.loads(out.read_text())["limit"] == 2
+
+
+def test_accuracies_are_those_of_the_models_own_log_likelihoods(run, report):
+    with Branch(run, rest="F32") as branch:
+        cfg = dataclasses.replace(branch.model, scan_layers=False)
+        model = Model(branch.numbers(), cfg, branch.tokenizer, 64)
+    right, right_by_byte = [], []
+    for q in cloze.questions(TEXT)[:LIMIT]:
+        pairs = [(("", ""), *model._encode_pair(q["context"], " " + choice)) for choice in q["choices"]]
+        nats = np.array([total for total, _ in model._loglikelihood_tokens(pairs)])
+        right.append(nats.argmax() == q["label"])
+        right_by_byte.append((nats / [len(choice) for choice in q["choices"]]).argmax() == q["label"])
+    rows = rows_of(report)
+    for metric, values in (("acc", right), ("acc_norm", right_by_byte)):
+        row = rows["cloze", metric]
+        assert row["value"] == np.mean(values)
+        assert row["stderr"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(LIMIT))
+        assert (row["documents"], row["branch"], row["step"]) == (LIMIT, "only", 1)
+
+
+def test_perplexities_are_of_one_sum(report):
+    rows = rows_of(report)
+    bits, byte = rows["novel", "bits_per_byte"], rows["novel", "byte_perplexity"]
+    assert math.log2(byte["value"]) == pytest.approx(bits["value"])
+    assert byte["stderr"] == pytest.approx(bits["stderr"] * byte["value"] * math.log(2))
+    assert bits["documents"] == 3 and 0 < bits["stderr"] < bits["value"]
+    assert bits["value"] > 3  # random weights know nothing: log2(2048) bits a token of 3.4 bytes
+
+
+# ---- standard errors -------------------------------------------------------------------------------------------------
+
+
+def test_the_error_of_a_ratio_by_hand():
+    pairs = [(-10.0, 4), (-9.0, 5), (-30.0, 11)]
+    ratio = 49 / 20
+    expected = [(10 - ratio * 4) / 20, (9 - ratio * 5) / 20, (30 - ratio * 11) / 20]
+    np.testing.assert_allclose(tasks._influence("bits_per_byte", 0.0, pairs), np.array(expected) / math.log(2))
+    np.testing.assert_allclose(tasks._influence("word_perplexity", 0.0, pairs), np.array(expected) * math.exp(ratio))
+
+
+def test_the_error_of_a_ratio_is_that_of_drawn_documents():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(50, 150, (2000, 40))
+    nats = sizes * rng.normal(2.0, 0.3, sizes.shape)
+    drawn = np.std(nats.sum(1) / sizes.sum(1)) / math.log(2)
+    influence = tasks._influence("bits_per_byte", 0.0, list(zip(-nats[0], sizes[0], strict=True)))
+    assert math.sqrt(np.sum(influence**2)) == pytest.approx(drawn, rel=0.3)
+
+
+def test_differences_are_of_pairs():
+    def row(values):
+        return {
+            "value": np.mean(values),
+            "influence": tasks._influence("acc", np.mean(values), [float(v) for v in values]),
+        }
+
+    first, other = np.array([1, 0, 1, 1, 0]), np.array([1, 0, 0, 1, 0])
+    difference, error = tasks.compare(row(first), row(other))
+    assert difference == pytest.approx(-0.2)
+    assert error == pytest.approx(np.std(other - first, ddof=1) / math.sqrt(5))
+    assert tasks.compare(row(first), row(first)) == (0.0, 0.0)
+    assert tasks.compare(row(first), row(other) | {"influence": None}) == (pytest.approx(-0.2), None)
+
+
+def test_metrics_that_are_no_mean_keep_the_harness_own_error():
+    found = {
+        "results": {
+            "t": {"alias": "t", "f1,strict": 0.5, "f1_stderr,strict": 0.1, "em,none": 1.0, "em_stderr,none": "N/A"}
+        },
+        "samples": {"t": [{"filter": "strict", "f1": (1, 0)}, {"filter": "strict", "f1": (0, 1)}]},
+        "n-samples": {"t": {"effective": 7}},
+    }
+    strict, exact = tasks._rows("t", found)
+    assert (strict["metric"], strict["stderr"], strict["documents"], strict["influence"]) == (
+        "f1 (strict)",
+        0.1,
+        2,
+        None,
+    )
+    assert (exact["metric"], exact["stderr"], exact["documents"]) == ("em", None, 7)
+
+
+def test_other_functions_of_a_documents_number_are_no_means():
+    assert tasks._influence("perplexity", math.exp(2.5), [-2.0, -3.0]) is None
+    assert tasks._influence("acc", 0.5, [0.0]) is None
+
+
+def test_the_table_has_a_column_for_each_branch_and_difference():
+    def rows(values):
+        influence = tasks._influence("acc", np.mean(values), values)
+        error = math.sqrt(np.sum(influence**2))
+        return [
+            {
+                "task": "t",
+                "metric": "acc",
+                "value": np.mean(values),
+                "stderr": error,
+                "documents": 4,
+                "influence": influence,
+            }
+        ]
+
+    head, line = tasks.table({"control": rows([1, 0, 1, 1]), "qat": rows([1, 0, 0, 1])}).splitlines()
+    assert head.split("  ")[-1] == "qat - control"
+    assert line.split() == "t acc 4 0.7500 +- 0.2500 0.5000 +- 0.2887 -0.2500 +- 0.2500".split()
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refused(capsys, *args):
+    assert tasks.main(list(args)) == 2
+    out, err = capsys.readouterr()
+    line = err.splitlines()[-1]
+    assert out == "" and line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--tasks=,"], "--tasks ',': names no task"),
+        (["--tasks=cloze", "--limit=0"], "--limit 0: must be at least 1"),
+        (["--tasks=cloze", "--context=1"], "--context 1: must be at least 2"),
+        (["--tasks=cloze", "--branch=qat"], "has no such phase; it has only"),
+        (["--tasks=cloze,hellaswagg"], "did you mean 'hellaswag'?"),
+    ],
+)
+def test_unusable_input(args, said, run, capsys, tmp_path):
+    out = tmp_path / "out.json"
+    assert said in refused(capsys, f"--run={run}", f"--json={out}", *args)
+    assert not out.exists()
+
+
+def test_without_the_harness_the_extra_is_named(run, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    assert "pip install 'qatmoe[eval]'" in refused(capsys, f"--run={run}")
+
+
+def test_a_data_set_that_cannot_be_reached(run, capsys, monkeypatch, tmp_path):
+    def unreachable(**options):
+        raise ConnectionError("Couldn't reach 'Rowan/hellaswag' on the Hub\n(no network)")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", unreachable)
+    line = refused(capsys, f"--run={run}", "--tasks=cloze", f"--json={tmp_path / 'x'}")
+    assert line.endswith("a data set cannot be loaded: Couldn't reach 'Rowan/hellaswag' on the Hub (no network)")
