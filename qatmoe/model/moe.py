@@ -189,7 +189,7 @@ def _gathered(
     cfg: ModelConfig,
 ) -> jax.Array:
     gate_up_TkF = jnp.einsum("td,tkfd->tkf", x_TD, gate_up_EFD[indices_Tk].astype(x_TD.dtype))
-    hidden_TkF = (swiglu(gate_up_TkF, cfg.swiglu_limit) * weights_Tk[..., None]).astype(x_TD.dtype)
+    hidden_TkF = _gated(gate_up_TkF, weights_Tk, cfg.swiglu_limit)
     y_TkD = jnp.einsum("tkf,tkdf->tkd", hidden_TkF, down_EDF[indices_Tk].astype(x_TD.dtype))
     return jnp.sum(y_TkD, axis=1, dtype=jnp.float32).astype(x_TD.dtype)
 
