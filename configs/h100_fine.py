@@ -2,7 +2,8 @@
 
     python -m qatmoe.train --config configs/h100_fine.py --config.data.source=TEXT
 
-TEXT: your files (README, "Your own run"). Hardware: one H100; compiled for it (experiments/throughput), not run on one yet.
+TEXT: your files (README, "Your own run"). Hardware: one H100; compiled for it (experiments/throughput), not run on one
+yet.
 """
 
 from configs import h100_1b

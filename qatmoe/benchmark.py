@@ -1,6 +1,6 @@
 """What a training step costs: in full precision beside QAT, by grid, by part, with and without loading data.
 
-    python -m qatmoe.benchmark --config configs/moe_2bit.py [--grids q2_0,mxfp4 | all] [--scales learned,dynamic]
+    python -m qatmoe.benchmark --config configs/moe_2bit.py [--grids q2_0,mxfp4 | all | none] [--scales learned,dynamic]
         [--rounds 20] [--parts yes] [--data yes] [--json FILE] [--config.key=value ...]
 
 Each QAT step takes turns with the full-precision step, so a machine whose speed drifts slows both alike; its cost is
@@ -251,6 +251,7 @@ def table(result: Row) -> str:
 def run(cfg: Config, grids: Sequence[str], scales: Sequence[str], rounds: int, with_parts: bool, data: bool) -> Row:
     """Everything that was asked for, as the JSON that --json writes."""
     with jax.set_mesh(make_mesh(cfg.mesh)):
+        with_text = measure_data(cfg, rounds) if data else None  # first: its settings may be unusable
         rows = measure(cfg, grids, scales, rounds)
         top = ceiling(cfg.model.dtype)
         for row in rows:
@@ -265,7 +266,7 @@ def run(cfg: Config, grids: Sequence[str], scales: Sequence[str], rounds: int, w
             "flops_per_step": model_flops(cfg),
             "ceiling_tflops": top / 1e12,
             "rows": rows,
-            "data": measure_data(cfg, rounds) if data else None,
+            "data": with_text,
             "parts": parts.measure(cfg, rounds) if with_parts else None,
         }
 
@@ -277,6 +278,12 @@ def _choices(given: str, known: Callable[[str], object], name: str) -> list[str]
     if not values:
         raise UserError(f"--{name}={given!r}: name at least one")
     return values
+
+
+def _grids(given: str) -> list[str]:
+    if given in ("all", "none"):
+        return list(GRIDS) if given == "all" else []
+    return _choices(given, get, "grids")
 
 
 def _known_scale(name: str) -> None:
@@ -294,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("parts", "data"):
             if given[name] not in ("yes", "no"):
                 raise UserError(f"--{name}={given[name]}: must be yes or no")
-        grids = list(GRIDS) if given["grids"] == "all" else _choices(given["grids"] or cfg.quant.experts, get, "grids")
+        grids = _grids(given["grids"] or cfg.quant.experts)
         scales = _choices(given["scales"], _known_scale, "scales")
         result = run(cfg, grids, scales, int(given["rounds"]), given["parts"] == "yes", given["data"] == "yes")
     except UserError as e:

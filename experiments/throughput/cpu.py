@@ -3,9 +3,9 @@
     python experiments/throughput/cpu.py --maxtext PYTHON     times both, writes cpu.json and the table of the README
     python experiments/throughput/cpu.py --write              writes the table of the README from cpu.json
 
-PYTHON is that of an environment of its own, Python 3.12 or newer, with `pip install 'maxtext[tpu]==0.2.5'` (MaxText asks
-for another jax). Both train the same model (cpu_shape.py) in float32 with AdamW on random tokens; MaxText runs each of
-its ways to multiply experts that a CPU has, and its best counts. The programs take turns, three rounds of each.
+PYTHON is that of an environment of its own, Python 3.12 or newer, with `pip install 'maxtext[tpu]==0.2.5'` (MaxText
+asks for another jax). Both train the same model (cpu_shape.py) in float32 with AdamW on random tokens; MaxText runs
+each of its ways to multiply experts that a CPU has, and its best counts. The programs take turns, three rounds of each.
 """
 
 import argparse
@@ -100,7 +100,8 @@ def table(result: dict) -> str:
     for name, speed in result["rows"].items():
         lines.append(f"| {name} | {statistics.median(speed):,.0f} ({min(speed):,.0f} .. {max(speed):,.0f}) |")
     low, high = min(result["ratios"]), max(result["ratios"])
-    lines.append(f"\nqatmoe / MaxText's best: **{result['ratio']:.2f}** ({low:.2f} .. {high:.2f}), {result['cores']} cores.")
+    ratio = f"**{result['ratio']:.2f}** ({low:.2f} .. {high:.2f})"
+    lines.append(f"\nqatmoe / MaxText's best: {ratio}, {result['cores']} cores.")
     return "\n".join(lines)
 
 

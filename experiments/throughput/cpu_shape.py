@@ -4,6 +4,7 @@ from qatmoe.config import default_config, phase
 
 
 def get_config():
+    """The config."""
     config = default_config()
     config.name = "cpu_shape"
     m = config.model

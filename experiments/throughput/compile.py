@@ -1,0 +1,159 @@
+"""The training step compiled for an H100 on a machine without one: memory, compile time, traffic of its kernels.
+
+    python experiments/throughput/compile.py            compiles, writes compiled.json and the table of the README
+    python experiments/throughput/compile.py --write    writes the table of the README from compiled.json
+
+Needs an environment with `pip install -e . 'jax[cuda12]==0.11.2'` (Python 3.12 or newer); no GPU, no CUDA driver. XLA
+compiles for a description of the chip, without trying kernels on it (no autotuning). The figures are the compiler's:
+bytes and FLOPs are XLA's count over all kernels (it does not see into cuDNN's attention and counts a loop's body once),
+memory is what its buffers take. They say how a change moves the program, and what fits; they are no times.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from configs import h100_1b, h100_fine
+from qatmoe import step as steps
+from qatmoe.benchmark import model_flops, on_grid
+from qatmoe.config import Config, PhaseConfig, resolve
+from qatmoe.quant.grid import GRIDS
+from qatmoe.report import fill_tables
+from qatmoe.run import quant_plan
+
+HERE = Path(__file__).parent
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+def compiled(cfg: Config, quantize: bool, device: jax.Device) -> dict[str, Any]:
+    """Compiles one step and reads off what the compiler says of it."""
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="cudnn"))
+    phase, plan = PhaseConfig(steps=1, quantize=quantize), quant_plan(cfg)[0]
+    place = SingleDeviceSharding(device)
+    shapes = jax.eval_shape(functools.partial(steps.init_state, cfg), jax.random.key(0))
+    if quantize:
+        shapes = jax.eval_shape(functools.partial(steps.branch, cfg, phase, plan), shapes)
+    state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    rows = (cfg.train.batch_size, cfg.data.seq_len + 1 + cfg.model.n_mtp)
+    batch = {"tokens": jax.ShapeDtypeStruct(rows, jnp.int32, sharding=place)}
+    step = jax.jit(functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=plan), donate_argnums=0)
+    start = time.perf_counter()
+    program = step.lower(state, batch, None).compile()
+    seconds = time.perf_counter() - start
+    memory = program.memory_analysis()
+    return {
+        "compile_s": seconds,
+        "state_gib": memory.argument_size_in_bytes / 2**30,
+        "temporary_gib": memory.temp_size_in_bytes / 2**30,
+        "peak_gib": memory.peak_memory_in_bytes / 2**30,
+        "model_tflop": model_flops(cfg) / 1e12,
+        **traffic(program),
+    }
+
+
+def traffic(program: Any) -> dict[str, float]:
+    """Gigabytes that all kernels read and write, and matmul TFLOPs, by XLA's own count over the compiled module."""
+    from jax._src.lib import xla_client  # the public cost_analysis needs a device
+
+    (module,) = program.runtime_executable().hlo_modules()
+    cost = xla_client._xla.hlo_module_cost_analysis(xla_client.make_cpu_client(), module)
+    return {"gb_moved": cost["bytes accessed"] / 1e9, "tflop": cost["flops"] / 1e12}
+
+
+def variants() -> list[tuple[str, Config, bool]]:
+    """(name, config, quantize)."""
+    big, fine = resolve(h100_1b.get_config()), resolve(h100_fine.get_config())
+
+    def sized(cfg: Config, batch: int) -> Config:
+        return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=batch))
+
+    def on(cfg: Config, grid: str, scale: str = "learned") -> Config:
+        return dataclasses.replace(cfg, quant=dataclasses.replace(on_grid(cfg.quant, grid), scale=scale))
+
+    def model(cfg: Config, **fields: Any) -> Config:
+        return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **fields))
+
+    found = [(f"{big.name}, batch {b}", sized(big, b), False) for b in (4, 8, 16, 32)]
+    found += [
+        (f"{big.name}, batch 32, remat full", model(sized(big, 32), remat="full"), False),
+        (f"{big.name}, batch 8, scanned layers", model(big, scan_layers=True), False),
+        (f"{big.name}, batch 8, capacity 1.25", model(big, capacity_factor=1.25), False),
+        (f"{big.name}, batch 8, f32 moments", dataclasses.replace(
+            big, optim=dataclasses.replace(big.optim, moments_dtype="float32")), False),
+    ]  # fmt: skip
+    found += [(f"{big.name}, batch 8, {g}, learned scales", on(big, g), True) for g in GRIDS]
+    found += [(f"{big.name}, batch 8, q2_0, dynamic scales", on(big, "q2_0", "dynamic"), True)]
+    found += [(f"{fine.name}, batch 8, {n} layers", model(fine, n_layers=n), False) for n in (4, 5, 6, 7)]
+    return found
+
+
+def measure() -> dict[str, Any]:
+    """Compiles every variant; one that does not fit is a row too."""
+    topology = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology="1x1x1")
+    rows = []
+    for name, cfg, quantize in variants():
+        try:
+            row = compiled(cfg, quantize, topology.devices[0])
+        except jax.errors.JaxRuntimeError as e:
+            row = {"failed": str(e).splitlines()[0][:200]}
+        rows.append({"variant": name, **row})
+        print(rows[-1], flush=True)
+    return {"jax": jax.__version__, "device": "compiled for NVIDIA H100 80GB HBM3, run nowhere", "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The README's table."""
+    lines = [
+        "| step | state GiB | temporary | peak | GB moved | matmul TFLOP | compile s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in result["rows"]:
+        if "failed" in r:
+            lines.append(f"| {r['variant']} | {r['failed']} | | | | | |")
+            continue
+        lines.append(
+            f"| {r['variant']} | {r['state_gib']:.1f} | {r['temporary_gib']:.1f} | {r['peak_gib']:.1f} | "
+            f"{r['gb_moved']:.0f} | {r['tflop']:.1f} | {r['compile_s']:.0f} |"
+        )
+    lines.append(f"\nBy XLA of jax {result['jax']}, {result['device']}.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="only write the README's table from compiled.json")
+    if not parser.parse_args().write:
+        (HERE / "compiled.json").write_text(json.dumps(measure(), indent=1) + "\n")
+    fill_tables(HERE / "README.md", {"compiled": table(json.loads((HERE / "compiled.json").read_text()))})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+import dataclasses
+import json
+
+import pytest
+
+from configs import h100_1b, moe_2bit, toy
+from qatmoe import benchmark
+from qatmoe.config import Config, DataConfig, ModelConfig, QuantConfig, TrainConfig, resolve
+
+TINY = Config(
+    model=ModelConfig(
+        vocab_size=10, dim=8, n_layers=2, n_dense_layers=1, dense_dim=12, n_heads=2, n_kv_heads=1, head_dim=4,
+        n_experts=4, top_k=2, expert_dim=6, n_shared_experts=1, n_mtp=1,
+    ),
+    data=DataConfig(seq_len=16),
+    train=TrainConfig(batch_size=3),
+)  # fmt: skip
+
+
+def test_active_weights_by_hand():
+    attention = 8 * 8 + 2 * 4 * 8 + 8 * 8  # q, k and v, o
+    dense, shared, expert, router = 3 * 12 * 8, 3 * 6 * 8, 3 * 6 * 8, 4 * 8
+    moe = shared + 2 * expert + router
+    trunk = 2 * attention + dense + moe + 10 * 8
+    module = attention + moe + 8 * 16 + 10 * 8  # eh_proj, and the head once more
+    assert benchmark.active_weights(TINY) == trunk + module
+
+
+def test_model_flops_by_hand():
+    attention = 6 * 3 * 3 * 16**2 * 2 * 4  # three layers, batch 3
+    assert benchmark.model_flops(TINY) == 6 * benchmark.active_weights(TINY) * 48 + attention
+
+
+def test_the_h100_config_counts_as_the_peer_counts_itself():
+    cfg = resolve(h100_1b.get_config())
+    active = benchmark.active_weights(cfg)
+    norms = 12 * (2 * 1024 + 2 * 64) + 1024  # the peer counts them
+    params = 32768 * 1024 + 12 * (3 * 1024 * 1024 + 64 * 1024 + 3 * 64 * 1024 * 512) + norms
+    expert = 12 * 3 * 64 * 1024 * 512
+    assert active + norms == params - expert + expert * 8 // 64
+
+
+def test_grids_move_all_families_that_are_on_one():
+    quant = QuantConfig(experts="q2_0", down="q4_0", shared="q2_0")
+    moved = benchmark.on_grid(quant, "mxfp4")
+    assert (moved.experts, moved.gate_up, moved.down, moved.shared) == ("mxfp4", "same", "mxfp4", "mxfp4")
+    assert (moved.attention, moved.head) == ("none", "none")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, quick_compilation):
+    out = tmp_path_factory.mktemp("benchmark") / "result.json"
+    flags = ["--grids=q2_0,q3_k", "--scales=learned", "--rounds=2", "--parts=yes", "--data=yes", f"--json={out}"]
+    shrink = ["--config.model.n_layers=2", "--config.model.vocab_size=300", "--config.data.tokenizer=train"]
+    code = benchmark.main(["benchmark", f"--config={toy.__file__}", *flags, *shrink])
+    return code, json.loads(out.read_text())
+
+
+def test_what_is_measured_hangs_together(measured, capsys):
+    code, result = measured
+    assert code == 0
+    assert [r["variant"] for r in result["rows"]] == ["full precision", "q2_0, learned scales"]  # q3_k does not fit
+    for row in result["rows"]:
+        assert row["tokens_per_s"] == pytest.approx(4 * 64 / row["step_ms"] * 1e3)
+        assert row["model_tflops"] == pytest.approx(result["flops_per_step"] / row["step_ms"] / 1e9)
+        assert row["ceiling_share"] == pytest.approx(row["model_tflops"] / result["ceiling_tflops"])
+        assert row["compile_s"] > 0
+        assert row["peak_bytes"] > 3 * 4 * result["params"]  # weights and two moments
+        assert 0 <= row["dropped"] < 1
+    assert result["rows"][0]["cost"] == 0
+    assert result["data"]["ratio"] > 0
+    parts = {p["part"]: p for p in result["parts"]}
+    assert set(parts) == {
+        "attention", "router", "dispatch and combine", "expert matmuls", "shared experts", "dense FFN", "head and loss",
+        "fake quantization (learned)", "optimizer",
+    }  # fmt: skip
+    assert (parts["attention"]["times"], parts["router"]["times"], parts["head and loss"]["times"]) == (3, 2, 2)
+    assert all(p["ms"] > 0 for p in parts.values())
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--grids=q2_1", "unknown grid 'q2_1'; did you mean 'q2_k'?"),
+        ("--scales=fixed", "--scales=fixed: must be of learned, dynamic"),
+        ("--rounds=0", "--rounds=0: must be a number of at least 1"),
+        ("--parts=maybe", "--parts=maybe: must be yes or no"),
+    ],
+)
+def test_bad_flags_are_named(flag, message, capsys):
+    assert benchmark.main(["benchmark", f"--config={moe_2bit.__file__}", flag]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_without_grids_has_the_baseline_alone():
+    cfg = dataclasses.replace(TINY, quant=QuantConfig(experts="none"))
+    assert not benchmark.fits(cfg, "none")
