@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"data.corpus", "data.cache"},
     {"data.tokenizer"},
     {"data.batches"},
-    {"model.layers"},
+    {"model.layers", "model.cache"},
     {"model.attention", "model.router", "model.moe"},
     {"model.mtp"},
     {"model.transformer"},

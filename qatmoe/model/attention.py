@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from qatmoe.config import ModelConfig
+from qatmoe.model.cache import CacheType, round_kv, turn_keys, turn_values
 from qatmoe.model.layers import Param, apply_rope, linear, norm_param, rms_norm
 
 
@@ -35,12 +36,48 @@ def attention(
     x_BLD: jax.Array,
     rope: tuple[jax.Array, jax.Array],
     segments_BL: jax.Array | None,
+    cache: CacheType | None = None,
 ) -> jax.Array:
     """Self-attention of one block, (B, L, D) -> (B, L, D) in the dtype of x; scores and softmax in f32.
 
     rope: cosines and sines from `rope_angles`. segments_BL: int document ids; a token sees earlier tokens of its own
-    document only. None means one document per row.
+    document only. None means one document per row. cache: keys and values are read back from that type of cache.
+
+    Raises:
+      UserError: heads of that width do not fit the cache type.
     """
+    q_BLHDh, k_BLKDh, v_BLKDh = queries_keys_values(params, cfg, x_BLD, rope, cache)
+    if cache is not None:
+        k_BLKDh, v_BLKDh = round_kv(cache, k_BLKDh, v_BLKDh)
+    scale = cfg.head_dim**-0.5
+    if _implementation(cfg, x_BLD.shape[1], x_BLD.dtype) == "cudnn":
+        mask_B1LL = None if segments_BL is None else segments_BL[:, None, :, None] == segments_BL[:, None, None, :]
+        mixed_BLHDh = jax.nn.dot_product_attention(
+            q_BLHDh, k_BLKDh, v_BLKDh, mask=mask_B1LL, is_causal=True, scale=scale, implementation="cudnn"
+        )
+    else:
+        L = x_BLD.shape[1]
+        seen_BLL = jnp.tril(jnp.ones((1, L, L), bool))
+        if segments_BL is not None:
+            seen_BLL &= segments_BL[:, :, None] == segments_BL[:, None, :]
+        mixed_BLHDh = grouped(q_BLHDh, k_BLKDh, v_BLKDh, seen_BLL, scale)
+    return output(params, mixed_BLHDh, cache)
+
+
+def queries_keys_values(
+    params: dict,
+    cfg: ModelConfig,
+    x_BLD: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    cache: CacheType | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries (B, L, H, Dh), keys and values (B, L, K, Dh) after norms and RoPE, turned as the cache wants them.
+
+    Raises:
+      UserError: heads of that width do not fit the cache type.
+    """
+    if cache is not None:
+        cache.check(cfg.head_dim)
     B, L, _ = x_BLD.shape
     q_BLF, k_BLF, v_BLF = (_project(params, name, x_BLD) for name in "qkv")
     if cfg.qk_norm == "full":
@@ -53,15 +90,16 @@ def attention(
         q_BLHDh = rms_norm(q_BLHDh, params["q_norm"], cfg.norm_eps)
         k_BLKDh = rms_norm(k_BLKDh, params["k_norm"], cfg.norm_eps)
     q_BLHDh, k_BLKDh = apply_rope(q_BLHDh, *rope), apply_rope(k_BLKDh, *rope)
-    scale = cfg.head_dim**-0.5
-    if _implementation(cfg, L, x_BLD.dtype) == "cudnn":
-        mask_B1LL = None if segments_BL is None else segments_BL[:, None, :, None] == segments_BL[:, None, None, :]
-        mixed_BLHDh = jax.nn.dot_product_attention(
-            q_BLHDh, k_BLKDh, v_BLKDh, mask=mask_B1LL, is_causal=True, scale=scale, implementation="cudnn"
-        )
-    else:
-        mixed_BLHDh = _grouped(q_BLHDh, k_BLKDh, v_BLKDh, segments_BL, scale)
-    return linear(mixed_BLHDh.reshape(B, L, -1), params["o"])
+    if cache is None:
+        return q_BLHDh, k_BLKDh, v_BLKDh
+    return turn_keys(cache, q_BLHDh), turn_keys(cache, k_BLKDh), turn_values(cache, v_BLKDh)
+
+
+def output(params: dict, mixed_BLHDh: jax.Array, cache: CacheType | None = None) -> jax.Array:
+    """Mixed values (B, L, H, Dh), turned back, through the output projection -> (B, L, D)."""
+    if cache is not None:
+        mixed_BLHDh = turn_values(cache, mixed_BLHDh)
+    return linear(mixed_BLHDh.reshape(*mixed_BLHDh.shape[:2], -1), params["o"])
 
 
 def _project(params: dict, name: str, x_BLD: jax.Array) -> jax.Array:
@@ -69,24 +107,20 @@ def _project(params: dict, name: str, x_BLD: jax.Array) -> jax.Array:
     return y_BLF + params[f"{name}_bias"].astype(y_BLF.dtype) if f"{name}_bias" in params else y_BLF
 
 
-def _grouped(
-    q_BLHDh: jax.Array, k_BLKDh: jax.Array, v_BLKDh: jax.Array, segments_BL: jax.Array | None, scale: float
-) -> jax.Array:
-    """Causal attention as two batched matmuls over k/v heads, the queries of a group in one matrix.
+def grouped(q_BLHDh: jax.Array, k_BSKDh: jax.Array, v_BSKDh: jax.Array, seen_BLS: jax.Array, scale: float) -> jax.Array:
+    """Attention of L queries to S keys as two batched matmuls over k/v heads, a group's queries in one matrix.
 
-    On a CPU this takes half the time of jax.nn.dot_product_attention, forward and backward, at the default sizes.
+    seen_BLS: bool (B or 1, L, S), which keys a query sees. On a CPU this takes half the time of
+    jax.nn.dot_product_attention, forward and backward, at the default sizes.
     """
     B, L, H, Dh = q_BLHDh.shape
-    K = k_BLKDh.shape[2]
+    S, K = k_BSKDh.shape[1:3]
     q_BKRDh = q_BLHDh.reshape(B, L, K, H // K, Dh).transpose(0, 2, 3, 1, 4).reshape(B, K, H // K * L, Dh)
-    k_BKLDh, v_BKLDh = k_BLKDh.swapaxes(1, 2), v_BLKDh.swapaxes(1, 2)
-    scores_BKRL = scale * jnp.einsum("bkrd,bkld->bkrl", q_BKRDh, k_BKLDh, preferred_element_type=jnp.float32)
-    seen_BLL = jnp.tril(jnp.ones((1, L, L), bool))
-    if segments_BL is not None:
-        seen_BLL &= segments_BL[:, :, None] == segments_BL[:, None, :]
-    scores_BKGLL = jnp.where(seen_BLL[:, None, None], scores_BKRL.reshape(B, K, H // K, L, L), -1e30)
-    probs_BKRL = jax.nn.softmax(scores_BKGLL, axis=-1).astype(v_BLKDh.dtype).reshape(scores_BKRL.shape)
-    mixed_BKRDh = jnp.einsum("bkrl,bkld->bkrd", probs_BKRL, v_BKLDh)
+    k_BKSDh, v_BKSDh = k_BSKDh.swapaxes(1, 2), v_BSKDh.swapaxes(1, 2)
+    scores_BKRS = scale * jnp.einsum("bkrd,bksd->bkrs", q_BKRDh, k_BKSDh, preferred_element_type=jnp.float32)
+    scores_BKGLS = jnp.where(seen_BLS[:, None, None], scores_BKRS.reshape(B, K, H // K, L, S), -1e30)
+    probs_BKRS = jax.nn.softmax(scores_BKGLS, axis=-1).astype(v_BKSDh.dtype).reshape(scores_BKRS.shape)
+    mixed_BKRDh = jnp.einsum("bkrs,bksd->bkrd", probs_BKRS, v_BKSDh)
     return mixed_BKRDh.reshape(B, K, H // K, L, Dh).transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
 
 

@@ -19,6 +19,7 @@ from flax import nnx
 from qatmoe.config import ModelConfig
 from qatmoe.mesh import constrain
 from qatmoe.model.attention import attention, attention_params
+from qatmoe.model.cache import CacheType
 from qatmoe.model.layers import Param, ffn, ffn_params, norm_param, rms_norm, rope_angles
 from qatmoe.model.moe import expert_ffn, expert_params
 from qatmoe.model.mtp import mtp_module, mtp_params
@@ -144,6 +145,7 @@ def forward(
     mtp_tokens: jax.Array | None = None,
     train: bool,
     groups: int = 1,
+    cache: CacheType | None = None,
     choices_NTk: jax.Array | None = None,
     return_routing: bool = False,
 ) -> Output:
@@ -157,6 +159,8 @@ def forward(
       mtp_tokens: int (n_mtp, B, L), [i][:, t] is token t+1+i, the input of module i; None skips the modules.
       train: experts run as cfg.experts; otherwise as cfg.eval_experts, which drops no token.
       groups: equal groups of tokens dispatched to experts on their own; a multiple of the devices that split the batch.
+      cache: attention reads keys and values as that type of cache stores them, as when the tokens are decoded one by
+        one (`decode`); static under jit. None: as they are.
       choices_NTk: int32 experts that tokens are sent to, for every row of "load_NE"; their weights are still the
         token's own scores. None: each router chooses.
       return_routing: adds to aux, for every row of "load_NE", "indices_NTk", the chosen experts, and "probs_NTE", the
@@ -165,6 +169,9 @@ def forward(
     Returns:
       `Output`; aux["load_NE"] is the share of assignments each expert got (rows sum to 1), aux["dropped_N"] the share
       of assignments that found no room, both f32.
+
+    Raises:
+      UserError: heads of cfg.head_dim do not fit the cache type.
     """
     B, L = tokens_BL.shape
     dtype = jnp.dtype(cfg.dtype)
@@ -181,7 +188,7 @@ def forward(
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         x_BLD = constrain(x_BLD, ("batch", None, None))
         normed_BLD = rms_norm(x_BLD, layer["attn_norm"], cfg.norm_eps)
-        x_BLD += attention(layer["attn"], cfg, normed_BLD, rope, segments_BL)
+        x_BLD += attention(layer["attn"], cfg, normed_BLD, rope, segments_BL, cache)
         normed_BLD = rms_norm(x_BLD, layer["ffn_norm"], cfg.norm_eps)
         if "ffn" in layer:
             return x_BLD + ffn(layer["ffn"], normed_BLD, cfg.swiglu_limit), {}

@@ -76,15 +76,16 @@ def _f16(data: Bytes) -> np.ndarray:
     return np.ascontiguousarray(data).view("<f2").astype(np.float32)
 
 
-def _join_nibbles(codes: Array, half: int) -> Bytes:
-    """Weights j and j + half of every 2 * half share byte j."""
-    pairs = codes.reshape(len(codes), -1, 2, half)
-    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(codes), -1)
+def join_nibbles(codes: Array, half: int) -> Bytes:
+    """4-bit codes (..., I) uint8 -> (..., I / 2): those of weights j and j + half of every 2 * half share byte j."""
+    pairs = codes.reshape(*codes.shape[:-1], -1, 2, half)
+    return (pairs[..., 0, :] | pairs[..., 1, :] << 4).reshape(*codes.shape[:-1], -1)
 
 
-def _split_nibbles(data: Bytes, half: int) -> np.ndarray:
-    groups = data.reshape(len(data), -1, 1, half)
-    return np.concatenate([groups & 15, groups >> 4], axis=2).reshape(len(data), -1)
+def split_nibbles(data: Bytes, half: int) -> Array:
+    """The inverse of `join_nibbles`, (..., I / 2) -> (..., I)."""
+    groups = data.reshape(*data.shape[:-1], -1, 1, half)
+    return _xp(data).concatenate([groups & 15, groups >> 4], axis=-2).reshape(*data.shape[:-1], -1)
 
 
 _PAIR_SHIFTS = np.array([0, 2, 4, 6], np.uint8)
@@ -187,29 +188,29 @@ def _read_q3_k(data: Bytes) -> _Fields:
 
 
 def _write_nibbles(codes: Array, scale: Array) -> list[Bytes]:
-    return [_f16_bytes(scale), _join_nibbles(codes, 16)]
+    return [_f16_bytes(scale), join_nibbles(codes, 16)]
 
 
 def _read_nibbles(data: Bytes) -> _Fields:
-    return _Fields(_split_nibbles(data[:, 2:], 16), _f16(data[:, :2]))
+    return _Fields(split_nibbles(data[:, 2:], 16), _f16(data[:, :2]))
 
 
 def _write_mxfp4(codes: Array, scale: Array) -> list[Bytes]:
-    return [(scale.view(np.int32) >> 23).astype(np.uint8), _join_nibbles(codes, 16)]  # a float32 has E8M0's exponent
+    return [(scale.view(np.int32) >> 23).astype(np.uint8), join_nibbles(codes, 16)]  # a float32 has E8M0's exponent
 
 
 def _read_mxfp4(data: Bytes) -> _Fields:
-    return _Fields(_split_nibbles(data[:, 1:], 16), _E8M0[data[:, :1]])
+    return _Fields(split_nibbles(data[:, 1:], 16), _E8M0[data[:, :1]])
 
 
 def _write_nvfp4(codes: Array, scale: Array) -> list[Bytes]:
     exponent, mantissa = (scale.view(np.int32) >> 23) - 120, scale.view(np.int32) >> 20 & 7
     byte = _xp(scale).where(exponent > 0, exponent << 3 | mantissa, (scale * np.float32(512)).astype(np.int32))
-    return [byte.astype(np.uint8), _join_nibbles(codes, 8)]
+    return [byte.astype(np.uint8), join_nibbles(codes, 8)]
 
 
 def _read_nvfp4(data: Bytes) -> _Fields:
-    return _Fields(_split_nibbles(data[:, 4:], 8), _E4M3[data[:, :4]])
+    return _Fields(split_nibbles(data[:, 4:], 8), _E4M3[data[:, :4]])
 
 
 def _write_q8_0(codes: Array, scale: Array) -> list[Bytes]:
