@@ -3,9 +3,9 @@
     python -m qatmoe.evaluate --run runs/moe_2bit
     python -m qatmoe.evaluate --run runs/moe_2bit --text code='src/**/*.jsonl' --text wiki=wiki.jsonl.zst --rows '^qat'
 
-Rows: the phases as deployed; the control, and each quantized phase, rounded to every format (`requantize.formats`) on the
-tensors of the run's quant plan; both with every type of key/value cache. Each is compared with the reference, the phase
-`control` or the last one in full precision, and what was made from a quantized phase also with that phase itself
+Rows: the phases as deployed; the control, and each quantized phase, rounded to every format (`requantize.formats`) on
+the tensors of the run's quant plan; both with every type of key/value cache. Each is compared with the reference, the
+phase `control` or the last one in full precision, and what was made from a quantized phase also with that phase itself
 (kld_own). Domains: the run's own held-out text and any --text. docs/audit.md defines the figures.
 
 Writes WORKDIR/audit.json row by row, then audit.md and audit.png. The same command goes on where it was stopped, and
@@ -234,21 +234,23 @@ class Bench:
         self._size = M = len(windows["tokens"])
         B = min(M, max(audit.cfg.train.batch_size, _BATCH_TOKENS // length))
         padded = {k: np.concatenate([a, np.zeros((-M % B, *a.shape[1:]), a.dtype)]) for k, a in windows.items()}
-        self._batches: list[Batch] = [
-            {k: jnp.asarray(a[i : i + B]) for k, a in padded.items()} for i in range(0, M, B)
-        ]
+        self._batches: list[Batch] = [{k: jnp.asarray(a[i : i + B]) for k, a in padded.items()} for i in range(0, M, B)]
         self._options = {"cfg": audit.model, "chunk": fidelity.chunk_size(B * length, audit.model.vocab_size)}
-        self.tokens = 2 * len(self._batches) * B * length  # through the model for one row: twice, the second time forced
+        self.tokens = (
+            2 * len(self._batches) * B * length
+        )  # through the model for one row: twice, the second time forced
         unit_counts = [int(d.unit_M[-1]) + 1 for d in found]
         starts = np.cumsum([0, *unit_counts])
         self._unit_M = np.concatenate([d.unit_M + s for d, s in zip(found, starts, strict=False)])
         self._domain_M = np.repeat(np.arange(len(found)), [len(d.document_M) for d in found])
         self._domain_U = np.repeat(np.arange(len(found)), unit_counts)
         self._weights_RU = fidelity.resample(self._domain_U)
-        self._bytes_M = np.asarray([d.bytes_per_token for d in found])[self._domain_M]
+        self._bytes_M = np.repeat([d.bytes_per_token for d in found], [len(d.document_M) for d in found])
         self._length, self._n_mtp = length, n_mtp
         self._reference: tuple[Params, list[Outcome]] | None = None
-        self._branch, self._params, self._own = "", {}, None  # type: ignore[var-annotated]
+        self._branch = ""
+        self._params: Params = {}
+        self._own: tuple[Params, list[jax.Array]] | None = None
         self._importance: dict[str, np.ndarray] | None = None
 
     def judge(self, row: Row) -> dict[str, Any]:
@@ -315,9 +317,7 @@ class Bench:
         for i, (batch, theirs) in enumerate(zip(self._batches, reference, strict=True)):
             outcome = fidelity.run_model(params, batch, cfg=self.audit.model, cache=cache)
             forced = fidelity.run_model(params, batch, theirs.indices_NTk, cfg=self.audit.model, cache=cache)
-            figures = fidelity.compare(
-                reference_head, theirs, head, outcome, forced.hidden_BLD, batch, **self._options
-            )
+            figures = fidelity.compare(reference_head, theirs, head, outcome, forced.hidden_BLD, batch, **self._options)
             if own:
                 figures["kld_own"] = fidelity.kld(own[0], own[1][i], head, outcome.hidden_BLD, **self._options)
             found.append(figures)
@@ -330,14 +330,15 @@ class Bench:
         tokens = {name: np.asarray(a[..., used_ML], np.float64) for name, a in figures.items()}
         for name in ("accepted", "drafted"):
             tokens.setdefault(name, np.zeros((0, int(used_ML.sum()))))
-        tokens["position"] = np.broadcast_to(np.arange(self._length), used_ML.shape)[used_ML]
-        tokens["bytes"] = np.broadcast_to(self._bytes_M[:, None], used_ML.shape)[used_ML]
-        unit_T, domain_T = (
-            np.broadcast_to(a_M[:, None], used_ML.shape)[used_ML] for a_M in (self._unit_M, self._domain_M)
-        )
+        window_T, position_T = np.nonzero(used_ML)
+        tokens["position"] = position_T.astype(np.float64)
+        tokens["bytes"] = self._bytes_M[window_T]
+        unit_T, domain_T = self._unit_M[window_T], self._domain_M[window_T]
         units = fidelity.Units(unit_T, self._domain_U)
         pooled = fidelity.summarize(tokens, units, self._weights_RU, self._length)
         scopes = [pooled | {"documents": sum(d.documents for d in self.domains)}]
+        if len(self.domains) == 1:
+            return scopes * 2
         for i, domain in enumerate(self.domains):
             of_T, of_U = domain_T == i, self._domain_U == i
             units = fidelity.Units(unit_T[of_T] - int(np.argmax(of_U)), self._domain_U[of_U])
@@ -445,7 +446,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(notes), file=sys.stderr)
             return 0
         found, calibration_ML = load_domains(audit, args.text, args.tokens)
-        print("\n".join([*notes, *(_described(domain) for domain in found)]), flush=True)
+        print("\n".join([*notes, *(_described(domain, audit.cfg.data.seq_len) for domain in found)]), flush=True)
         with Stop() as stop:
             done = evaluate(audit, rows, found, calibration_ML, args.force, stop.check)
     except UserError as e:
@@ -459,9 +460,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _described(domain: Domain) -> str:
-    tokens, units = int(domain.windows["mask"][:, 1:].sum()), int(domain.unit_M[-1]) + 1
-    return f"{domain.name}: about {tokens:,} tokens in {len(domain.document_M)} windows of {domain.documents} documents, {units} units"  # fmt: skip  # noqa: E501
+def _described(domain: Domain, length: int) -> str:
+    tokens, units = int(domain.windows["mask"][:, 1 : 1 + length].sum()), int(domain.unit_M[-1]) + 1
+    cut = f"{len(domain.document_M)} windows of {domain.documents} documents, {units} units of the bootstrap"
+    return f"{domain.name}: {tokens:,} tokens in {cut}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -133,9 +133,7 @@ def requantize(
     return tree, max((_joined(w.shape[-1], fmt.block) for w in wanted.values()), default=1)
 
 
-def importance(
-    params: Params, cfg: ModelConfig, windows_ML: np.ndarray, paths: Iterable[str]
-) -> dict[str, np.ndarray]:
+def importance(params: Params, cfg: ModelConfig, windows_ML: np.ndarray, paths: Iterable[str]) -> dict[str, np.ndarray]:
     """Mean squared input of each column of the weights on `paths`, as llama-imatrix collects it: f32 (..., I).
 
     Of routed experts (E, I): over the tokens that chose the expert; the inputs of `down` are its hidden activations

@@ -18,12 +18,13 @@ FLOORS: list[set[str]] = [
     {"data.corpus", "data.cache"},
     {"data.tokenizer"},
     {"data.batches"},
+    {"data.domains"},
     {"model.layers", "model.cache"},
     {"model.attention", "model.router", "model.moe"},
     {"model.mtp"},
     {"model.transformer"},
     {"loss", "optim"},
-    {"step"},
+    {"step", "fidelity"},
     {"checkpoint", "metrics"},
     {"convert.names", "convert.hf_config", "convert.safetensors", "convert.gguf", "convert.compressed"},
     {"convert.vocab", "convert.llama", "convert.llama_numerics"},
@@ -32,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"phases", "convert.weights"},
     {"convert.gguf_model", "convert.huggingface_model", "convert.hf_import"},
     {"convert.verify"},
-    {"train", "benchmark", "export", "import_hf"},
+    {"train", "benchmark", "export", "import_hf", "evaluate"},
 ]
 ROOT = Path(qatmoe.__file__).parent
 MODULES = {

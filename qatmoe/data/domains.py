@@ -1,8 +1,8 @@
 """Held-out text for judging a model, domain by domain, cut into windows.
 
-The run's own held-out text is cut as training validated it: windows of the packed stream, which cross documents unless the
-run packs segments; a window belongs to the document that its first token is of. Any other text is cut document by
-document, each followed by the end-of-text token: no window holds two documents, the last window of one is padded.
+The run's own held-out text is cut as training validated it: windows of the packed stream, where attention crosses
+documents unless the run packs segments; a window belongs to the document of its first token. Any other text is cut
+document by document, each followed by the end-of-text token: no window holds two, and a document's last is padded.
 
 When only some windows are wanted they are spread evenly over the text.
 """
