@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"convert.names", "convert.hf_config", "convert.safetensors", "convert.gguf", "convert.compressed"},
     {"convert.vocab", "convert.llama", "convert.llama_numerics"},
     {"requantize"},
-    {"report", "run", "cli"},
+    {"report", "audit_report", "run", "cli"},
     {"phases", "convert.weights"},
     {"convert.gguf_model", "convert.huggingface_model", "convert.hf_import"},
     {"convert.verify"},
