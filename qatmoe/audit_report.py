@@ -69,6 +69,10 @@ def _name(row: Row) -> str:
     return " ".join(part for part in (row["format"], row["rule"]) if part)
 
 
+def _bits(row: Row) -> str:
+    return f"{round(row['bits_per_weight'], 4):g}"
+
+
 def _of_group(rows: Sequence[Row], group: str) -> list[Row]:
     return [r for r in rows if r["group"] == group]
 
@@ -94,11 +98,11 @@ def _headlines(rows: Sequence[Row]) -> list[str]:
         if not _known(qat, "kld"):
             continue
         same_size, as_good = rivals(rows, qat)
-        text = f"{qat['branch']}: KLD {_with_error(qat, 'kld')} at {qat['bits_per_weight']:g} bits."
+        text = f"{qat['branch']}: KLD {_with_error(qat, 'kld')} at {_bits(qat)} bits."
         if same_size:
             text += f" Rounding in no more bits: {_with_error(same_size, 'kld')} ({_name(same_size)})."
         if as_good:
-            text += f" Rounding that is as close takes {as_good['bits_per_weight']:g} bits ({_name(as_good)})."
+            text += f" Rounding that is as close takes {_bits(as_good)} bits ({_name(as_good)})."
         elif same_size:
             text += " No rounding is as close."
         lines.append(text)
@@ -106,8 +110,7 @@ def _headlines(rows: Sequence[Row]) -> list[str]:
 
 
 def _measured_on(rows: Sequence[Row]) -> str:
-    documents = f" of {rows[0]['documents']:,} documents" if rows[0].get("documents") else ""
-    return f"Against {rows[0]['reference']}, on {rows[0]['tokens']:,} tokens{documents}."
+    return f"Against {rows[0]['reference']}. Tokens: {rows[0]['tokens']:,}. Documents: {rows[0]['documents']:,}."
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -196,10 +199,7 @@ def table(rows: Sequence[Row]) -> str:
     starts = {}
     for heading, members in _sections(rows):
         starts[len(cells)] = heading
-        cells += [
-            (f"  {_marked(r, best)}", f"{r['bits_per_weight']:.4g}", *(_COLUMNS[c](r) for c in columns))
-            for r in members
-        ]
+        cells += [(f"  {_marked(r, best)}", _bits(r), *(_COLUMNS[c](r) for c in columns)) for r in members]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = []
     for i, row in enumerate(cells):
@@ -222,7 +222,7 @@ def markdown(rows: Sequence[Row]) -> str:
     body = []
     for heading, members in _sections(rows):
         for row in members:
-            cells = [_escaped(heading), _escaped(_marked(row, best)), f"{row['bits_per_weight']:.4g}"]
+            cells = [_escaped(heading), _escaped(_marked(row, best)), _bits(row)]
             cells += [_COLUMNS[c](row) for c in columns]
             body.append([f"**{c}**" for c in cells] if row["group"] == "qat" else cells)
     parts = [
@@ -236,7 +236,7 @@ def markdown(rows: Sequence[Row]) -> str:
         body = [
             [
                 _escaped(r["row"]),
-                f"{r['bits_per_weight']:.4g}",
+                _bits(r),
                 *(_with_error(r["domains"].get(t, {}), "kld") for t in texts),
             ]
             for r in shown
@@ -296,17 +296,26 @@ def _draw_size(axes: Axes, rows: Sequence[Row]) -> list[Label]:
         shown = [r for r in _of_group(rows, group) if _known(r, "kld") and r["kld"] > 0]
         if not shown:
             continue
-        x, y, error = (np.asarray([_number(r, k) for r in shown]) for k in ("bits_per_weight", "kld", "kld_se"))
-        axes.errorbar(
-            x, y, yerr=error, fmt=marker, color=_COLORS[group], ms=size, lw=1, capsize=2, label=title, zorder=3
-        )
+        for joined, about, fill in ((False, "", _COLORS[group]), (True, ", rows joined: no such file", "white")):
+            some = [r for r in shown if (r["joined_rows"] > 1) == joined]
+            if some:
+                x, y, error = ([_number(r, k) for r in some] for k in ("bits_per_weight", "kld", "kld_se"))
+                look: dict[str, Any] = {
+                    "fmt": marker,
+                    "color": _COLORS[group],
+                    "mfc": fill,
+                    "ms": size,
+                    "lw": 1,
+                    "capsize": 2,
+                }
+                axes.errorbar(x, y, yerr=error, label=title + about, zorder=3, **look)
         best: dict[str, Row] = {}
         for row in sorted(shown, key=lambda r: r["kld"]):
             best.setdefault(f"{row['branch']} ({row['format']})" if group == "qat" else row["format"], row)
         labels += [Label(r["bits_per_weight"], r["kld"], text, _COLORS[group]) for text, r in best.items()]
     edge = [r for r in frontier(rows) if r["kld"] > 0]
     if edge:
-        x, y = (np.asarray([r[k] for r in edge]) for k in ("bits_per_weight", "kld"))
+        x, y = ([r[k] for r in edge] for k in ("bits_per_weight", "kld"))
         axes.plot(x, y, color="tab:orange", lw=2, label="best rounding after training", zorder=2)
     for row in _of_group(rows, "trunk") if labels else ():
         if _known(row, "kld") and row["kld"] > 0:
@@ -342,7 +351,7 @@ def _draw_experts(axes: Axes, rows: Sequence[Row]) -> None:
     for i, row in enumerate({r["row"]: r for r in chosen if r.get(key)}.values()):
         y, error = ([math.nan if v is None else v for v in row[k]] for k in (key, f"{key}_se"))
         color = _COLORS["qat"] if row["group"] == "qat" else _CYCLE[i % len(_CYCLE)]
-        label = f"{row['branch']}: {_name(row)}, {row['bits_per_weight']:.4g} bits"
+        label = f"{row['branch']}: {_name(row)}, {_bits(row)} bits"
         axes.errorbar(range(len(y)), y, yerr=error, color=color, marker="o", ms=4, lw=1.3, capsize=2, label=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
@@ -358,7 +367,7 @@ def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.25, which="both")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, framealpha=0.8)
+        axes.legend(fontsize=8, framealpha=0.8, ncols=1 if len(axes.get_legend_handles_labels()[0]) < 8 else 2)
     else:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.5")
 

@@ -106,7 +106,7 @@ def test_table_groups_and_sorts():
         "qat, rounded again",
         "control, with a rounded KV cache",
         "qat, with a rounded KV cache",
-        "Against control, on 32,768 tokens of 12 documents.",
+        "Against control. Tokens: 32,768. Documents: 12.",
     ]
     section = text.split("llama.cpp types\n")[1].split("\nqat, ")[0]
     assert [line.split()[0] for line in section.splitlines()] == ["Q1_0", "Q2_K", "Q3_K", "Q4_0", "Q8_0"]
@@ -260,7 +260,7 @@ def test_panels_hold_what_they_should(monkeypatch, tmp_path):
         "trunk: bf16, 16 bits",
         "qat: q2_0, 2.25 bits",
         "control: q2_0 search, 2.25 bits",
-        "control: Q3_K stock, 3.438 bits",
+        "control: Q3_K stock, 3.4375 bits",
     ]
 
 
