@@ -1,8 +1,10 @@
+import ctypes
 import dataclasses
 
 import gguf
 import jax
 import jax.numpy as jnp
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -26,6 +28,7 @@ W = (RNG.standard_normal((2, 8, 256)) * 0.05).astype(np.float32)  # two matrices
 COLUMNS = RNG.gamma(1.0, 1.0, (2, 256)).astype(np.float32)
 PARAMS = {"layers": {"0": {"experts": {"gate_up": W}, "norm": np.ones(256, np.float32)}}, "embed": W[0]}
 PATH = "layers/0/experts/gate_up"
+EXPERTS = "blk.0.ffn_gate_exps.weight"
 
 
 def rounded(name, rule, w=W, importance=None):
@@ -78,6 +81,49 @@ def test_types_that_pypi_gguf_can_only_decode(kind):
     data = llama.quantize(kind, W[0])
     expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
     np.testing.assert_array_equal(rounded(kind, "stock")[0][0], expected)
+
+
+@pytest.fixture(scope="module")
+def expert_file(tmp_path_factory):
+    """W as the experts of a GGUF file that llama.cpp's program quantizes; it reads nothing else of the model."""
+    path = tmp_path_factory.mktemp("llama") / "experts.gguf"
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_block_count(1)
+    writer.add_embedding_length(256)
+    writer.add_context_length(8)
+    writer.add_head_count(1)
+    writer.add_feed_forward_length(8)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_expert_count(2)
+    writer.add_expert_used_count(1)
+    writer.add_vocab_size(8)
+    writer.add_tensor(EXPERTS, W)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("Q4_0", "stock"), ("Q2_K", "stock"), ("Q2_K", "imatrix"), ("IQ2_XXS", "imatrix"), ("IQ3_S", "imatrix"),
+     ("IQ4_NL", "imatrix"), ("TQ2_0", "stock"), ("Q1_0", "stock")],
+)  # fmt: skip
+def test_it_is_what_llama_quantize_pure_writes(name, rule, expert_file, tmp_path):
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{name}")
+    params.pure, params.nthread = True, 1
+    if rule == "imatrix":
+        entries = (llama_cpp.llama_cpp.llama_model_imatrix_data * 2)()  # ends with a nameless one
+        entries[0].name, entries[0].size = EXPERTS.encode(), COLUMNS.size
+        entries[0].data = COLUMNS.ctypes.data_as(type(entries[0].data))
+        params.imatrix = entries
+    assert not llama_cpp.llama_model_quantize(bytes(expert_file), bytes(tmp_path / "out"), ctypes.byref(params))
+    (tensor,) = gguf.GGUFReader(tmp_path / "out").tensors
+    assert tensor.tensor_type.name == name
+    expected = llama.dequantize(name, np.asarray(tensor.data).reshape(2, 8, -1))
+    np.testing.assert_array_equal(rounded(name, rule, importance={"w": COLUMNS})[0], expected)
 
 
 def test_q1_0_by_hand():
