@@ -52,7 +52,7 @@ def run_model(
     cfg: ModelConfig,
     cache: CacheType | None = None,
 ) -> Outcome:
-    """One forward pass, dropless. With choices_NTk, experts forced on the trunk's layers, the MTP modules do not run."""
+    """One forward pass, dropless. With choices_NTk, the trunk's experts are forced and the MTP modules do not run."""
     v = views(batch, cfg.n_mtp)
     out = transformer.forward(
         params,
@@ -296,6 +296,7 @@ def summarize(tokens: Tokens, units: Units, weights_RU: np.ndarray, length: int)
         "kld_routing": (tokens["kld"] - tokens["kld_experts"], ones_T),
     }
     own = ["kld_own"] if "kld_own" in tokens else []
+    by_position = {"kld": "kld", "loss": "nats"} | {name: name for name in own}
     for name in ("kld", "same_top1", "top5_overlap", "router_kld", "kld_experts", *own):
         columns[name] = (tokens[name], ones_T)
     columns |= {("agreement", i): (row_T, ones_T) for i, row_T in enumerate(tokens["agreement"])}
@@ -303,7 +304,7 @@ def summarize(tokens: Tokens, units: Units, weights_RU: np.ndarray, length: int)
         columns["accepted", i] = accepted_T * drafted_T, drafted_T
     for start, end in _parts(length):
         inside_T = ((tokens["position"] >= start) & (tokens["position"] < end)).astype(np.float64)
-        columns |= {(name, start): (tokens[of] * inside_T, inside_T) for name, of in (("kld", "kld"), ("loss", "nats"))}
+        columns |= {(name, start): (tokens[of] * inside_T, inside_T) for name, of in by_position.items()}
 
     value_C, drawn_RC = ratios([n for n, _ in columns.values()], [d for _, d in columns.values()], units, weights_RU)
     known = min(np.unique(units.domain_U, return_counts=True)[1]) > 1
@@ -328,7 +329,7 @@ def summarize(tokens: Tokens, units: Units, weights_RU: np.ndarray, length: int)
         found |= {name: [value[n] for n in members], f"{name}_se": [se[n] for n in members]}
     found["by_position"] = [
         {"start": start, "end": end}
-        | {k: v for n in ("kld", "loss") for k, v in ((n, value[n, start]), (f"{n}_se", se[n, start]))}
+        | {k: v for n in by_position for k, v in ((n, value[n, start]), (f"{n}_se", se[n, start]))}
         for start, end in _parts(length)
     ]
     return found

@@ -117,20 +117,25 @@ def requantize(
         raise UserError(f"{missing[0]}: {fmt.name} under rule imatrix needs its importance, and there is none")
     rounded: dict[str, jax.Array] = {}
     for path, w in wanted.items():
-        values = np.asarray(w, np.float32)
-        if not np.isfinite(values).all():
-            raise UserError(f"{path} holds a weight that is not finite: no format can hold it")
-        joined = _joined(values.shape[-1], fmt.block)
-        x = values.reshape(*values.shape[:-2], -1, joined * values.shape[-1])
-        if fmt.group == "grid":
-            grid = GRIDS[fmt.name]
-            out = grid.quantize(x, grid.scale_of(x, fmt.rule))
-        else:
-            columns = _columns(importance[path], values.shape, joined) if importance and fmt.rule == "imatrix" else None
-            out = _by_libggml(fmt.name, x.reshape(-1, *x.shape[-2:]), columns)
-        rounded[path] = jnp.asarray(out.reshape(values.shape))
+        try:
+            rounded[path] = jnp.asarray(_round(np.asarray(w, np.float32), fmt, (importance or {}).get(path)))
+        except ValueError as e:
+            raise UserError(f"{path} as {fmt.name}: {e}") from e
     tree = jax.tree_util.tree_map_with_path(lambda path, leaf: rounded.get(path_of(path), leaf), params)
     return tree, max((_joined(w.shape[-1], fmt.block) for w in wanted.values()), default=1)
+
+
+def _round(w: np.ndarray, fmt: Format, importance: np.ndarray | None) -> np.ndarray:
+    """One tensor, f32 of the same shape."""
+    if not np.isfinite(w).all():
+        raise ValueError("a weight is not finite")
+    joined = _joined(w.shape[-1], fmt.block)
+    x = w.reshape(*w.shape[:-2], -1, joined * w.shape[-1])
+    if fmt.group == "grid":
+        grid = GRIDS[fmt.name]
+        return grid.quantize(x, grid.scale_of(x, fmt.rule)).reshape(w.shape)
+    columns = _columns(importance, w.shape, joined) if importance is not None and fmt.rule == "imatrix" else None
+    return _by_libggml(fmt.name, x.reshape(-1, *x.shape[-2:]), columns).reshape(w.shape)
 
 
 def importance(params: Params, cfg: ModelConfig, windows_ML: np.ndarray, paths: Iterable[str]) -> dict[str, np.ndarray]:

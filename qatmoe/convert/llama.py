@@ -98,8 +98,8 @@ def quantize(kind: str, weights_RI: np.ndarray, importance_I: np.ndarray | None 
       importance_I: f32, how much the squared error of each column counts (an "imatrix").
 
     Raises:
-      ValueError: I is not a multiple of the block, a number is not finite (libggml ends the process at some of these),
-        or the type needs an importance matrix and there is none.
+      ValueError: I is not a multiple of the block, a weight is not a number up to 65504 (at some of these libggml ends
+        the process), or the type needs an importance matrix and there is none.
     """
     block, size = traits(kind)
     R, I = weights_RI.shape  # noqa: E741 (the README's name)
@@ -107,8 +107,8 @@ def quantize(kind: str, weights_RI: np.ndarray, importance_I: np.ndarray | None 
     columns = None if importance_I is None else np.ascontiguousarray(importance_I, np.float32)
     if I % block:
         raise ValueError(f"rows of {I} weights are not whole blocks of {block}")
-    if not np.isfinite(weights_RI).all():
-        raise ValueError("a weight is not finite")
+    if not (abs(weights_RI) <= 65504).all():  # so written, NaN is caught
+        raise ValueError("a weight is not a number from -65504 to 65504, the range of its scales")
     if columns is None and requires_importance(kind):
         raise ValueError(f"{kind} needs an importance matrix")
     if columns is not None and not (columns.shape == (I,) and np.isfinite(columns).all() and (columns >= 0).all()):
