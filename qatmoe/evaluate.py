@@ -236,9 +236,8 @@ class Bench:
         padded = {k: np.concatenate([a, np.zeros((-M % B, *a.shape[1:]), a.dtype)]) for k, a in windows.items()}
         self._batches: list[Batch] = [{k: jnp.asarray(a[i : i + B]) for k, a in padded.items()} for i in range(0, M, B)]
         self._options = {"cfg": audit.model, "chunk": fidelity.chunk_size(B * length, audit.model.vocab_size)}
-        self.tokens = (
-            2 * len(self._batches) * B * length
-        )  # through the model for one row: twice, the second time forced
+        self._tokens = 2 * len(self._batches) * B * length  # of a row: twice through the model, once forced
+        self.tokens_per_s = 0.0  # of the last row, its comparison with the reference included
         unit_counts = [int(d.unit_M[-1]) + 1 for d in found]
         starts = np.cumsum([0, *unit_counts])
         self._unit_M = np.concatenate([d.unit_M + s for d, s in zip(found, starts, strict=False)])
@@ -264,8 +263,11 @@ class Bench:
             importance = self._importance_of_branch() if row.rounded.rule == "imatrix" else None
             params, joined = rounding.requantize(params, self.audit.plan, row.rounded, importance)
         made = row.branch != self.audit.reference and (row.rounded or row.cache)
-        tokens = self._figures(params, row.cache, self._own_outcomes() if made else None)
-        scopes = self._summaries(tokens)
+        own = self._own_outcomes() if made else None
+        started = time.perf_counter()
+        figures = self._figures(params, row.cache, own)
+        self.tokens_per_s = self._tokens / (time.perf_counter() - started)
+        scopes = self._summaries(figures)
         return {
             "row": row.name,
             "group": row.group,
@@ -419,7 +421,7 @@ def evaluate(
         record.add(result)
         print(
             f"{i}/{len(missing)} {row.name}: loss {_number(result['loss'])}, KLD {_number(result['kld'])}, same top-1 "
-            f"{_number(result['same_top1'])}, {seconds:.1f} s, {bench.tokens / seconds:,.0f} tokens/s",
+            f"{_number(result['same_top1'])}, {seconds:.1f} s, {bench.tokens_per_s:,.0f} tokens/s",
             flush=True,
         )
     write_atomically(audit.workdir / "audit.md", audit_report.markdown(record.rows))

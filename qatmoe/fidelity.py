@@ -3,9 +3,9 @@
 The reference is the matching model in full precision. KLD is KL(reference || model) over the whole vocabulary in nats,
 token by token: a model can keep its perplexity and still say other things.
 
-Standard errors are a bootstrap over units: documents, or, where a domain has few of them, runs of consecutive windows.
-Units are drawn with replacement within their domain; a resample is a weight per unit, how often it was drawn, so means
-are one matrix product and a quantile is a cumulative sum of weights over sorted tokens.
+Standard errors are a bootstrap (Efron 1979) over units: documents, or, where a domain has few of them, runs of
+consecutive windows. Units are drawn with replacement within their domain; a resample is a weight per unit, how
+often it was drawn, so means are one matrix product and a quantile is a cumulative sum of weights over sorted tokens.
 """
 
 import functools
@@ -269,7 +269,8 @@ def quantiles(
 
 
 def standard_errors(drawn_RC: np.ndarray) -> np.ndarray:
-    """The spread of a figure over resamples, (C,); those where it is not defined are left out."""
+    """The spread of a figure over resamples, (C,); resamples where it is not finite are left out."""
+    drawn_RC = np.where(np.isfinite(drawn_RC), drawn_RC, np.nan)
     defined_C = np.sum(np.isfinite(drawn_RC), axis=0) > 1
     out_C = np.full(drawn_RC.shape[1], np.nan)
     out_C[defined_C] = np.nanstd(drawn_RC[:, defined_C], axis=0, ddof=1)
@@ -313,8 +314,8 @@ def summarize(tokens: Tokens, units: Units, weights_RU: np.ndarray, length: int)
     se: dict[Any, float | None] = dict(zip(columns, map(_plain, se_C), strict=True))
     loss = list(columns).index("loss")
     with np.errstate(over="ignore"):
-        value["perplexity"], perplexity_R = _plain(np.exp(value_C[loss])), np.exp(drawn_RC[:, loss])
-    se["perplexity"] = _plain(np.std(perplexity_R, ddof=1)) if known else None
+        value["perplexity"], perplexity_R1 = _plain(np.exp(value_C[loss])), np.exp(drawn_RC[:, loss : loss + 1])
+    se["perplexity"] = _plain(standard_errors(perplexity_R1)[0]) if known else None
     value_Q, drawn_RQ = quantiles(tokens["kld"], units, weights_RU, list(QUANTILES.values()))
     for name, v, s in zip(QUANTILES, value_Q, standard_errors(drawn_RQ), strict=True):
         value[name], se[name] = _plain(v), _plain(s) if known else None
