@@ -23,6 +23,7 @@ FLOORS: list[set[str]] = [
     {"model.attention", "model.router", "model.moe"},
     {"model.mtp"},
     {"model.transformer"},
+    {"decode"},
     {"loss", "optim"},
     {"step", "fidelity"},
     {"checkpoint", "metrics"},
@@ -33,7 +34,7 @@ FLOORS: list[set[str]] = [
     {"phases", "convert.weights"},
     {"convert.gguf_model", "convert.huggingface_model", "convert.hf_import"},
     {"convert.verify"},
-    {"train", "benchmark", "export", "import_hf", "evaluate"},
+    {"train", "benchmark", "export", "import_hf", "generate", "evaluate"},
 ]
 ROOT = Path(qatmoe.__file__).parent
 MODULES = {

@@ -50,7 +50,7 @@ def by_hand(arrays, indices, limit=1.0):
     return out
 
 
-CASES = [("reference", 1), ("dense", 1), ("dense", 3), ("blocked", 1), ("blocked", 3), ("ragged", 1)]
+CASES = [("reference", 1), ("dense", 1), ("dense", 3), ("blocked", 1), ("blocked", 3), ("ragged", 1), ("gathered", 1)]
 
 
 @pytest.mark.parametrize(("implementation", "groups"), CASES)
@@ -115,7 +115,7 @@ def test_capacity_is_a_multiple_of_eight_and_never_more_than_the_tokens():
     assert (at(1024, 1.0), at(1024, 1.25), at(1024, 1.001), at(1024, 100.0), at(4, 1.0)) == (512, 640, 520, 1024, 4)
 
 
-@pytest.mark.parametrize("implementation", ["dense", "blocked", "ragged"])
+@pytest.mark.parametrize("implementation", ["dense", "blocked", "ragged", "gathered"])
 def test_bfloat16_stays_near_float32(implementation):
     arrays, indices = inputs()
     half = arrays | {"x": arrays["x"].astype(jnp.bfloat16)}

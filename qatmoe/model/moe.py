@@ -6,6 +6,8 @@ Every fast implementation is the same three moves, and differs only in where an 
     blocked  rows sorted by expert, each expert's padded to whole blocks; one batched matmul over blocks; dropless
     ragged   rows sorted by expert; jax.lax.ragged_dot (fast on TPU); dropless
 
+For a token or a few, as in decoding, "gathered" moves the weights of its own experts to each token; dropless.
+
 Rows are gathered in both directions of differentiation: each token knows its rows and each row its token, so no
 gradient is a scatter-add. The router's weight is multiplied into the expert's inner activation, before `down`:
 down(w * h) = w * down(h), and the weight's gradient then needs no second look at the output rows.
@@ -70,6 +72,8 @@ def expert_ffn(
         return _reference(x_TD, weights_Tk, indices_Tk, gate_up_EFD, down_EDF, cfg), jnp.zeros((), jnp.float32)
     if implementation == "ragged":
         return _ragged(x_TD, weights_Tk, indices_Tk, gate_up_EFD, down_EDF, cfg), jnp.zeros((), jnp.float32)
+    if implementation == "gathered":
+        return _gathered(x_TD, weights_Tk, indices_Tk, gate_up_EFD, down_EDF, cfg), jnp.zeros((), jnp.float32)
     run = {"dense": _dense, "blocked": _blocked}[implementation]
     x_GTD, weights_GTk, indices_GTk = (
         constrain(a.reshape(groups, T // groups, -1), ("batch", None, None)) for a in (x_TD, weights_Tk, indices_Tk)
@@ -154,6 +158,20 @@ def _ragged(
     gate_up_RF = jax.lax.ragged_dot(_to_rows(x_TD, rows), gate_up_EDF, counts_E)
     hidden_RF = swiglu(gate_up_RF, cfg.swiglu_limit) * _weights_to_rows(weights_Tk, rows)[:, None]
     return _from_rows(jax.lax.ragged_dot(hidden_RF.astype(x_TD.dtype), down_EFD, counts_E), rows)
+
+
+def _gathered(
+    x_TD: jax.Array,
+    weights_Tk: jax.Array,
+    indices_Tk: jax.Array,
+    gate_up_EFD: jax.Array,
+    down_EDF: jax.Array,
+    cfg: ModelConfig,
+) -> jax.Array:
+    gate_up_TkF = jnp.einsum("td,tkfd->tkf", x_TD, gate_up_EFD[indices_Tk].astype(x_TD.dtype))
+    hidden_TkF = (swiglu(gate_up_TkF, cfg.swiglu_limit) * weights_Tk[..., None]).astype(x_TD.dtype)
+    y_TkD = jnp.einsum("tkf,tkdf->tkd", hidden_TkF, down_EDF[indices_Tk].astype(x_TD.dtype))
+    return jnp.sum(y_TkD, axis=1, dtype=jnp.float32).astype(x_TD.dtype)
 
 
 def _reference(

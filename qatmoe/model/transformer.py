@@ -178,33 +178,27 @@ def forward(
     if positions_BL is None:
         positions_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
     rope = rope_angles(positions_BL, cfg.head_dim, cfg.rotary_fraction, cfg.rope_theta)
-    implementation = cfg.experts if train else _eval_experts(cfg, groups)
+    implementation = cfg.experts if train else eval_experts(cfg, groups)
 
     def embed(ids_BL: jax.Array) -> jax.Array:
         return constrain(params["embed"][ids_BL].astype(dtype), ("batch", None, None))
 
-    def block(
+    def attend(params: dict[str, Any], x_BLD: jax.Array) -> jax.Array:
+        return attention(params, cfg, x_BLD, rope, segments_BL, cache)
+
+    def own_block(
         layer: dict[str, Any], x_BLD: jax.Array, choices_Tk: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         x_BLD = constrain(x_BLD, ("batch", None, None))
-        normed_BLD = rms_norm(x_BLD, layer["attn_norm"], cfg.norm_eps)
-        x_BLD += attention(layer["attn"], cfg, normed_BLD, rope, segments_BL, cache)
-        normed_BLD = rms_norm(x_BLD, layer["ffn_norm"], cfg.norm_eps)
-        if "ffn" in layer:
-            return x_BLD + ffn(layer["ffn"], normed_BLD, cfg.swiglu_limit), {}
-        routing = route(layer["router"], cfg, normed_BLD.reshape(-1, cfg.dim), choices_Tk)
-        y_BLD, aux = _moe(layer, cfg, normed_BLD, routing, implementation, groups)
-        if return_routing:
-            aux |= {"indices_NTk": routing.indices_Tk, "probs_NTE": routing.probs_TE}
-        return x_BLD + y_BLD, aux
+        return block(layer, cfg, x_BLD, attend, implementation, groups, choices_Tk, return_routing)
 
     if cfg.remat == "full":
-        block = jax.checkpoint(block)
+        own_block = jax.checkpoint(own_block)
     x_BLD = embed(tokens_BL)
-    x_BLD, _ = _run_layers(block, params.get("dense_layers"), x_BLD, cfg.scan_layers)
+    x_BLD, _ = _run_layers(own_block, params.get("dense_layers"), x_BLD, cfg.scan_layers)
     n_moe = cfg.n_layers - cfg.n_dense_layers
     forced_NTk = None if choices_NTk is None else choices_NTk[:n_moe]
-    x_BLD, layers_aux = _run_layers(block, params.get("layers"), x_BLD, cfg.scan_layers, forced_NTk)
+    x_BLD, layers_aux = _run_layers(own_block, params.get("layers"), x_BLD, cfg.scan_layers, forced_NTk)
     hidden_BLD = rms_norm(x_BLD, params["norm"], cfg.norm_eps)
 
     mtp_hidden: list[jax.Array] = []
@@ -213,11 +207,36 @@ def forward(
         previous_BLD = mtp_hidden[-1] if mtp_hidden else hidden_BLD
         module = _layer(params["mtp"], i, cfg.scan_layers)
         forced_Tk = None if choices_NTk is None else choices_NTk[n_moe + i]
-        own_block = functools.partial(block, choices_Tk=forced_Tk)
-        module_BLD, module_aux = mtp_module(module, cfg, previous_BLD, embed(ids_BL), own_block)
+        forced_block = functools.partial(own_block, choices_Tk=forced_Tk)
+        module_BLD, module_aux = mtp_module(module, cfg, previous_BLD, embed(ids_BL), forced_block)
         mtp_hidden.append(module_BLD)
         rows.append(jax.tree.map(lambda a: a[None], module_aux))
     return Output(hidden_BLD, tuple(mtp_hidden), _collect_aux(rows))
+
+
+def block(
+    layer: dict[str, Any],
+    cfg: ModelConfig,
+    x_BLD: jax.Array,
+    attend: Callable[[dict[str, Any], jax.Array], jax.Array],
+    implementation: str,
+    groups: int = 1,
+    choices_Tk: jax.Array | None = None,
+    return_routing: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """One decoder layer, (B, L, D) -> (B, L, D), and a MoE layer's row of `Output.aux`.
+
+    attend: (parameters of "attn", normed (B, L, D)) -> (B, L, D). implementation: how experts run, see `moe`.
+    """
+    x_BLD += attend(layer["attn"], rms_norm(x_BLD, layer["attn_norm"], cfg.norm_eps))
+    normed_BLD = rms_norm(x_BLD, layer["ffn_norm"], cfg.norm_eps)
+    if "ffn" in layer:
+        return x_BLD + ffn(layer["ffn"], normed_BLD, cfg.swiglu_limit), {}
+    routing = route(layer["router"], cfg, normed_BLD.reshape(-1, cfg.dim), choices_Tk)
+    y_BLD, aux = _moe(layer, cfg, normed_BLD, routing, implementation, groups)
+    if return_routing:
+        aux |= {"indices_NTk": routing.indices_Tk, "probs_NTE": routing.probs_TE}
+    return x_BLD + y_BLD, aux
 
 
 def logits(params: dict[str, Any], cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
@@ -269,7 +288,7 @@ def _layer(layers: dict[str, Any], i: int, stacked: bool) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: leaf[i], layers) if stacked else layers[str(i)]
 
 
-def _eval_experts(cfg: ModelConfig, groups: int) -> str:
+def eval_experts(cfg: ModelConfig, groups: int) -> str:
     """What "auto" means: ragged_dot is fast on a TPU, but cannot keep groups of tokens on their own devices."""
     if cfg.eval_experts != "auto":
         return cfg.eval_experts
