@@ -353,19 +353,24 @@ class Bench:
 # ---- the record ------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(audit: Audit, found: list[Domain]) -> dict[str, Any]:
+def fingerprint(audit: Audit, found: list[Domain], calibration_ML: np.ndarray) -> dict[str, Any]:
     """What rows depend on besides their name: rows of another fingerprint are computed again."""
     checkpoints = {}
     for name, step in audit.steps.items():
         with Checkpoints(audit.workdir, name) as folder:
             manifest = (folder.path(step) / "manifest.json").read_bytes()
-        checkpoints[name] = [step, hashlib.blake2b(manifest, digest_size=16).hexdigest()]
+        checkpoints[name] = [step, _digest(manifest)]
     return {
         "version": _VERSION,
         "reference": audit.reference,
         "checkpoints": checkpoints,
         "domains": {domain.name: domain.hash for domain in found},
+        "calibration": _digest(calibration_ML.tobytes()),
     }
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 class Record:
@@ -375,13 +380,13 @@ class Record:
         self._file, self._mark = audit.workdir / "audit.json", audit.workdir / "audit.fingerprint.json"
         self._order = {row.name: i for i, row in enumerate(audit.rows)}
         before, rows = _read(self._mark), _read(self._file)
-        known = before == mark and isinstance(rows, list) and not force
-        if rows is not None and not known:
+        known = before == mark and isinstance(rows, list) and all("row" in row for row in rows) and not force
+        if rows and not known:
             why = "--force" if force else "checkpoints, text or --tokens are others than before"
             print(f"{self._file}: every row is computed anew ({why})")
         self.rows: list[dict[str, Any]] = [r for r in rows if r["row"] in self._order] if known else []
         if not known:
-            self._file.unlink(missing_ok=True)  # never beside a fingerprint that is not its own
+            write_atomically(self._file, "[]")  # first: rows never stand beside a fingerprint that is not theirs
             write_atomically(self._mark, json.dumps(mark, indent=1))
 
     def add(self, row: dict[str, Any]) -> None:
@@ -409,7 +414,7 @@ def evaluate(
     Returns:
       All rows on record.
     """
-    record = Record(audit, fingerprint(audit, found), force)
+    record = Record(audit, fingerprint(audit, found, calibration_ML), force)
     done = {r["row"] for r in record.rows}
     missing = [row for row in rows if row.name not in done]
     bench = Bench(audit, found, calibration_ML)
