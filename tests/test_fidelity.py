@@ -179,7 +179,8 @@ def test_other_experts_in_the_last_layer_are_all_experts(params):
     assert np.mean(found["kld"]) > 1e-4
 
 
-def test_chunks_divide_the_tokens():
+def test_chunks_divide_the_tokens(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert fidelity.chunk_size(8192, 2048) == 512
     assert fidelity.chunk_size(7 * 251, 2048) == 251
     assert fidelity.chunk_size(10, 1 << 30) == 1
