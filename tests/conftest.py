@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qatmoe import train
 from qatmoe.convert import llama_numerics, names
 from qatmoe.convert.weights import Branch
+from qatmoe.data import corpus
+from qatmoe.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +42,41 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A run of a trunk, a control and a 2-bit branch of two steps, both kept. Copy it before writing into it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    text = next(corpus.documents("default", field="data.valid")).text
+    (folder / "text.txt").write_text(text[:60_000])
+    (folder / "valid.txt").write_text(text[60_000:70_000])
+    names = ("trunk", "control", "qat")
+    figures = {"loss": 5.0, "loss_se": 0.1, "bits_per_byte": 2.0, "perplexity": 9.0, "tokens": 1.0}
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:  # only the checkpoints are wanted
+        patch.setattr(train, "round_control", lambda run: None)
+        patch.setattr(Run, "evaluate", lambda *args, **options: figures)
+        code = train.main(
+            [
+                "train",
+                f"--config={ROOT}/configs/toy.py",
+                f"--workdir={folder / 'run'}",
+                *[f"--config.train.phases.{name}.steps=2" for name in names],
+                *[f"--config.train.phases.{name}.{key}=0" for name in names for key in ("warmup", "decay")],
+                "--config.train.checkpoint_every=1",
+                "--config.train.tensorboard=False",
+                "--config.eval.every=0",
+                "--config.eval.final_batches=1",
+                "--config.optim.lr=0.02",
+                f"--config.data.source={folder / 'text.txt'}",
+                f"--config.data.valid={folder / 'valid.txt'}",
+                f"--config.data.cache_dir={folder / 'cache'}",
+            ]
+        )
+    jax.config.update("jax_disable_most_optimizations", False)
+    assert code == 0
+    return folder / "run"
 
 
 # ---- llama.cpp's programs --------------------------------------------------------------------------------------------

@@ -11,12 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 
-from qatmoe import evaluate, loss, train
+from qatmoe import evaluate, loss
 from qatmoe.convert.weights import Branch
 from qatmoe.data import batches, corpus
-from qatmoe.run import Run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -25,42 +23,24 @@ ROWS = r"^(control|trunk|qat)$|^(control|qat)/q2_0/search$|^control/Q4_0/imatrix
 NAMES = ["control", "control/q2_0/search", "control/Q4_0/imatrix", "trunk", "qat", "qat/q2_0/search", "qat/kv/q4_0"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _little_calibration():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "CALIBRATION", 640)
+        yield
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, quick_compilation):
-    """A run of a trunk, a control and a 2-bit branch of two steps each."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    (folder / "text.txt").write_text(TEXT[:60_000])
-    (folder / "valid.txt").write_text(TEXT[60_000:66_000])
-    names = ("trunk", "control", "qat")
-    with pytest.MonkeyPatch.context() as patch:  # only the checkpoints are wanted
-        patch.setattr(train, "round_control", lambda run: None)
-        figures = {"loss": 5.0, "loss_se": 0.1, "bits_per_byte": 2.0, "perplexity": 9.0, "tokens": 1.0}
-        patch.setattr(Run, "evaluate", lambda *args, **options: figures)
-        code = train.main(
-            [
-                "train",
-                f"--config={ROOT}/configs/toy.py",
-                f"--workdir={folder / 'run'}",
-                *[f"--config.train.phases.{name}.steps=2" for name in names],
-                *[f"--config.train.phases.{name}.{key}=0" for name in names for key in ("warmup", "decay")],
-                "--config.train.tensorboard=False",
-                "--config.eval.every=0",
-                "--config.optim.lr=0.02",
-                f"--config.data.source={folder / 'text.txt'}",
-                f"--config.data.valid={folder / 'valid.txt'}",
-                f"--config.data.cache_dir={folder / 'cache'}",
-            ]
-        )
-    assert code == 0
-    return folder / "run"
+def run(tiny_run):
+    """Read only: its text and cache lie beside it."""
+    return tiny_run
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """Forty short documents and a longer one."""
     file = tmp_path_factory.mktemp("text") / "lines.jsonl"
-    lines = [line for line in TEXT[70_000:78_000].splitlines() if line.strip()]
-    lines = [*lines[:40], TEXT[80_000:81_500]]
+    lines = [TEXT[start : start + 150] for start in range(70_000, 78_000, 200)] + [TEXT[80_000:81_500]]
     file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return file
 
@@ -74,7 +54,7 @@ def rows_of(run):
 
 
 @pytest.fixture(scope="module")
-def audited(run, text, tmp_path_factory):
+def audited(run, text, tmp_path_factory, quick_compilation):
     """A copy of the run with its audit, over all of both texts."""
     folder = tmp_path_factory.mktemp("audited") / "run"
     shutil.copytree(run, folder)
@@ -236,7 +216,7 @@ def test_what_changed_is_computed_anew(change, copy, text, monkeypatch, capsys):
     if change == "text":
         args["--text"] = f"others={text}"
     if change == "checkpoint":  # another branch of the run was trained again
-        (manifest,) = (copy / "checkpoints" / "qat").glob("*/manifest.json")
+        manifest = max((copy / "checkpoints" / "qat").glob("*/manifest.json"))
         manifest.write_text(manifest.read_text() + " ")
     assert command(copy, *[f"{k}={v}" for k, v in args.items()], *(["--force"] if change == "force" else [])) == 0
     assert names == ["control"]
