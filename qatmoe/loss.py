@@ -4,6 +4,7 @@ A batch is a dict of arrays over rows of L + 1 + n_mtp tokens: `tokens` (B, L'),
 borders, `segments` and `positions` (B, L'); `mask` (B, L') is 0 at tokens that only pad a validation row.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -64,38 +65,127 @@ def kl_divergence(teacher_TV: jax.Array, student_TV: jax.Array) -> jax.Array:
 
 
 def token_losses(
+    params: Params, cfg: ModelConfig, hidden_BLD: jax.Array, targets_BL: jax.Array, chunk: int = 0
+) -> jax.Array:
+    """Cross-entropy per token, (B, L) f32, for evaluation. `chunk` > 0 holds only (chunk, V) logits at a time."""
+    hidden_NCD, targets_NC = _chunks((hidden_BLD, targets_BL), targets_BL.size, chunk)
+    nats_NC = jax.lax.map(
+        lambda c: cross_entropy(transformer.logits(params, cfg, c[0]), c[1]), (hidden_NCD, targets_NC)
+    )
+    return nats_NC.T.reshape(targets_BL.shape)
+
+
+def head_loss(
     params: Params,
     cfg: ModelConfig,
     hidden_BLD: jax.Array,
     targets_BL: jax.Array,
+    weights_BL: jax.Array,
+    *,
     teacher: tuple[Params, jax.Array] | None = None,
+    distill: float = 0.0,
     chunk: int = 0,
-) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy and, with a teacher (its parameters and hidden states), KL per token: two (B, L) f32 arrays.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Weighted sums over tokens: of (1 - distill) * CE + distill * KL(teacher || model), of CE, and of KL.
 
-    `chunk` > 0 holds only (chunk, V) logits at a time and computes them again in the backward pass.
+    Three f32 scalars, nats; only the first is differentiable. The gradients with respect to hidden states and head are
+    computed beside the loss, from the same logits, so that these are made once and never kept: with `chunk` > 0 there
+    are (chunk, V) of them at a time. Their gradient is multiplied in cfg.dtype and summed in f32.
+
+    teacher: its parameters and hidden states (B, L, D). Gradients go to neither.
     """
-    shape = targets_BL.shape
+    T = targets_BL.size
+    flat = _chunks((hidden_BLD, targets_BL, weights_BL, None if teacher is None else teacher[1]), T, chunk)
+    head_VD = transformer.head_weight(params, cfg)
+    taught = None if teacher is None else (transformer.head_weight(teacher[0], cfg), flat[3])
+    return _head_loss(distill, flat[0], head_VD, flat[1], flat[2], taught)
 
-    def head(hidden_TD: jax.Array, targets_T: jax.Array, teacher_TD: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        logits_TV = transformer.logits(params, cfg, hidden_TD)
-        ce_T = cross_entropy(logits_TV, targets_T)
-        if teacher is None or teacher_TD is None:
-            return ce_T, jnp.zeros_like(ce_T)
-        return ce_T, kl_divergence(transformer.logits(teacher[0], cfg, teacher_TD), logits_TV)
 
-    n = targets_BL.size
-    flat = (
-        hidden_BLD.reshape(n, -1),
-        targets_BL.reshape(n),
-        None if teacher is None else teacher[1].reshape(n, -1),
-    )
-    if not chunk or chunk >= n:
-        ce_T, kl_T = head(*flat)
-    else:
-        chunks = jax.tree.map(lambda a: a.reshape(n // chunk, chunk, *a.shape[1:]), flat)
-        ce_T, kl_T = jax.lax.map(jax.checkpoint(lambda c: head(*c)), chunks)
-    return ce_T.reshape(shape), kl_T.reshape(shape)
+def _chunks(arrays: Any, n_tokens: int, chunk: int) -> Any:
+    """(B, L, ...) arrays -> (N, C, ...): N chunks of C tokens, or one of all where `chunk` is 0 or no less.
+
+    Chunk i has tokens i, N + i, 2N + i, ...: where devices hold a run of tokens each, all of them work on every chunk.
+    """
+    n = n_tokens // chunk if 0 < chunk < n_tokens else 1
+    return jax.tree.map(lambda a: a.reshape(n_tokens // n, n, *a.shape[2:]).swapaxes(0, 1), arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head_loss(
+    distill: float,
+    hidden_NCD: jax.Array,
+    head_VD: jax.Array,
+    targets_NC: jax.Array,
+    weights_NC: jax.Array,
+    taught: tuple[jax.Array, jax.Array] | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    sums, _ = _scan_head(distill, False, hidden_NCD, head_VD, targets_NC, weights_NC, taught)
+    return sums
+
+
+def _head_forward(distill: float, *args: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    return _scan_head(distill, True, *args)
+
+
+def _head_backward(distill: float, saved: tuple[jax.Array, jax.Array], g: Any) -> tuple[jax.Array | None, ...]:
+    d_hidden_NCD, d_head_VD = saved
+    return g[0].astype(d_hidden_NCD.dtype) * d_hidden_NCD, g[0].astype(d_head_VD.dtype) * d_head_VD, None, None, None
+
+
+_head_loss.defvjp(_head_forward, _head_backward)
+
+
+def _scan_head(
+    distill: float,
+    gradients: bool,
+    hidden_NCD: jax.Array,
+    head_VD: jax.Array,
+    targets_NC: jax.Array,
+    weights_NC: jax.Array,
+    taught: tuple[jax.Array, jax.Array] | None,
+) -> tuple[Any, Any]:
+    """The three sums of `head_loss`, and with `gradients` those of the first: of hidden_NCD and of head_VD."""
+    weight_VD = head_VD.astype(hidden_NCD.dtype)
+
+    def one(carry: Any, part: Any) -> tuple[Any, jax.Array | None]:
+        sums, d_head_VD = carry
+        hidden_CD, targets_C, weights_C, teacher_CD = part
+        logits_CV = transformer.score(hidden_CD, weight_VD)
+        ce_C, probs_CV, log_probs_CV = _softmax(logits_CV, targets_C)
+        kl_C, target_CV = jnp.zeros_like(ce_C), None
+        if taught is not None:
+            teacher_CV = jax.nn.log_softmax(transformer.score(teacher_CD, taught[0]), axis=-1)
+            target_CV = jnp.exp(teacher_CV)
+            kl_C = jnp.sum(target_CV * (teacher_CV - log_probs_CV), axis=-1)
+        loss_C = ce_C if taught is None else (1 - distill) * ce_C + distill * kl_C
+        sums = tuple(s + jnp.sum(weights_C * x_C) for s, x_C in zip(sums, (loss_C, ce_C, kl_C), strict=True))
+        if not gradients:
+            return (sums, d_head_VD), None
+        # d loss / d logits = p - (1 - distill) onehot(target) - distill * teacher's p
+        share = 1.0 if target_CV is None else 1 - distill
+        hit_CV = targets_C[:, None] == jnp.arange(logits_CV.shape[1])
+        d_CV = weights_C[:, None] * probs_CV - jnp.where(hit_CV, (share * weights_C)[:, None], 0.0)
+        if target_CV is not None:
+            d_CV -= distill * weights_C[:, None] * target_CV
+        d_CV = d_CV.astype(hidden_CD.dtype)
+        d_head_VD += jnp.einsum("cv,cd->vd", d_CV, hidden_CD, preferred_element_type=jnp.float32)
+        return (sums, d_head_VD), jnp.einsum("cv,vd->cd", d_CV, weight_VD)
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, zero), jnp.zeros(head_VD.shape if gradients else (), jnp.float32)
+    parts = (hidden_NCD, targets_NC, weights_NC, None if taught is None else taught[1])
+    (sums, d_head_VD), d_hidden_NCD = jax.lax.scan(one, start, parts)
+    return sums, (d_hidden_NCD, d_head_VD.astype(head_VD.dtype)) if gradients else None
+
+
+def _softmax(logits_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """-log p[target] (C,), p (C, V) and log p (C, V), f32."""
+    shifted_CV = logits_CV - jnp.max(logits_CV, axis=-1, keepdims=True)
+    exp_CV = jnp.exp(shifted_CV)
+    sum_C1 = jnp.sum(exp_CV, axis=-1, keepdims=True)
+    log_probs_CV = shifted_CV - jnp.log(sum_C1)
+    ce_C = -jnp.take_along_axis(log_probs_CV, targets_C[:, None], axis=-1)[:, 0]
+    return ce_C, exp_CV / sum_C1, log_probs_CV
 
 
 def denominators(batch: Batch, n_mtp: int) -> list[jax.Array]:
@@ -130,16 +220,17 @@ def training_loss(
     if teacher is not None:
         taught_out = transformer.forward(teacher, m, v.tokens_BL, mtp_tokens=None, train=False, **inputs)
         taught = (teacher, jax.lax.stop_gradient(taught_out.hidden_BLD))
-    ce_BL, kl_BL = token_losses(params, m, out.hidden_BLD, v.targets[0], taught, t.loss_chunk)
-    ce = jnp.sum(ce_BL * v.weights[0]) / totals[0]
-    kl = jnp.sum(kl_BL * v.weights[0]) / totals[0]
+    sums = head_loss(
+        params, m, out.hidden_BLD, v.targets[0], v.weights[0], teacher=taught, distill=distill, chunk=t.loss_chunk
+    )
+    main, ce, kl = (s / totals[0] for s in sums)
     mtp = jnp.zeros((), jnp.float32)
     for i, hidden_BLD in enumerate(out.mtp_hidden):
-        mtp_BL, _ = token_losses(params, m, hidden_BLD, v.targets[1 + i], None, t.loss_chunk)
-        mtp += jnp.sum(mtp_BL * v.weights[1 + i]) / totals[1 + i] / m.n_mtp
+        nats, _, _ = head_loss(params, m, hidden_BLD, v.targets[1 + i], v.weights[1 + i], chunk=t.loss_chunk)
+        mtp += nats / totals[1 + i] / m.n_mtp
     share = jnp.sum(v.weights[0]) / totals[0]  # of the whole batch: what this micro-batch's means weigh
     balance, z = out.aux["balance"] * share, out.aux["z"] * share
-    loss = (1 - distill) * ce + distill * kl + t.mtp_weight * mtp + t.balance_weight * balance + t.z_weight * z
+    loss = main + t.mtp_weight * mtp + t.balance_weight * balance + t.z_weight * z
     aux = {"ce": ce, "kl": kl, "mtp": mtp, "balance": balance, "z": z}
     return loss, aux | {"load_NE": out.aux["load_NE"] * share, "dropped_N": out.aux["dropped_N"] * share}
 
@@ -161,6 +252,6 @@ def evaluation_sums(
     )
     nats = []
     for hidden_BLD, targets_BL, weights_BL in zip((out.hidden_BLD, *out.mtp_hidden), v.targets, v.weights, strict=True):
-        ce_BL, _ = token_losses(params, cfg, hidden_BLD, targets_BL, None, chunk)
+        ce_BL = token_losses(params, cfg, hidden_BLD, targets_BL, chunk)
         nats.append(jnp.sum(ce_BL * weights_BL, axis=1))
     return {"nats": jnp.stack(nats), "count": jnp.stack([jnp.sum(w, axis=1) for w in v.weights])}

@@ -215,17 +215,18 @@ def attended():
 
 @pytest.mark.parametrize("name", TYPES_TESTED)
 def test_attention_reads_what_libggml_stored(attended, name):
-    """Keys after RoPE, every token's own included, through libggml; turned and turned back by hand."""
+    """Keys after RoPE, every token's own included, and queries through libggml; turned and turned back by hand."""
     params, x_BLD, rope = attended
     cache = CacheType.parse(name)
     got = jax.jit(attention, static_argnums=(1, 5))(params, CFG, x_BLD, rope, None, cache)
     q, k, v = jax.jit(queries_keys_values, static_argnums=1)(params, CFG, x_BLD, rope)
 
-    def stored(kind, x):
-        turned = cache.rotate and kind in QUANTIZED
+    def stored(kind, x, turned=cache.rotate):
+        turned = turned and kind in QUANTIZED
         back = ggml(kind, np.asarray(by_hand(x, 64) if turned else x, np.float32))
         return jnp.asarray(by_hand(back, 64) if turned else back, jnp.float32)
 
+    q = stored("q8_0", q, cache.rotate) if cache.k in QUANTIZED else stored(cache.k, q)
     mixed = jax.nn.dot_product_attention(q, stored(cache.k, k), stored(cache.v, v), is_causal=True)
     expected = mixed.reshape(2, 7, -1) @ params["o"].T
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import gguf as other  # llama.cpp's package, to compare with
 import jax
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -13,11 +14,13 @@ from qatmoe import export as exporter
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, DataConfig, ModelConfig, OptimConfig, PhaseConfig, QuantConfig, TrainConfig, to_json
 from qatmoe.convert import gguf, gguf_model, llama, names, vocab
+from qatmoe.convert.gguf import TYPES
 from qatmoe.convert.verify import Report, verify_gguf
 from qatmoe.convert.weights import PLAIN, Branch
 from qatmoe.data import tokenizer
 from qatmoe.errors import UserError
 from qatmoe.model import transformer
+from qatmoe.model.cache import CacheType
 from qatmoe.quant.grid import GRIDS
 from qatmoe.run import quant_plan
 from qatmoe.step import deployed
@@ -110,10 +113,11 @@ SHAPES = {
 }  # fmt: skip
 
 
-def jax_logits(weights: dict, cfg: ModelConfig) -> np.ndarray:
+def jax_logits(weights: dict, cfg: ModelConfig, cache: CacheType | None = None) -> np.ndarray:
     @jax.jit
     def run(weights, ids):
-        return transformer.logits(weights, cfg, transformer.forward(weights, cfg, ids, train=False).hidden_BLD)
+        hidden = transformer.forward(weights, cfg, ids, train=False, cache=cache).hidden_BLD
+        return transformer.logits(weights, cfg, hidden)
 
     return np.asarray(run(weights, TOKENS))[0]
 
@@ -129,6 +133,34 @@ def test_llama_computes_what_jax_does(shape, tmp_path, small_tokenizer):
     assert theirs.shape == (L, model.vocab_size)
     assert theirs.std() > 0.3
     np.testing.assert_allclose(theirs, jax_logits(state["params"]["model"], model), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [("bf16", 16), ("q8_0", 32), ("q4_0", 32), ("iq4_nl+rot", 64), ("q8_0/q4_0+rot", 128), ("bf16/q4_0+rot", 192)],
+)
+def test_llama_reads_the_same_from_its_cache(name, head_dim, tmp_path, small_tokenizer):
+    """Stored, rotated where 64 divides the width of a head, and read: much nearer than what the cache costs."""
+    cache = CacheType.parse(name)
+    model = dataclasses.replace(GLM, head_dim=head_dim, n_mtp=0)
+    _, state = make_run(tmp_path / "run", small_tokenizer, model)
+    weights, path = state["params"]["model"], tmp_path / "m.gguf"
+    with Branch(tmp_path / "run", rest="F32") as branch:
+        gguf_model.write(branch, path, force=False)
+    types = {"type_k": TYPES[cache.k.upper()].id, "type_v": TYPES[cache.v.upper()].id}
+    other = llama_cpp.Llama(
+        str(path), n_ctx=L, n_batch=L, n_ubatch=L, logits_all=True, flash_attn=True, verbose=False, **types
+    )
+    other.eval(TOKENS[0].tolist())
+    theirs = np.array(other.scores[:L])
+    other.close()
+
+    def distance(cache: CacheType | None) -> float:
+        return float(np.mean((jax_logits(weights, model, cache) - theirs) ** 2))
+
+    cost = distance(None)
+    assert distance(cache) < 1e-3 * cost
+    assert not cache.rotate or distance(dataclasses.replace(cache, rotate=False)) > 0.1 * cost
 
 
 # ---- grids -----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 from qatmoe.config import ModelConfig
 from qatmoe.model import transformer
+from qatmoe.model.cache import CacheType
 from qatmoe.quant import fake
 from qatmoe.quant.grid import GRIDS, RULES
 
@@ -27,16 +28,17 @@ def test_the_gpu_chooses_the_codes_and_scales_that_numpy_chooses(grid, rule):
     assert np.max(np.abs(np.asarray(value) - grid.decode(codes, scale))) == 0.0
 
 
-@pytest.mark.parametrize("segments", [False, True])
-def test_cudnn_attention_agrees_with_the_plain_one(segments):
+@pytest.mark.parametrize(("segments", "cache"), [(False, None), (True, None), (False, "q8_0+rot")])
+def test_cudnn_attention_agrees_with_the_plain_one(segments, cache):
     base = ModelConfig(dtype="bfloat16", head_dim=64, attention="xla")
     params = transformer.init_params(base, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 256), 0, base.vocab_size)
     ids = jnp.cumsum(tokens % 64 == 0, axis=1) if segments else None
+    through = CacheType.parse(cache) if cache else None
     out = {}
     for name in ("xla", "cudnn"):
         cfg = dataclasses.replace(base, attention=name)
-        hidden = transformer.forward(params, cfg, tokens, segments_BL=ids, train=False).hidden_BLD
+        hidden = transformer.forward(params, cfg, tokens, segments_BL=ids, train=False, cache=through).hidden_BLD
         out[name] = np.asarray(hidden, np.float32)
     assert np.mean(np.abs(out["xla"] - out["cudnn"])) < 0.02
 

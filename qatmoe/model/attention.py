@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from qatmoe.config import ModelConfig
-from qatmoe.model.cache import CacheType, round_kv, turn_keys, turn_values
+from qatmoe.model.cache import CacheType, round_kv, round_queries, turn_keys, turn_values
 from qatmoe.model.layers import Param, apply_rope, linear, norm_param, rms_norm
 
 
@@ -71,7 +71,7 @@ def queries_keys_values(
     rope: tuple[jax.Array, jax.Array],
     cache: CacheType | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries (B, L, H, Dh), keys and values (B, L, K, Dh) after norms and RoPE, turned as the cache wants them.
+    """Queries (B, L, H, Dh), keys and values (B, L, K, Dh) after norms and RoPE, as the cache wants them.
 
     Raises:
       UserError: heads of that width do not fit the cache type.
@@ -92,7 +92,7 @@ def queries_keys_values(
     q_BLHDh, k_BLKDh = apply_rope(q_BLHDh, *rope), apply_rope(k_BLKDh, *rope)
     if cache is None:
         return q_BLHDh, k_BLKDh, v_BLKDh
-    return turn_keys(cache, q_BLHDh), turn_keys(cache, k_BLKDh), turn_values(cache, v_BLKDh)
+    return round_queries(cache, q_BLHDh), turn_keys(cache, k_BLKDh), turn_values(cache, v_BLKDh)
 
 
 def output(params: dict, mixed_BLHDh: jax.Array, cache: CacheType | None = None) -> jax.Array:

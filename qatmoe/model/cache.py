@@ -18,8 +18,10 @@ orthonormal Walsh-Hadamard matrix before keys are stored: their products stay, a
 Its width is the largest 64 * 2^n that divides head_dim for keys, and 64 for values, which are turned as well, and the
 mixed values back. Only a quantized K or V is turned, and only where 64 divides head_dim.
 
-Not emulated: llama.cpp's kernels for quantized keys also round each query to 8 bits (q8_0), and its flash attention,
-which a quantized V needs, takes keys or values of an f32 cache in float16.
+Queries: ggml rounds them before it multiplies them with keys, to q8_0 for quantized keys and to bfloat16 for such keys
+(ggml-cpu.c: `vec_dot_type`; CUDA's kernel for single tokens takes 8 bits too, those for long prompts do not), and so do
+we. With that, scores are those of llama.cpp on a CPU, with flash attention, up to float rounding. Not emulated: flash
+attention, which a quantized V needs, takes keys or values of an f32 cache in float16.
 """
 
 import dataclasses
@@ -126,8 +128,14 @@ def round_kv(cache: CacheType, k: jax.Array, v: jax.Array) -> tuple[jax.Array, j
     return read(cache.k, store(cache.k, k)).astype(k.dtype), read(cache.v, store(cache.v, v)).astype(v.dtype)
 
 
+def round_queries(cache: CacheType, q: jax.Array) -> jax.Array:
+    """Queries (..., Dh) as the stored keys meet them: turned like these, and rounded; the dtype stays."""
+    kind = cache.k if cache.k in _PLAIN else "q8_0"
+    return read(kind, store(kind, turn_keys(cache, q))).astype(q.dtype)
+
+
 def turn_keys(cache: CacheType, x: jax.Array) -> jax.Array:
-    """Queries or keys (..., Dh) in the rotation that keys are stored in, if there is one. Its own inverse."""
+    """Keys (..., Dh) in the rotation that they are stored in, if there is one. Its own inverse."""
     width = x.shape[-1] & -x.shape[-1]  # the largest power of two that divides it, 64 at least: `check`
     return _turn(x, width) if cache.rotate and cache.k not in _PLAIN else x
 

@@ -13,7 +13,8 @@ gradient is a scatter-add. The router's weight is multiplied into the expert's i
 down(w * h) = w * down(h), and the weight's gradient then needs no second look at the output rows.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,8 +108,8 @@ def _dense(
     # batch axis is already where the backends want it.
     x_EGCD = constrain(constrain(x_GECD, ("batch", None, None, None)).swapaxes(0, 1), ("experts", "group", None, None))
     gate_up_EGCF = jnp.einsum("egcd,efd->egcf", x_EGCD, gate_up_EFD.astype(x_GTD.dtype))
-    hidden_EGCF = swiglu(gate_up_EGCF, cfg.swiglu_limit) * weights_GEC.swapaxes(0, 1)[..., None]
-    y_EGCD = jnp.einsum("egcf,edf->egcd", hidden_EGCF.astype(x_GTD.dtype), down_EDF.astype(x_GTD.dtype))
+    hidden_EGCF = _gated(gate_up_EGCF, weights_GEC.swapaxes(0, 1), cfg.swiglu_limit)
+    y_EGCD = jnp.einsum("egcf,edf->egcd", hidden_EGCF, down_EDF.astype(x_GTD.dtype))
     y_GECD = constrain(constrain(y_EGCD, ("experts", "group", None, None)).swapaxes(0, 1), ("batch", None, None, None))
 
     y_GTD = jax.vmap(_from_rows)(y_GECD.reshape(G, E * C, D), rows)
@@ -135,8 +136,8 @@ def _blocked(
         x_NCD = _to_rows(x_TD, rows).reshape(n_blocks, block, D)
         weights_NC = _weights_to_rows(weights_Tk, rows).reshape(n_blocks, block)
         gate_up_NCF = jnp.einsum("ncd,nfd->ncf", x_NCD, gate_up_EFD.astype(x_TD.dtype)[expert_N])
-        hidden_NCF = swiglu(gate_up_NCF, cfg.swiglu_limit) * weights_NC[..., None]
-        y_NCD = jnp.einsum("ncf,ndf->ncd", hidden_NCF.astype(x_TD.dtype), down_EDF.astype(x_TD.dtype)[expert_N])
+        hidden_NCF = _gated(gate_up_NCF, weights_NC, cfg.swiglu_limit)
+        y_NCD = jnp.einsum("ncf,ndf->ncd", hidden_NCF, down_EDF.astype(x_TD.dtype)[expert_N])
         return _from_rows(y_NCD.reshape(-1, D), rows)
 
     return jax.vmap(one_group)(x_GTD, weights_GTk, indices_GTk), jnp.zeros((), jnp.float32)
@@ -156,8 +157,8 @@ def _ragged(
     gate_up_EDF = gate_up_EFD.astype(x_TD.dtype).swapaxes(1, 2)
     down_EFD = down_EDF.astype(x_TD.dtype).swapaxes(1, 2)
     gate_up_RF = jax.lax.ragged_dot(_to_rows(x_TD, rows), gate_up_EDF, counts_E)
-    hidden_RF = swiglu(gate_up_RF, cfg.swiglu_limit) * _weights_to_rows(weights_Tk, rows)[:, None]
-    return _from_rows(jax.lax.ragged_dot(hidden_RF.astype(x_TD.dtype), down_EFD, counts_E), rows)
+    hidden_RF = _gated(gate_up_RF, _weights_to_rows(weights_Tk, rows), cfg.swiglu_limit)
+    return _from_rows(jax.lax.ragged_dot(hidden_RF, down_EFD, counts_E), rows)
 
 
 def _gathered(
@@ -169,7 +170,7 @@ def _gathered(
     cfg: ModelConfig,
 ) -> jax.Array:
     gate_up_TkF = jnp.einsum("td,tkfd->tkf", x_TD, gate_up_EFD[indices_Tk].astype(x_TD.dtype))
-    hidden_TkF = (swiglu(gate_up_TkF, cfg.swiglu_limit) * weights_Tk[..., None]).astype(x_TD.dtype)
+    hidden_TkF = _gated(gate_up_TkF, weights_Tk, cfg.swiglu_limit)
     y_TkD = jnp.einsum("tkf,tkdf->tkd", hidden_TkF, down_EDF[indices_Tk].astype(x_TD.dtype))
     return jnp.sum(y_TkD, axis=1, dtype=jnp.float32).astype(x_TD.dtype)
 
@@ -191,6 +192,38 @@ def _reference(
     return jnp.einsum("ted,te->td", y_TED.astype(jnp.float32), weights_TE).astype(x_TD.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gated(gate_up: jax.Array, weights: jax.Array, limit: float) -> jax.Array:
+    """swiglu(gate_up) * weights[..., None], (..., 2F) and (...,) -> (..., F), computed in f32, in the dtype of gate_up.
+
+    Its backward pass is written out because it is bound by memory: it keeps gate_up and nothing in f32.
+    """
+    return (swiglu(gate_up, limit) * weights[..., None]).astype(gate_up.dtype)
+
+
+def _gated_forward(gate_up: jax.Array, weights: jax.Array, limit: float) -> tuple[jax.Array, Any]:
+    return _gated(gate_up, weights, limit), (gate_up, weights)
+
+
+def _gated_backward(limit: float, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    gate_up, weights = saved
+    d_weights = jnp.sum(g.astype(jnp.float32) * swiglu(gate_up, limit), axis=-1)
+    # Both halves from one expression over (..., 2, F): two expressions and a concatenation are two passes on a GPU.
+    shape = (*gate_up.shape[:-1], 2, gate_up.shape[-1] // 2)
+    halves = gate_up.reshape(shape).astype(jnp.float32)
+    gate, up = (jnp.broadcast_to(halves[..., i : i + 1, :], shape) for i in (0, 1))
+    clamped_gate, clamped_up = (jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)) if limit > 0 else (gate, up)
+    sigmoid = jax.nn.sigmoid(clamped_gate)
+    d_gate = jnp.where(gate == clamped_gate, clamped_up * sigmoid * (1 + clamped_gate * (1 - sigmoid)), 0.0)
+    d_up = jnp.where(up == clamped_up, clamped_gate * sigmoid, 0.0)
+    slope = jnp.where(jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2) == 0, d_gate, d_up)
+    d_gate_up = jnp.broadcast_to(g[..., None, :].astype(jnp.float32), shape) * weights[..., None, None] * slope
+    return d_gate_up.astype(gate_up.dtype).reshape(gate_up.shape), d_weights
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
+
+
 def _place(indices_Tk: jax.Array, starts_E: jax.Array, limit: int, n_rows: int, n_experts: int) -> Rows:
     """Gives every choice a row: its expert's first row plus its rank among that expert's tokens.
 
@@ -198,13 +231,29 @@ def _place(indices_Tk: jax.Array, starts_E: jax.Array, limit: int, n_rows: int, 
     where it drops. Choices of rank >= limit are dropped.
     """
     expert_A = indices_Tk.reshape(-1)
-    onehot_AE = expert_A[:, None] == jnp.arange(n_experts)
-    rank_AE = jnp.cumsum(onehot_AE, axis=0, dtype=jnp.int32) - 1
-    row_AE = jnp.where(onehot_AE & (rank_AE < limit), starts_E + rank_AE, n_rows)
-    row_A = jnp.min(row_AE, axis=1).astype(jnp.int32)
+    rank_A = _ranks(expert_A, n_experts)
+    row_A = jnp.where(rank_A < limit, starts_E[expert_A] + rank_A, n_rows).astype(jnp.int32)
     choices_A = jnp.arange(expert_A.size, dtype=jnp.int32)
     choice_R = jnp.full(n_rows, expert_A.size, jnp.int32).at[row_A].set(choices_A, mode="drop", unique_indices=True)
     return Rows(choice_R, choice_R // indices_Tk.shape[1], row_A.reshape(indices_Tk.shape))
+
+
+def _ranks(expert_A: jax.Array, n_experts: int, chunk: int = 128) -> jax.Array:
+    """How many earlier choices went to the same expert, (A,) int32.
+
+    Counted in chunks by a triangular matmul: a cumulative sum over all choices is slow on accelerators, and exact f32
+    products of 0 and 1 are not, in any precision they multiply in.
+    """
+    padding = -expert_A.size % chunk
+    onehot_NCE = (
+        jnp.pad(expert_A, (0, padding), constant_values=n_experts).reshape(-1, chunk, 1) == jnp.arange(n_experts)
+    ).astype(jnp.float32)
+    earlier_CC = jnp.tril(jnp.ones((chunk, chunk), jnp.float32), -1)
+    within_NCE = jnp.einsum("cd,nde->nce", earlier_CC, onehot_NCE)
+    total_NE = jnp.sum(onehot_NCE, axis=1)
+    before_NE = jnp.cumsum(total_NE, axis=0) - total_NE
+    rank_NC = jnp.sum((within_NCE + before_NE[:, None]) * onehot_NCE, axis=-1)
+    return rank_NC.reshape(-1)[: expert_A.size].astype(jnp.int32)
 
 
 def _copy(x_TD: jax.Array, rows: Rows) -> jax.Array:

@@ -239,14 +239,22 @@ def block(
     return x_BLD + y_BLD, aux
 
 
+def head_weight(params: dict[str, Any], cfg: ModelConfig) -> jax.Array:
+    """The matrix (V, D) that scores tokens: the head, or the embeddings where they are tied."""
+    return params["embed" if cfg.tie_embeddings else "head"]
+
+
+def score(hidden: jax.Array, weight_VD: jax.Array) -> jax.Array:
+    """(..., D) -> (..., V) f32, accumulated in f32 from operands in the dtype of hidden."""
+    return jnp.einsum("...d,vd->...v", hidden, weight_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
 def logits(params: dict[str, Any], cfg: ModelConfig, hidden: jax.Array) -> jax.Array:
-    """Scores of the next token, (..., D) -> (..., V) f32, accumulated in f32 from cfg.dtype operands.
+    """Scores of the next token, (..., D) -> (..., V) f32, from operands in cfg.dtype.
 
     hidden is `Output.hidden_BLD`, one of `Output.mtp_hidden`, or any chunk of them.
     """
-    weight_VD = params["embed" if cfg.tie_embeddings else "head"]
-    hidden = hidden.astype(jnp.dtype(cfg.dtype))
-    scores = jnp.einsum("...d,vd->...v", hidden, weight_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    scores = score(hidden.astype(jnp.dtype(cfg.dtype)), head_weight(params, cfg))
     return constrain(scores, ("batch", None, "vocab")) if scores.ndim == 3 else scores
 
 
