@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds llama.cpp's programs (llama-cli, llama-server) from the sources that PyPI's llama-cpp-python holds.
+# Builds llama.cpp's programs (llama-cli, llama-server, llama-perplexity) from the sources in PyPI's llama-cpp-python.
 #
 #   bash tests/build_llama_cpp.sh [FOLDER]     default: ~/.cache/qatmoe/llama.cpp; prints the folder of the programs
 #
@@ -10,13 +10,17 @@ folder=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/qatmoe/llama.cpp}
 mkdir -p "$folder"
 cd "$folder"
 source=llama_cpp_python-$version
-if [ ! -x "$source/build/bin/llama-cli" ] || [ ! -x "$source/build/bin/llama-server" ]; then
+programs=(llama-cli llama-server llama-perplexity)
+there() {
+    for program in "${programs[@]}"; do [ -x "$source/build/bin/$program" ] || return 1; done
+}
+if ! there; then
     {
         [ -f "$source.tar.gz" ] || "${PYTHON:-python3}" -m pip download --no-deps --no-binary :all: "llama-cpp-python==$version"
         tar xzf "$source.tar.gz"
         cmake -S "$source/vendor/llama.cpp" -B "$source/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
             -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF
-        cmake --build "$source/build" --target llama-cli llama-server -j "$(nproc)"
+        cmake --build "$source/build" --target "${programs[@]}" -j "$(nproc)"
     } >&2
 fi
 echo "$folder/$source/build/bin"

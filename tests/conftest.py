@@ -1,9 +1,19 @@
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from qatmoe import train
+from qatmoe.convert import llama_numerics, names
+from qatmoe.convert.weights import Branch
+from qatmoe.data import corpus
+from qatmoe.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,11 +44,93 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A run of a trunk, a control and a 2-bit branch of two steps, both kept. Copy it before writing into it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    text = next(corpus.documents("default", field="data.valid")).text
+    (folder / "text.txt").write_text(text[:60_000])
+    (folder / "valid.txt").write_text(text[60_000:70_000])
+    names = ("trunk", "control", "qat")
+    figures = {"loss": 5.0, "loss_se": 0.1, "bits_per_byte": 2.0, "perplexity": 9.0, "tokens": 1.0}
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:  # only the checkpoints are wanted
+        patch.setattr(train, "round_control", lambda run: None)
+        patch.setattr(Run, "evaluate", lambda *args, **options: figures)
+        code = train.main(
+            [
+                "train",
+                f"--config={ROOT}/configs/toy.py",
+                f"--workdir={folder / 'run'}",
+                *[f"--config.train.phases.{name}.steps=2" for name in names],
+                *[f"--config.train.phases.{name}.{key}=0" for name in names for key in ("warmup", "decay")],
+                "--config.train.checkpoint_every=1",
+                "--config.train.tensorboard=False",
+                "--config.eval.every=0",
+                "--config.eval.final_batches=1",
+                "--config.optim.lr=0.02",
+                f"--config.data.source={folder / 'text.txt'}",
+                f"--config.data.valid={folder / 'valid.txt'}",
+                f"--config.data.cache_dir={folder / 'cache'}",
+            ]
+        )
+    jax.config.update("jax_disable_most_optimizations", False)
+    assert code == 0
+    return folder / "run"
+
+
+# ---- llama.cpp's programs --------------------------------------------------------------------------------------------
+
+EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")
+_SHORT = {
+    "train.phases.trunk.steps": 240,
+    "train.phases.control.steps": 60,
+    "train.phases.control.decay": 60,
+    "train.phases.qat.steps": 60,
+    "train.phases.qat.decay": 60,
+    "train.tensorboard": False,
+    "eval.every": 0,
+    "eval.final_batches": 2,
+}
+
+
+def llama_program(name: str) -> str | None:
+    """A program of llama.cpp: in the folder $QATMOE_LLAMA_CPP, or on PATH."""
+    folder = os.environ.get("QATMOE_LLAMA_CPP")
+    return shutil.which(name, path=folder) if folder else shutil.which(name)
+
+
+def _launch(env: dict[str, str], *args: str) -> None:
+    done = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def llama_models(child_env, tmp_path_factory):
+    """A run, its control as F32 and its 2-bit branch as GGUF files."""
+    folder = tmp_path_factory.mktemp("llama")
+    settings = [f"--config.{key}={value}" for key, value in _SHORT.items()]
+    config = f"--config={ROOT}/configs/moe_2bit.py"
+    _launch(child_env, "-m", "qatmoe.train", config, f"--workdir={folder}/run", *settings)
+    for branch, rest in (("control", "F32"), ("qat", "BF16")):
+        options = ["--format", "gguf", "--rest", rest, "--branch", branch, "--out", f"{folder}/{branch}.gguf"]
+        _launch(child_env, "-m", "qatmoe.export", "--run", f"{folder}/run", *options)
+    return folder
+
+
+def llama_numbers(models: Path, phase: str, rest: str):
+    """Scores (L, V) of a list of ids as llama.cpp computes them, and the tokenizer."""
+    with Branch(models / "run", phase, rest=rest) as branch:
+        weights, cfg, tok = branch.numbers(), branch.model, branch.tokenizer
+        kinds = {part.path: branch.storage.type_of(part)[0] for part in names.gguf_parts(cfg, "").values()}
+    return lambda ids: np.asarray(llama_numerics.logits(weights, kinds, cfg, jnp.asarray(ids, jnp.int32))), tok
+
+
 def pytest_collection_modifyitems(config, items):
-    """Tests that need a GPU or llama-server are left out, and counted as deselected, where there is none."""
+    """Tests that need a GPU or llama.cpp's programs are left out, and counted as deselected, where there is none."""
     there = {
         "gpu": jax.default_backend() == "gpu",
-        "llama_server": bool(shutil.which("llama-server", path=os.environ.get("QATMOE_LLAMA_CPP", os.environ["PATH"]))),
+        "llama_cpp": all(map(llama_program, ("llama-server", "llama-perplexity"))),
     }
     needing = [i for i in items if any(i.get_closest_marker(m) and not found for m, found in there.items())]
     if needing:

@@ -21,14 +21,12 @@ import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
-from conftest import ROOT
 
-from qatmoe import export, files, train
+from qatmoe import export, files
 from qatmoe.convert import gguf
 from qatmoe.convert.weights import Branch
 from qatmoe.data import corpus
 from qatmoe.model import transformer
-from qatmoe.run import Run
 
 FORMATS = export.FORMATS
 TEXT = next(corpus.documents("default", field="data.valid")).text
@@ -36,39 +34,9 @@ LOGITS = "--verify_tokens=256"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, quick_compilation):
-    """A run of a trunk, a control and a 2-bit branch of two steps, both of them kept."""
-    folder = tmp_path_factory.mktemp("export")
-    (folder / "text.txt").write_text(TEXT[:60_000])
-    (folder / "valid.txt").write_text(TEXT[60_000:70_000])
-    steps = {"trunk": 2, "control": 2, "qat": 2}
-    patch = pytest.MonkeyPatch()  # only the checkpoints are wanted
-    patch.setattr(train, "round_control", lambda run: None)
-    patch.setattr(
-        Run,
-        "evaluate",
-        lambda *args, **options: {"loss": 5.0, "loss_se": 0.1, "bits_per_byte": 2.0, "perplexity": 9.0, "tokens": 1.0},
-    )
-    code = train.main(
-        [
-            "train",
-            f"--config={ROOT}/configs/toy.py",
-            f"--workdir={folder / 'run'}",
-            *[f"--config.train.phases.{name}.steps={n}" for name, n in steps.items()],
-            *[f"--config.train.phases.{name}.{key}=0" for name in steps for key in ("warmup", "decay")],
-            "--config.train.checkpoint_every=1",
-            "--config.train.tensorboard=False",
-            "--config.eval.every=0",
-            "--config.eval.final_batches=1",
-            "--config.optim.lr=0.02",
-            f"--config.data.source={folder / 'text.txt'}",
-            f"--config.data.valid={folder / 'valid.txt'}",
-            f"--config.data.cache_dir={folder / 'cache'}",
-        ]
-    )
-    patch.undo()
-    assert code == 0
-    return folder / "run"
+def run(tiny_run):
+    """Read only: its text and cache lie beside it."""
+    return tiny_run
 
 
 def command(run, form, out, *more):

@@ -2,64 +2,21 @@
 
 import contextlib
 import json
-import os
-import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import EXACT, llama_numbers, llama_program
 
-from qatmoe.convert import llama_numerics, names
-from qatmoe.convert.weights import Branch
-
-pytestmark = [pytest.mark.llama_server, pytest.mark.slow]
+pytestmark = [pytest.mark.llama_cpp, pytest.mark.slow]
 
 PROMPTS = ["It was the", "The old man said that", '"I do not know,"']
 N_PREDICT, N_CHECKED = 48, 24
-SHORT = {
-    "train.phases.trunk.steps": 240,
-    "train.phases.control.steps": 60,
-    "train.phases.control.decay": 60,
-    "train.phases.qat.steps": 60,
-    "train.phases.qat.decay": 60,
-    "train.tensorboard": False,
-    "eval.every": 0,
-    "eval.final_batches": 2,
-}
-EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")
-
-
-def binary(name: str) -> str | None:
-    """A program of llama.cpp: in the folder $QATMOE_LLAMA_CPP, or on PATH."""
-    folder = os.environ.get("QATMOE_LLAMA_CPP")
-    return shutil.which(name, path=folder) if folder else shutil.which(name)
-
-
-def launch(env: dict[str, str], *args: str) -> str:
-    done = subprocess.run([sys.executable, *args], env=env, capture_output=True, text=True, check=False, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def models(child_env, tmp_path_factory):
-    """A run, its control as F32 and its 2-bit branch as GGUF files."""
-    folder = tmp_path_factory.mktemp("server")
-    settings = [f"--config.{key}={value}" for key, value in SHORT.items()]
-    config = f"--config={ROOT}/configs/moe_2bit.py"
-    launch(child_env, "-m", "qatmoe.train", config, f"--workdir={folder}/run", *settings)
-    for branch, rest in (("control", "F32"), ("qat", "BF16")):
-        options = ["--format", "gguf", "--rest", rest, "--branch", branch, "--out", f"{folder}/{branch}.gguf"]
-        launch(child_env, "-m", "qatmoe.export", "--run", f"{folder}/run", *options)
-    return folder
 
 
 @contextlib.contextmanager
@@ -69,7 +26,7 @@ def served(model: Path, *options: str):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     log = model.with_suffix(f".{port}.log")
-    command = [binary("llama-server"), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-c", "512"]
+    command = [llama_program("llama-server"), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-c", "512"]
     command += ["-np", "1", "-t", "2", "-ngl", "0", "--offline", *options]
     with open(log, "wb") as out:
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
@@ -113,10 +70,10 @@ def generate(url: str, prompt: str) -> dict:
         return json.load(answer)
 
 
-def test_drafts_of_the_mtp_module_are_accepted_and_change_no_text(models):
-    with served(models / "qat.gguf", *EXACT) as url:
+def test_drafts_of_the_mtp_module_are_accepted_and_change_no_text(llama_models):
+    with served(llama_models / "qat.gguf", *EXACT) as url:
         plain = [generate(url, prompt) for prompt in PROMPTS]
-    with served(models / "qat.gguf", *EXACT, "--spec-type", "draft-mtp", "--spec-draft-n-max", "2") as url:
+    with served(llama_models / "qat.gguf", *EXACT, "--spec-type", "draft-mtp", "--spec-draft-n-max", "2") as url:
         drafted = [generate(url, prompt) for prompt in PROMPTS]
     for before, after in zip(plain, drafted, strict=True):
         assert "draft_n" not in before["timings"]
@@ -125,18 +82,10 @@ def test_drafts_of_the_mtp_module_are_accepted_and_change_no_text(models):
         assert after["tokens_predicted"] == N_PREDICT
 
 
-def jax_model(models: Path, phase: str, rest: str):
-    """Scores (L, V) of a list of ids as llama.cpp computes them, and the tokenizer."""
-    with Branch(models / "run", phase, rest=rest) as branch:
-        weights, cfg, tok = branch.numbers(), branch.model, branch.tokenizer
-        kinds = {part.path: branch.storage.type_of(part)[0] for part in names.gguf_parts(cfg, "").values()}
-    return lambda ids: np.asarray(llama_numerics.logits(weights, kinds, cfg, jnp.asarray(ids, jnp.int32))), tok
-
-
-def test_the_text_in_full_precision_is_what_jax_continues(models):
-    with served(models / "control.gguf", *EXACT) as url:
+def test_the_text_in_full_precision_is_what_jax_continues(llama_models):
+    with served(llama_models / "control.gguf", *EXACT) as url:
         theirs = [generate(url, prompt) for prompt in PROMPTS]
-    scores_LV, tok = jax_model(models, "control", "F32")
+    scores_LV, tok = llama_numbers(llama_models, "control", "F32")
     for prompt, answer in zip(PROMPTS, theirs, strict=True):
         start = tok.encode(prompt).tolist()
         ids = start + [0] * N_CHECKED  # of one length: no token sees those after it
@@ -147,11 +96,11 @@ def test_the_text_in_full_precision_is_what_jax_continues(models):
         assert answer["content"].startswith(tok.decode(ours).rstrip("\ufffd"))
 
 
-def test_every_token_on_the_grid_is_the_best_or_as_good_for_jax(models):
+def test_every_token_on_the_grid_is_the_best_or_as_good_for_jax(llama_models):
     """A rounding of activations that falls the other way may swap two tokens of nearly the same score."""
-    with served(models / "qat.gguf", *EXACT) as url:
+    with served(llama_models / "qat.gguf", *EXACT) as url:
         theirs = [generate(url, prompt) for prompt in PROMPTS]
-    scores_LV, tok = jax_model(models, "qat", "BF16")
+    scores_LV, tok = llama_numbers(llama_models, "qat", "BF16")
     short_of_best = []
     for prompt, answer in zip(PROMPTS, theirs, strict=True):
         start = tok.encode(prompt).tolist()

@@ -46,17 +46,79 @@ def _ggml() -> Any:
     ggml = ctypes.CDLL(str(library))
     ggml.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
     ggml.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    ggml.ggml_quantize_init.restype = None
+    ggml.ggml_quantize_init.argtypes = [ctypes.c_int]
+    ggml.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    ggml.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
+    ggml.ggml_quantize_chunk.restype = ctypes.c_size_t
+    # type, weights, bytes, first weight, rows, weights of a row, importance of each column (or null)
+    size, address = ctypes.c_int64, ctypes.c_void_p
+    ggml.ggml_quantize_chunk.argtypes = [ctypes.c_int, address, address, size, size, size, address]
     return ggml
+
+
+def traits(kind: str) -> tuple[int, int]:
+    """(weights, bytes) of a block of a type, by libggml's own table.
+
+    Raises:
+      UserError: the library is older than the type.
+    """
+    return _traits(kind).blck_size, _traits(kind).type_size
+
+
+def _traits(kind: str) -> Any:
+    found = _ggml().ggml_get_type_traits(TYPES[kind].id).contents
+    if (found.blck_size, found.type_size) != (TYPES[kind].block, TYPES[kind].size):
+        raise UserError(f"this llama-cpp-python does not know {kind} as it is written here: install 0.3.36 or newer")
+    return found
 
 
 def dequantize(kind: str, data: np.ndarray) -> np.ndarray:
     """What libggml decodes bytes (..., bytes per row) of a block type to: f32 (..., I)."""
-    traits = _ggml().ggml_get_type_traits(TYPES[kind].id).contents
-    if (traits.blck_size, traits.type_size) != (TYPES[kind].block, TYPES[kind].size):
-        raise UserError(f"this llama-cpp-python does not know {kind} as it is written here: install 0.3.36 or newer")
+    block, size = traits(kind)
     data = np.ascontiguousarray(data)
-    out = np.empty((*data.shape[:-1], data.shape[-1] // TYPES[kind].size * TYPES[kind].block), np.float32)
-    traits.to_float(data.ctypes.data, out.ctypes.data, out.size)
+    out = np.empty((*data.shape[:-1], data.shape[-1] // size * block), np.float32)
+    _traits(kind).to_float(data.ctypes.data, out.ctypes.data, out.size)
+    return out
+
+
+def requires_importance(kind: str) -> bool:
+    """Whether llama.cpp refuses to quantize to this type without an importance matrix."""
+    return bool(_ggml().ggml_quantize_requires_imatrix(TYPES[kind].id))
+
+
+def quantize(kind: str, weights_RI: np.ndarray, importance_I: np.ndarray | None = None) -> np.ndarray:
+    """The bytes that libggml's own quantizer makes of rows: uint8 (R, bytes per row).
+
+    Rows do not affect each other, and calls may run side by side. The first call for a codebook type builds its tables:
+    1 to 10 s, once per process.
+
+    Args:
+      weights_RI: f32, I a multiple of the type's block.
+      importance_I: f32, how much the squared error of each column counts (an "imatrix").
+
+    Raises:
+      ValueError: I is not a multiple of the block, a weight is not a number up to 65504 (at some of these libggml ends
+        the process), or the type needs an importance matrix and there is none.
+    """
+    block, size = traits(kind)
+    R, I = weights_RI.shape  # noqa: E741 (the README's name)
+    weights_RI = np.ascontiguousarray(weights_RI, np.float32)
+    columns = None if importance_I is None else np.ascontiguousarray(importance_I, np.float32)
+    if I % block:
+        raise ValueError(f"rows of {I} weights are not whole blocks of {block}")
+    if not (abs(weights_RI) <= 65504).all():  # so written, NaN is caught
+        raise ValueError("a weight is not a number from -65504 to 65504, the range of its scales")
+    if columns is None and requires_importance(kind):
+        raise ValueError(f"{kind} needs an importance matrix")
+    if columns is not None and not (columns.shape == (I,) and np.isfinite(columns).all() and (columns >= 0).all()):
+        raise ValueError(f"importance must be {I} finite numbers from 0")
+    _ggml().ggml_quantize_init(TYPES[kind].id)
+    out = np.empty((R, I // block * size), np.uint8)
+    address = None if columns is None else columns.ctypes.data
+    written = _ggml().ggml_quantize_chunk(TYPES[kind].id, weights_RI.ctypes.data, out.ctypes.data, 0, R, I, address)
+    if written != out.nbytes:
+        raise ValueError(f"libggml wrote {written} bytes of {kind} instead of {out.nbytes}")
     return out
 
 

@@ -9,6 +9,8 @@ ggml multiplies a quantized weight with activations that it first rounds to 8 bi
 
 With these roundings the two programs differ by float rounding alone, except where that moves a value across a rounding
 boundary. Written for clarity: every expert sees every token; the model is `model.transformer`'s.
+
+Every matmul here also reports the squares of its inputs, the statistics of llama.cpp's importance matrices (imatrix).
 """
 
 import functools
@@ -20,10 +22,13 @@ import jax.numpy as jnp
 
 from qatmoe.config import ModelConfig
 from qatmoe.model.layers import apply_rope, rms_norm, rope_angles, swiglu
+from qatmoe.model.mtp import mtp_input
 from qatmoe.model.router import route
+from qatmoe.tree import path_of
 
 Tree = Mapping[str, Any]
 Kinds = Mapping[str, str]  # path within a block, or "embed", "head" -> GGUF type
+Squares = dict[str, tuple[jax.Array, jax.Array]]  # path -> sum over tokens of squared inputs (..., I), tokens (...)
 
 _Q8_K = ("TQ1_0", "TQ2_0", "Q2_K", "Q3_K")
 
@@ -53,13 +58,50 @@ def logits(params: Tree, kinds: Kinds, cfg: ModelConfig, tokens_L: jax.Array) ->
       params: unrolled layout, f32, as decoded from the file.
       kinds: {path without a layer number: type} of every weight; all "F32" leaves activations as they are.
     """
-    x_LD = params["embed"][tokens_L]
-    for stack in ("dense_layers", "layers"):
-        own = tuple(sorted((p.removeprefix(f"{stack}/"), k) for p, k in kinds.items() if p.startswith(f"{stack}/")))
-        for i in range(len(params.get(stack, {}))):
-            x_LD = _block(params[stack][str(i)], own, cfg, x_LD)
+    x_LD, _ = _trunk(params, kinds, cfg, tokens_L)
     name = "embed" if cfg.tie_embeddings else "head"
     return _head(params["norm"], params[name], kinds[name], cfg, x_LD)
+
+
+def squared_inputs(params: Tree, cfg: ModelConfig, tokens_L: jax.Array) -> Squares:
+    """What each matmul of the trunk and of the MTP modules was given, with activations as they are.
+
+    Routed experts: sums (E, I) over the tokens that chose the expert, and their number (E,); the inputs of `down` are
+    the expert's hidden activations before the router's weight. Others: (I,) and (). The head's, which a tied embedding
+    shares, is the trunk's last state. An MTP module sees the tokens that have a successor.
+
+    Args:
+      params: unrolled layout, f32.
+    """
+    paths = (path_of(p).split("/") for p, _ in jax.tree_util.tree_leaves_with_path(params))
+    exact = {"/".join(key for key in path if not key.isdigit()): "F32" for path in paths}
+    x_LD, squares = _trunk(params, exact, cfg, tokens_L)
+    hidden_LD = rms_norm(x_LD, params["norm"], cfg.norm_eps)
+    squares["embed" if cfg.tie_embeddings else "head"] = _squares(hidden_LD)
+    for i in range(cfg.n_mtp):
+        module = params["mtp"][str(i)]
+        embedded_LD = params["embed"][tokens_L[1 + i :]]
+        x_LD = mtp_input(module, cfg, hidden_LD[: len(embedded_LD)], embedded_LD)
+        x_LD, seen = _block(module["block"], _below(exact, "mtp/block"), cfg, x_LD)
+        hidden_LD = rms_norm(x_LD, module["norm"], cfg.norm_eps)
+        squares |= {f"mtp/{i}/block/{name}": seen[name] for name in seen}
+    return squares
+
+
+def _trunk(params: Tree, kinds: Kinds, cfg: ModelConfig, tokens_L: jax.Array) -> tuple[jax.Array, Squares]:
+    """The state (L, D) before the last norm."""
+    x_LD = params["embed"][tokens_L]
+    squares: Squares = {}
+    for stack in ("dense_layers", "layers"):
+        for i in range(len(params.get(stack, {}))):
+            x_LD, seen = _block(params[stack][str(i)], _below(kinds, stack), cfg, x_LD)
+            squares |= {f"{stack}/{i}/{name}": seen[name] for name in seen}
+    return x_LD, squares
+
+
+def _below(kinds: Kinds, prefix: str) -> tuple[tuple[str, str], ...]:
+    """The kinds of a block, as jit wants them: hashable."""
+    return tuple(sorted((p.removeprefix(f"{prefix}/"), k) for p, k in kinds.items() if p.startswith(f"{prefix}/")))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -68,28 +110,40 @@ def _head(norm: jax.Array, weight: jax.Array, kind: str, cfg: ModelConfig, x_LD:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _block(layer: Tree, own: tuple[tuple[str, str], ...], cfg: ModelConfig, x_LD: jax.Array) -> jax.Array:
+def _block(
+    layer: Tree, own: tuple[tuple[str, str], ...], cfg: ModelConfig, x_LD: jax.Array
+) -> tuple[jax.Array, Squares]:
     kinds = dict(own)
-    x_LD = x_LD + _attention(layer["attn"], kinds, cfg, rms_norm(x_LD, layer["attn_norm"], cfg.norm_eps))
+    y_LD, squares = _attention(layer["attn"], kinds, cfg, rms_norm(x_LD, layer["attn_norm"], cfg.norm_eps))
+    x_LD += y_LD
     normed_LD = rms_norm(x_LD, layer["ffn_norm"], cfg.norm_eps)
     if "ffn" in layer:
-        return x_LD + _ffn(layer["ffn"], "ffn", kinds, normed_LD)
-    y_LD = _experts(layer, kinds, cfg, normed_LD)
+        y_LD, seen = _ffn(layer["ffn"], "ffn", kinds, cfg, normed_LD)
+    else:
+        y_LD, seen = _experts(layer, kinds, cfg, normed_LD)
     if "shared" in layer:
-        y_LD = y_LD + _ffn(layer["shared"], "shared", kinds, normed_LD)
-    return x_LD + y_LD
+        shared_LD, also = _ffn(layer["shared"], "shared", kinds, cfg, normed_LD)
+        y_LD, seen = y_LD + shared_LD, seen | also
+    return x_LD + y_LD, squares | seen
 
 
 def _linear(x: jax.Array, weight: jax.Array, kind: str) -> jax.Array:
     return jnp.einsum("...i,oi->...o", round_activations(x, kind), weight, precision=jax.lax.Precision.HIGHEST)
 
 
-def _ffn(params: Tree, name: str, kinds: Kinds, x_LD: jax.Array) -> jax.Array:
-    hidden_LF = swiglu(_linear(x_LD, params["gate_up"], kinds[f"{name}/gate_up"]), 0.0)
-    return _linear(hidden_LF, params["down"], kinds[f"{name}/down"])
+def _squares(x_LI: jax.Array, chosen_L: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Sums (I,) over tokens, or over the chosen ones, and how many these are ()."""
+    chosen_L = jnp.ones(len(x_LI)) if chosen_L is None else chosen_L.astype(jnp.float32)
+    return jnp.sum(jnp.square(x_LI) * chosen_L[:, None], axis=0), jnp.sum(chosen_L)
 
 
-def _attention(params: Tree, kinds: Kinds, cfg: ModelConfig, x_LD: jax.Array) -> jax.Array:
+def _ffn(params: Tree, name: str, kinds: Kinds, cfg: ModelConfig, x_LD: jax.Array) -> tuple[jax.Array, Squares]:
+    hidden_LF = swiglu(_linear(x_LD, params["gate_up"], kinds[f"{name}/gate_up"]), cfg.swiglu_limit)
+    squares = {f"{name}/gate_up": _squares(x_LD), f"{name}/down": _squares(hidden_LF)}
+    return _linear(hidden_LF, params["down"], kinds[f"{name}/down"]), squares
+
+
+def _attention(params: Tree, kinds: Kinds, cfg: ModelConfig, x_LD: jax.Array) -> tuple[jax.Array, Squares]:
     L = len(x_LD)
     q_LF, k_LF, v_LF = (_linear(x_LD, params[n], kinds[f"attn/{n}"]) + params.get(f"{n}_bias", 0.0) for n in "qkv")
     if cfg.qk_norm == "full":
@@ -102,19 +156,23 @@ def _attention(params: Tree, kinds: Kinds, cfg: ModelConfig, x_LD: jax.Array) ->
     q_LHDh, k_LKDh = apply_rope(q_LHDh, *rope), apply_rope(k_LKDh, *rope)
     with jax.default_matmul_precision("highest"):
         mixed = jax.nn.dot_product_attention(q_LHDh, k_LKDh, v_LKDh, is_causal=True, scale=cfg.head_dim**-0.5)
-    return _linear(mixed.reshape(L, -1), params["o"], kinds["attn/o"])
+    mixed_LF = mixed.reshape(L, -1)
+    squares = {f"attn/{n}": _squares(x_LD) for n in "qkv"} | {"attn/o": _squares(mixed_LF)}
+    return _linear(mixed_LF, params["o"], kinds["attn/o"]), squares
 
 
-def _experts(layer: Tree, kinds: Kinds, cfg: ModelConfig, x_LD: jax.Array) -> jax.Array:
+def _experts(layer: Tree, kinds: Kinds, cfg: ModelConfig, x_LD: jax.Array) -> tuple[jax.Array, Squares]:
     """Routed experts; llama.cpp applies the router's weights after the down projection."""
     routing = route(layer["router"], cfg, x_LD)
     chosen_LkE = routing.indices_Tk[..., None] == jnp.arange(cfg.n_experts)
     weights_LE = jnp.sum(jnp.where(chosen_LkE, routing.weights_Tk[..., None], 0.0), axis=1)
 
-    def one(y_LD: jax.Array, expert: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        gate_up_FD, down_DF, weight_L = expert
-        hidden_LF = swiglu(_linear(x_LD, gate_up_FD, kinds["experts/gate_up"]), 0.0)
-        return y_LD + weight_L[:, None] * _linear(hidden_LF, down_DF, kinds["experts/down"]), None
+    def one(y_LD: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, Squares]:
+        gate_up_FD, down_DF, weight_L, chosen_L = expert
+        hidden_LF = swiglu(_linear(x_LD, gate_up_FD, kinds["experts/gate_up"]), cfg.swiglu_limit)
+        squares = {"experts/gate_up": _squares(x_LD, chosen_L), "experts/down": _squares(hidden_LF, chosen_L)}
+        return y_LD + weight_L[:, None] * _linear(hidden_LF, down_DF, kinds["experts/down"]), squares
 
-    experts = (layer["experts"]["gate_up"], layer["experts"]["down"], weights_LE.T)
-    return jax.lax.scan(one, jnp.zeros_like(x_LD), experts)[0]
+    chosen_EL = jnp.any(chosen_LkE, axis=1).T
+    experts = (layer["experts"]["gate_up"], layer["experts"]["down"], weights_LE.T, chosen_EL)
+    return jax.lax.scan(one, jnp.zeros_like(x_LD), experts)

@@ -195,7 +195,7 @@ class Branch:
           UserError: no such run, phase or step, or a damaged checkpoint.
         """
         self.workdir = Path(workdir)
-        self.cfg = _config(self.workdir)
+        self.cfg = read_config(self.workdir)
         self.phase = phase or list(self.cfg.train.phases)[-1]
         if self.phase not in self.cfg.train.phases:
             raise UserError(
@@ -367,7 +367,8 @@ def read_origin(workdir: Path) -> Origin:
         raise UserError(f"{workdir / ORIGIN} cannot be used ({e}): remove it, or import the model again") from e
 
 
-def _config(workdir: Path) -> Config:
+def read_config(workdir: Path) -> Config:
+    """The configuration of a run. Raises UserError where there is none, or one that cannot be used."""
     try:
         return resolve(json.loads((workdir / "config.json").read_text()))
     except FileNotFoundError as e:

@@ -1,0 +1,493 @@
+"""How much of a model is left: every branch of a run, and every rounding of its weights and cache, beside the control.
+
+    python -m qatmoe.evaluate --run runs/moe_2bit
+    python -m qatmoe.evaluate --run runs/moe_2bit --text code='src/**/*.jsonl' --text wiki=wiki.jsonl.zst --rows '^qat'
+
+Rows: the phases as deployed; the control, and each quantized phase, rounded to every format (`requantize.formats`) on
+the tensors of the run's quant plan; both with every type of key/value cache. Each is compared with the reference, the
+phase `control` or the last one in full precision, and what was made from a quantized phase also with that phase itself
+(kld_own). Domains: the run's own held-out text and any --text. docs/audit.md defines the figures.
+
+Writes WORKDIR/audit.json row by row, then audit.md and audit.png. The same command goes on where it was stopped, and
+computes rows anew when the checkpoints, the text or the number of tokens have changed.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qatmoe import audit_report, fidelity
+from qatmoe import requantize as rounding
+from qatmoe.checkpoint import Checkpoints
+from qatmoe.config import Config, ModelConfig
+from qatmoe.convert.weights import Branch, read_config
+from qatmoe.data import batches, domains
+from qatmoe.data.domains import Domain
+from qatmoe.errors import UserError
+from qatmoe.fidelity import Outcome
+from qatmoe.files import write_atomically
+from qatmoe.loss import Batch, Params
+from qatmoe.model.cache import CacheType
+from qatmoe.model.transformer import abstract_params
+from qatmoe.quant.plan import Plan, make_plan
+from qatmoe.requantize import Format
+from qatmoe.run import Interrupted, Stop
+from qatmoe.tree import path_of
+
+TOKENS = 32768
+CACHES = ("bf16", "q8_0", "q4_0", "iq4_nl", "q8_0+rot", "q4_0+rot", "iq4_nl+rot")
+CALIBRATION = 16384  # tokens of training text that importance matrices are made from
+_BATCH_TOKENS = 8192
+_VERSION = 1  # raise it when a figure's meaning changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model to judge: a phase's weights, as deployed or rounded again, with a type of cache."""
+
+    name: str
+    group: str
+    branch: str
+    format: str
+    rule: str
+    bits: float  # per weight of the planned tensors
+    rounded: Format | None = None
+    cache: CacheType | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What is judged, on what."""
+
+    workdir: Path
+    cfg: Config
+    model: ModelConfig  # unrolled, as `Branch.numbers` lays weights out
+    plan: Plan  # paths of the unrolled layout
+    reference: str
+    steps: dict[str, int]  # phase -> newest checkpoint
+    rows: list[Row]
+
+
+# ---- what is judged --------------------------------------------------------------------------------------------------
+
+
+def open_run(workdir: Path, reference: str = "") -> tuple[Audit, list[str]]:
+    """Reads what a run consists of, and lists the rows; computes nothing.
+
+    Returns:
+      The audit, and what it leaves out and why.
+
+    Raises:
+      UserError: no run, no phase in full precision, an unknown --reference, or a phase without a checkpoint.
+    """
+    cfg = read_config(workdir)
+    plain = [name for name, phase in cfg.train.phases.items() if not phase.quantize]
+    if reference and reference not in plain:
+        known = ", ".join(plain) or "none"
+        raise UserError(f"--reference {reference!r}: must be a phase of {workdir} in full precision ({known})")
+    if not plain:
+        raise UserError(f"{workdir} has no phase in full precision to compare with: add one without quantize")
+    reference = reference or ("control" if "control" in plain else plain[-1])
+    steps, notes = {}, []
+    for name in cfg.train.phases:
+        with Checkpoints(workdir, name) as checkpoints:
+            step = checkpoints.latest_good()
+        if step is None:
+            notes.append(f"phase {name} has no checkpoint yet: its rows are left out")
+        else:
+            steps[name] = step
+    if reference not in steps:
+        raise UserError(f"{workdir}: the reference, phase {reference}, has no checkpoint; train it first")
+    model = dataclasses.replace(cfg.model, scan_layers=False)
+    shapes = {path_of(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(model))}
+    audit = Audit(workdir, cfg, model, make_plan(shapes, model, cfg.quant), reference, steps, [])
+    return dataclasses.replace(audit, rows=_rows(audit, shapes, notes)), notes
+
+
+def _rows(audit: Audit, shapes: dict[str, tuple[int, ...]], notes: list[str]) -> list[Row]:
+    """All rows, each branch's together, the reference first."""
+    phases, weights = audit.cfg.train.phases, {path: np.prod(shapes[path]) for path in audit.plan}
+    planned = sum(grid.bits * weights[path] for path, grid in audit.plan.items()) / max(sum(weights.values()), 1)
+    grids = "+".join(dict.fromkeys(grid.name for grid in audit.plan.values()))
+    formats, caches = _formats(audit, notes), _caches(audit, notes)
+    branches = [audit.reference, *(name for name in audit.steps if name != audit.reference)]
+    found = []
+    for name in branches:
+        quantized = phases[name].quantize
+        group = "control" if name == audit.reference else "qat" if quantized else "trunk"
+        base = Row(name, group, name, grids if quantized else "bf16", "", float(planned) if quantized else 16.0)
+        found.append(base)
+        if group == "trunk":
+            continue
+        for fmt in formats:
+            found.append(
+                dataclasses.replace(
+                    base,
+                    name=f"{name}/{fmt.name}/{fmt.rule}",
+                    group="requantized" if quantized else fmt.group,
+                    format=fmt.name,
+                    rule=fmt.rule,
+                    bits=fmt.bits,
+                    rounded=fmt,
+                )
+            )
+        found += [dataclasses.replace(base, name=f"{name}/kv/{c}", group="kv", cache=c) for c in caches]
+    return found
+
+
+def _formats(audit: Audit, notes: list[str]) -> list[Format]:
+    """The formats that the planned tensors can be rounded to."""
+    if not audit.plan:
+        notes.append("config.quant puts no tensor on a grid: no weights are rounded")
+        return []
+    found = []
+    tree = abstract_params(audit.model)
+    modules = any(path.startswith("mtp/") for path in audit.plan)
+    for fmt in rounding.formats():
+        fault = rounding.misfit(tree, audit.plan, fmt)
+        if not fault and fmt.rule == "imatrix" and modules:
+            fault = f"{fmt.name} imatrix: the inputs of MTP modules, which are on the plan, are not measured"
+        if fault:
+            notes.append(f"left out: {fault}")
+        else:
+            found.append(fmt)
+    return found
+
+
+def _caches(audit: Audit, notes: list[str]) -> list[CacheType]:
+    found = []
+    for text in CACHES:
+        cache = CacheType.parse(text)
+        try:
+            cache.check(audit.model.head_dim)
+            found.append(cache)
+        except UserError as e:
+            notes.append(f"left out: {e}")
+    return found
+
+
+def choose(audit: Audit, pattern: str) -> list[Row]:
+    """The rows whose name a regular expression is found in. Raises UserError if it is none, or matches nothing."""
+    try:
+        chosen = [row for row in audit.rows if re.search(pattern, row.name)]
+    except re.error as e:
+        raise UserError(f"--rows {pattern!r} is not a regular expression: {e}") from e
+    if not chosen:
+        raise UserError(f"--rows {pattern!r} matches no row; --list shows all {len(audit.rows)}")
+    return chosen
+
+
+# ---- the text --------------------------------------------------------------------------------------------------------
+
+
+def load_domains(audit: Audit, texts: Sequence[str], tokens: int) -> tuple[list[Domain], np.ndarray]:
+    """The run's own held-out text and each NAME=SOURCE, and windows (M, L) of training text for importance matrices.
+
+    Raises:
+      UserError: a text that cannot be read or has no or two names, or fewer tokens than a window.
+    """
+    sources = []
+    for text in texts:
+        name, equals, source = text.partition("=")
+        if not (name and equals and source):
+            raise UserError(f"--text {text!r}: write NAME=PATH, e.g. code=src.jsonl")
+        sources.append((name, source))
+    data = batches.load_data(audit.cfg.data, audit.cfg.model.vocab_size)
+    with Branch(audit.workdir, audit.reference, audit.steps[audit.reference]) as branch:
+        if branch.tokenizer.hash != data.tokenizer.hash:
+            raise UserError(
+                f"{audit.workdir}/tokenizer.json is not what config.data.tokenizer={audit.cfg.data.tokenizer!r} gives "
+                "now: restore the training text or the tokenizer"
+            )
+    found = [domains.of_run(data, audit.model.n_mtp, tokens)]
+    for name, source in sources:
+        if name in [d.name for d in found]:
+            raise UserError(f"--text {name}={source}: there is a text of that name already; choose another")
+        found.append(domains.of_source(name, source, audit.cfg.data, data.tokenizer, audit.model.n_mtp, tokens))
+    length = audit.cfg.data.seq_len
+    stream, count = data.train.tokens, max(1, min(len(data.train.tokens), CALIBRATION) // length)
+    starts = np.arange(count) * ((len(stream) - length) // count)
+    return found, np.stack([stream[s : s + length] for s in starts]).astype(np.int32)
+
+
+# ---- computing -------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """The windows of all domains on the device, what the reference makes of them, and the bootstrap's weights."""
+
+    def __init__(self, audit: Audit, found: list[Domain], calibration_ML: np.ndarray):
+        self.audit, self.domains, self._calibration_ML = audit, found, calibration_ML
+        length, n_mtp = audit.cfg.data.seq_len, audit.model.n_mtp
+        windows = {k: np.concatenate([d.windows[k] for d in found]) for k in found[0].windows}
+        self._size = M = len(windows["tokens"])
+        B = min(M, max(audit.cfg.train.batch_size, _BATCH_TOKENS // length))
+        padded = {k: np.concatenate([a, np.zeros((-M % B, *a.shape[1:]), a.dtype)]) for k, a in windows.items()}
+        self._batches: list[Batch] = [{k: jnp.asarray(a[i : i + B]) for k, a in padded.items()} for i in range(0, M, B)]
+        self._options = {"cfg": audit.model, "chunk": fidelity.chunk_size(B * length, audit.model.vocab_size)}
+        self._tokens = 2 * len(self._batches) * B * length  # of a row: twice through the model, once forced
+        self.tokens_per_s = 0.0  # of the last row, its comparison with the reference included
+        unit_counts = [int(d.unit_M[-1]) + 1 for d in found]
+        starts = np.cumsum([0, *unit_counts])
+        self._unit_M = np.concatenate([d.unit_M + s for d, s in zip(found, starts, strict=False)])
+        self._domain_M = np.repeat(np.arange(len(found)), [len(d.document_M) for d in found])
+        self._domain_U = np.repeat(np.arange(len(found)), unit_counts)
+        self._weights_RU = fidelity.resample(self._domain_U)
+        self._bytes_M = np.repeat([d.bytes_per_token for d in found], [len(d.document_M) for d in found])
+        self._length, self._n_mtp = length, n_mtp
+        self._reference: tuple[Params, list[Outcome]] | None = None
+        self._branch = ""
+        self._params: Params = {}
+        self._own: tuple[Params, list[jax.Array]] | None = None
+        self._importance: dict[str, np.ndarray] | None = None
+
+    def judge(self, row: Row) -> dict[str, Any]:
+        """All figures of a row, as audit.json holds them."""
+        if self._reference is None:
+            params = self._load(self.audit.reference)
+            self._reference = fidelity.head_of(params), self._outcomes(params, None)
+        self._enter(row.branch)
+        params, joined = self._params, 1
+        if row.rounded:
+            importance = self._importance_of_branch() if row.rounded.rule == "imatrix" else None
+            params, joined = rounding.requantize(params, self.audit.plan, row.rounded, importance)
+        made = row.branch != self.audit.reference and (row.rounded or row.cache)
+        own = self._own_outcomes() if made else None
+        started = time.perf_counter()
+        figures = self._figures(params, row.cache, own)
+        self.tokens_per_s = self._tokens / (time.perf_counter() - started)
+        scopes = self._summaries(figures)
+        return {
+            "row": row.name,
+            "group": row.group,
+            "branch": row.branch,
+            "format": row.format,
+            "rule": row.rule,
+            "bits_per_weight": row.bits,
+            "joined_rows": joined,
+            "kv": str(row.cache or ""),
+            "reference": self.audit.reference,
+            **scopes[0],
+            "domains": dict(zip([d.name for d in self.domains], scopes[1:], strict=True)),
+        }
+
+    def _enter(self, branch: str) -> None:
+        """Holds the weights of one branch, and of no other."""
+        if branch != self._branch:
+            self._params, self._own, self._importance = {}, None, None
+            self._branch, self._params = branch, self._load(branch)
+
+    def _load(self, phase: str) -> Params:
+        with Branch(self.audit.workdir, phase, self.audit.steps[phase], rest="F32") as branch:
+            return branch.numbers()
+
+    def _own_outcomes(self) -> tuple[Params, list[jax.Array]]:
+        """The head and the hidden states of the branch itself."""
+        if self._own is None:
+            hidden = [outcome.hidden_BLD for outcome in self._outcomes(self._params, None)]
+            self._own = fidelity.head_of(self._params), hidden
+        return self._own
+
+    def _importance_of_branch(self) -> dict[str, np.ndarray]:
+        if self._importance is None:
+            self._importance = rounding.importance(
+                self._params, self.audit.model, self._calibration_ML, list(self.audit.plan)
+            )
+        return self._importance
+
+    def _outcomes(self, params: Params, cache: CacheType | None) -> list[Outcome]:
+        return [fidelity.run_model(params, batch, cfg=self.audit.model, cache=cache) for batch in self._batches]
+
+    def _figures(
+        self, params: Params, cache: CacheType | None, own: tuple[Params, list[jax.Array]] | None
+    ) -> dict[str, np.ndarray]:
+        """Figures of all tokens, (..., M, L). Nothing waits for the device before the last batch."""
+        assert self._reference is not None
+        reference_head, reference = self._reference
+        head, found = fidelity.head_of(params), []
+        for i, (batch, theirs) in enumerate(zip(self._batches, reference, strict=True)):
+            outcome = fidelity.run_model(params, batch, cfg=self.audit.model, cache=cache)
+            forced = fidelity.run_model(params, batch, theirs.indices_NTk, cfg=self.audit.model, cache=cache)
+            figures = fidelity.compare(reference_head, theirs, head, outcome, forced.hidden_BLD, batch, **self._options)
+            if own:
+                figures["kld_own"] = fidelity.kld(own[0], own[1][i], head, outcome.hidden_BLD, **self._options)
+            found.append(figures)
+        held = jax.device_get(found)
+        return {k: np.concatenate([f[k] for f in held], axis=-2)[..., : self._size, :] for k in held[0]}
+
+    def _summaries(self, figures: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+        """Summaries of all tokens, then of each domain's."""
+        used_ML = figures.pop("count") > 0
+        tokens = {name: np.asarray(a[..., used_ML], np.float64) for name, a in figures.items()}
+        for name in ("accepted", "drafted"):
+            tokens.setdefault(name, np.zeros((0, int(used_ML.sum()))))
+        window_T, position_T = np.nonzero(used_ML)
+        tokens["position"] = position_T.astype(np.float64)
+        tokens["bytes"] = self._bytes_M[window_T]
+        unit_T, domain_T = self._unit_M[window_T], self._domain_M[window_T]
+        units = fidelity.Units(unit_T, self._domain_U)
+        pooled = fidelity.summarize(tokens, units, self._weights_RU, self._length)
+        scopes = [pooled | {"documents": sum(d.documents for d in self.domains)}]
+        if len(self.domains) == 1:
+            return scopes * 2
+        for i, domain in enumerate(self.domains):
+            of_T, of_U = domain_T == i, self._domain_U == i
+            units = fidelity.Units(unit_T[of_T] - int(np.argmax(of_U)), self._domain_U[of_U])
+            part = {name: a[..., of_T] for name, a in tokens.items()}
+            scope = fidelity.summarize(part, units, self._weights_RU[:, of_U], self._length)
+            scopes.append(scope | {"documents": domain.documents})
+        return scopes
+
+
+# ---- the record ------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(audit: Audit, found: list[Domain], calibration_ML: np.ndarray) -> dict[str, Any]:
+    """What rows depend on besides their name: rows of another fingerprint are computed again."""
+    checkpoints = {}
+    for name, step in audit.steps.items():
+        with Checkpoints(audit.workdir, name) as folder:
+            manifest = (folder.path(step) / "manifest.json").read_bytes()
+        checkpoints[name] = [step, _digest(manifest)]
+    return {
+        "version": _VERSION,
+        "reference": audit.reference,
+        "checkpoints": checkpoints,
+        "domains": {domain.name: domain.hash for domain in found},
+        "calibration": _digest(calibration_ML.tobytes()),
+    }
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+class Record:
+    """WORKDIR/audit.json, and beside it audit.fingerprint.json, which says what it was computed from."""
+
+    def __init__(self, audit: Audit, mark: dict[str, Any], force: bool):
+        self._file, self._mark = audit.workdir / "audit.json", audit.workdir / "audit.fingerprint.json"
+        self._order = {row.name: i for i, row in enumerate(audit.rows)}
+        before, rows = _read(self._mark), _read(self._file)
+        known = before == mark and isinstance(rows, list) and all("row" in row for row in rows) and not force
+        if rows and not known:
+            why = "--force" if force else "checkpoints, text or --tokens are others than before"
+            print(f"{self._file}: every row is computed anew ({why})")
+        self.rows: list[dict[str, Any]] = [r for r in rows if r["row"] in self._order] if known else []
+        if not known:
+            write_atomically(self._file, "[]")  # first: rows never stand beside a fingerprint that is not theirs
+            write_atomically(self._mark, json.dumps(mark, indent=1))
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Writes a row at its place."""
+        self.rows = sorted([*self.rows, row], key=lambda r: self._order[r["row"]])
+        write_atomically(self._file, json.dumps(self.rows, indent=1, allow_nan=False))
+
+
+def _read(file: Path) -> Any:
+    """A JSON file's content; None where there is none that can be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def evaluate(
+    audit: Audit, rows: list[Row], found: list[Domain], calibration_ML: np.ndarray, force: bool, check: Callable
+) -> list[dict[str, Any]]:
+    """Computes the rows that are not on record, and writes the report.
+
+    Args:
+      check: called between rows; may raise to stop.
+
+    Returns:
+      All rows on record.
+    """
+    record = Record(audit, fingerprint(audit, found, calibration_ML), force)
+    done = {r["row"] for r in record.rows}
+    missing = [row for row in rows if row.name not in done]
+    bench = Bench(audit, found, calibration_ML)
+    for i, row in enumerate(missing, start=1):
+        check(f"before row {row.name}, {i} of {len(missing)}")
+        started = time.perf_counter()
+        result = bench.judge(row)
+        seconds = time.perf_counter() - started
+        record.add(result)
+        print(
+            f"{i}/{len(missing)} {row.name}: loss {_number(result['loss'])}, KLD {_number(result['kld'])}, same top-1 "
+            f"{_number(result['same_top1'])}, {seconds:.1f} s, {bench.tokens_per_s:,.0f} tokens/s",
+            flush=True,
+        )
+    write_atomically(audit.workdir / "audit.md", audit_report.markdown(record.rows))
+    audit_report.plot(record.rows, audit.workdir / "audit.png")
+    return record.rows
+
+
+def _number(x: float | None) -> str:
+    return "not finite" if x is None else f"{x:.4f}"
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done or stopped by a signal, 2 unusable input."""
+    args = _parser().parse_args(argv)
+    workdir = Path(args.run)
+    try:
+        audit, notes = open_run(workdir, args.reference)
+        rows = choose(audit, args.rows)
+        if args.list:
+            print("\n".join(row.name for row in rows))
+            print("\n".join(notes), file=sys.stderr)
+            return 0
+        found, calibration_ML = load_domains(audit, args.text, args.tokens)
+        print("\n".join([*notes, *(_described(domain, audit.cfg.data.seq_len) for domain in found)]), flush=True)
+        with Stop() as stop:
+            done = evaluate(audit, rows, found, calibration_ML, args.force, stop.check)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    except Interrupted as e:
+        print(f"{e}. The same command continues.", file=sys.stderr)
+        return 0
+    print(audit_report.table(done))
+    print(f"{workdir}/audit.json  {workdir}/audit.md  {workdir}/audit.png")
+    return 0
+
+
+def _described(domain: Domain, length: int) -> str:
+    tokens, units = int(domain.windows["mask"][:, 1 : 1 + length].sum()), int(domain.unit_M[-1]) + 1
+    cut = f"{len(domain.document_M)} windows of {domain.documents} documents, {units} units of the bootstrap"
+    return f"{domain.name}: {tokens:,} tokens in {cut}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m qatmoe.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, help="folder of a run (the training command's --workdir)")
+    parser.add_argument("--reference", default="", help="phase to compare with; control by default")
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="NAME=PATH", help="another domain: a file, folder or glob"
+    )
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of each domain (%(default)s)")
+    parser.add_argument("--rows", default="", metavar="REGEX", help="only rows with such a name")
+    parser.add_argument("--list", action="store_true", help="print the names of the rows and compute nothing")
+    parser.add_argument("--force", action="store_true", help="compute rows that are on record again")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,312 @@
+"""The audit command on a tiny run: its rows and figures, what it refuses, and how it goes on where it was stopped."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qatmoe import evaluate, loss
+from qatmoe.convert.weights import Branch
+from qatmoe.data import batches, corpus
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TEXT = next(corpus.documents("default", field="data.valid")).text
+ROWS = r"^(control|trunk|qat)$|^(control|qat)/q2_0/search$|^control/Q4_0/imatrix$|^qat/kv/q4_0$"
+NAMES = ["control", "control/q2_0/search", "control/Q4_0/imatrix", "trunk", "qat", "qat/q2_0/search", "qat/kv/q4_0"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_calibration():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "CALIBRATION", 640)
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run):
+    """Read only: its text and cache lie beside it."""
+    return tiny_run
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Forty short documents and a longer one."""
+    file = tmp_path_factory.mktemp("text") / "lines.jsonl"
+    lines = [TEXT[start : start + 150] for start in range(70_000, 78_000, 200)] + [TEXT[80_000:81_500]]
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return file
+
+
+def command(run, *args):
+    return evaluate.main([f"--run={run}", *map(str, args)])
+
+
+def rows_of(run):
+    return json.loads((run / "audit.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def audited(run, text, tmp_path_factory, quick_compilation):
+    """A copy of the run with its audit, over all of both texts."""
+    folder = tmp_path_factory.mktemp("audited") / "run"
+    shutil.copytree(run, folder)
+    assert command(folder, "--rows", ROWS, "--tokens", 10**6, f"--text=lines={text}") == 0
+    return folder
+
+
+@pytest.fixture
+def copy(audited, tmp_path):
+    return shutil.copytree(audited, tmp_path / "run")
+
+
+# ---- rows and figures ------------------------------------------------------------------------------------------------
+
+
+def test_the_rows_and_what_they_are(audited):
+    rows = {row["row"]: row for row in rows_of(audited)}
+    assert list(rows) == NAMES
+    keys = ("group", "branch", "format", "rule", "bits_per_weight", "joined_rows", "kv", "reference")
+    described = {name: tuple(row[k] for k in keys) for name, row in rows.items()}
+    assert described == {
+        "control": ("control", "control", "bf16", "", 16.0, 1, "", "control"),
+        "control/q2_0/search": ("grid", "control", "q2_0", "search", 2.25, 1, "", "control"),
+        "control/Q4_0/imatrix": ("ggml", "control", "Q4_0", "imatrix", 4.5, 1, "", "control"),
+        "trunk": ("trunk", "trunk", "bf16", "", 16.0, 1, "", "control"),
+        "qat": ("qat", "qat", "q2_0", "", 2.25, 1, "", "control"),
+        "qat/q2_0/search": ("requantized", "qat", "q2_0", "search", 2.25, 1, "", "control"),
+        "qat/kv/q4_0": ("kv", "qat", "q2_0", "", 2.25, 1, "q4_0", "control"),
+    }
+
+
+def test_the_figures_tell_the_rows_apart(audited):
+    rows = {row["row"]: row for row in rows_of(audited)}
+    control, q4, q2 = (rows[n] for n in ("control", "control/Q4_0/imatrix", "control/q2_0/search"))
+    assert abs(control["kld"]) < 1e-6 and control["same_top1"] == 1 and control["expert_agreement"] == 1
+    assert control["kld"] < q4["kld"] < q2["kld"]
+    assert q2["kld_routing"] == pytest.approx(q2["kld"] - q2["kld_experts"], abs=1e-9)
+    assert q2["kld_median"] <= q2["kld_p99"] <= q2["kld_p999"]
+    assert q2["kld_se"] > 0 and q2["loss_se"] > 0
+    assert [name for name in NAMES if rows[name]["kld_own"] is not None] == ["qat/q2_0/search", "qat/kv/q4_0"]
+    # On its grid already: the search finds the codes and scales that it was trained with, or as good ones.
+    assert rows["qat/q2_0/search"]["kld_own"] < 0.1 * rows["qat"]["kld"]
+    assert rows["qat/kv/q4_0"]["kld_own"] > 0
+    for row in rows.values():
+        assert len(row["expert_agreement_by_layer"]) == 2 and len(row["mtp_acceptance"]) == 1
+        assert [(p["start"], p["end"]) for p in row["by_position"]] == [(i, i + 8) for i in range(0, 64, 8)]
+        assert row["perplexity"] == pytest.approx(np.exp(row["loss"]))
+
+
+def test_domains_hold_every_figure_and_add_up(audited):
+    for row in rows_of(audited):
+        domains = row["domains"]
+        assert list(domains) == ["valid", "lines"]
+        own = {
+            "row",
+            "group",
+            "branch",
+            "format",
+            "rule",
+            "bits_per_weight",
+            "joined_rows",
+            "kv",
+            "reference",
+            "domains",
+        }
+        for figures in domains.values():
+            assert set(figures) == set(row) - own
+        assert row["tokens"] == sum(d["tokens"] for d in domains.values())
+        assert (domains["valid"]["documents"], domains["lines"]["documents"], row["documents"]) == (1, 41, 42)
+        for name in ("loss", "kld", "same_top1"):
+            mean = sum(d[name] * d["tokens"] for d in domains.values()) / row["tokens"]
+            assert row[name] == pytest.approx(mean, rel=1e-6, abs=1e-9)
+
+
+def test_losses_are_those_of_validation(audited):
+    """On all held-out text: as `losses.evaluation_sums` sums them over the batches of training's validation."""
+    with Branch(audited, "qat", rest="F32") as branch:
+        cfg, params = branch.cfg, branch.numbers()
+        model = dataclasses.replace(branch.model, scan_layers=False)
+    data = batches.load_data(cfg.data, cfg.model.vocab_size)
+    sums = jax.jit(loss.evaluation_sums, static_argnums=1)
+    parts = [sums(params, model, b) for b in batches.valid_batches(data, batch_size=8, n_mtp=1)]
+    nats, count = (sum(float(jnp.sum(p[k][0])) for p in parts) for k in ("nats", "count"))
+    found = next(row for row in rows_of(audited) if row["row"] == "qat")["domains"]["valid"]
+    assert found["tokens"] == count == len(data.valid.tokens) - 1
+    assert found["loss"] == pytest.approx(nats / count, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nats / count / np.log(2) / data.valid.bytes_per_token, rel=1e-5)
+
+
+def again(folder, text, *more):
+    return command(folder, "--rows", ROWS, "--tokens", 10**6, f"--text=lines={text}", *more)
+
+
+def test_the_report_is_written(audited, text, capsys):
+    assert "qat" in (audited / "audit.md").read_text()
+    assert (audited / "audit.png").read_bytes().startswith(b"\x89PNG")
+    assert again(audited, text) == 0  # nothing is left to compute
+    out = capsys.readouterr().out
+    assert "tokens/s" not in out
+    assert "1 documents" in out and "41 documents" in out and "audit.json" in out
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+def judged(patch, stop_after=None, action=None):
+    """The names of rows that are computed from now on."""
+    real, names = evaluate.Bench.judge, []
+
+    def judge(bench, row):
+        if len(names) == stop_after:
+            action()
+        names.append(row.name)
+        return real(bench, row)
+
+    patch.setattr(evaluate.Bench, "judge", judge)
+    return names
+
+
+def crash():
+    raise MemoryError
+
+
+def test_it_goes_on_after_a_crash_to_the_same_figures(copy, audited, text, monkeypatch):
+    (copy / "audit.json").unlink()
+    with monkeypatch.context() as patch:
+        judged(patch, 4, crash)
+        with pytest.raises(MemoryError):
+            again(copy, text)
+    assert [row["row"] for row in rows_of(copy)] == NAMES[:4]
+    names = judged(monkeypatch)
+    assert again(copy, text) == 0
+    assert names == NAMES[4:]
+    assert rows_of(copy) == rows_of(audited)
+
+
+def test_a_signal_ends_it_between_rows(copy, text, monkeypatch, capsys):
+    (copy / "audit.json").unlink()
+    judged(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert again(copy, text) == 0
+    assert "SIGTERM: stopped before row control/Q4_0/imatrix, 3 of 7. The same command continues." in capsys.readouterr().err  # fmt: skip  # noqa: E501
+    assert [row["row"] for row in rows_of(copy)] == NAMES[:2]
+
+
+def test_rows_join_those_on_record(copy, text, monkeypatch):
+    names = judged(monkeypatch)
+    command(copy, "--rows", "^control/(q2_0|q4_0)/absmax$", "--tokens", 10**6, f"--text=lines={text}")
+    assert names == ["control/q2_0/absmax", "control/q4_0/absmax"]
+    assert {row["row"] for row in rows_of(copy)} == {*NAMES, *names}
+    assert [row["row"] for row in rows_of(copy)][:2] == ["control", "control/q2_0/absmax"]  # in the order of --list
+
+
+@pytest.mark.parametrize("change", ["tokens", "text", "checkpoint", "force"])
+def test_what_changed_is_computed_anew(change, copy, text, monkeypatch, capsys):
+    names = judged(monkeypatch)
+    args = {"--rows": "^control$", "--tokens": 10**6, "--text": f"lines={text}"}
+    if change == "tokens":
+        args["--tokens"] = 640
+    if change == "text":
+        args["--text"] = f"others={text}"
+    if change == "checkpoint":  # another branch of the run was trained again
+        manifest = max((copy / "checkpoints" / "qat").glob("*/manifest.json"))
+        manifest.write_text(manifest.read_text() + " ")
+    assert command(copy, *[f"{k}={v}" for k, v in args.items()], *(["--force"] if change == "force" else [])) == 0
+    assert names == ["control"]
+    assert [row["row"] for row in rows_of(copy)] == ["control"]
+    assert "every row is computed anew" in capsys.readouterr().out
+
+
+def test_list_computes_nothing(run, capsys):
+    before = sorted(run.iterdir())
+    assert command(run, "--list", "--rows", "^qat") == 0
+    out, err = capsys.readouterr()
+    assert {"qat", "qat/q2_0/absmax", "qat/kv/q8_0"} <= set(out.splitlines())
+    assert all(line.startswith("qat") for line in out.splitlines())
+    assert "q4_0+rot: llama.cpp rotates only where 64 divides head_dim" in err
+    assert sorted(run.iterdir()) == before
+
+
+def test_a_phase_without_a_checkpoint_is_left_out(copy, capsys):
+    shutil.rmtree(copy / "checkpoints" / "qat")
+    assert command(copy, "--list") == 0
+    out, err = capsys.readouterr()
+    assert "qat" not in out.splitlines() and "control" in out.splitlines()
+    assert "phase qat has no checkpoint yet" in err
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def edit(folder, change):
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def quantize_all(config):
+    for phase in config["train"]["phases"].values():
+        phase["quantize"] = True
+
+
+BAD = {
+    "no run": (["--run=nowhere"], "--run nowhere: no qatmoe run there"),
+    "unknown phase": (
+        ["--reference=teacher"],
+        "--reference 'teacher': must be a phase of .* in full precision .trunk, control",
+    ),
+    "quantized reference": (["--reference=qat"], "--reference 'qat': must be a phase"),
+    "no such row": (["--rows=q7_0"], "--rows 'q7_0' matches no row; --list shows"),
+    "no expression": (["--rows=("], "--rows '.' is not a regular expression"),
+    "no window": (["--tokens=63"], "--tokens 63: less than one window, which has 64 tokens"),
+    "no text": (["--text=code=missing.jsonl"], "--text code='missing.jsonl': no such file or directory"),
+    "no name": (["--text=missing.jsonl"], "--text 'missing.jsonl': write NAME=PATH"),
+    "a name twice": (["--text=valid={text}"], "--text valid=.*: there is a text of that name already"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_nothing_is_computed(args, message, run, text, monkeypatch, capsys):
+    refused(run, [a.format(text=text) for a in args], message, monkeypatch, capsys)
+
+
+def refused(run, args, message, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "Bench", lambda *_: pytest.fail("something was computed"))
+    before = sorted(run.iterdir())
+    assert command(run, *args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert re.search(f"^error: .*{message}", line), line
+    assert sorted(run.iterdir()) == before
+
+
+def test_a_run_without_a_control(copy, monkeypatch, capsys):
+    edit(copy, quantize_all)
+    refused(copy, [], "has no phase in full precision to compare with", monkeypatch, capsys)
+
+
+def test_a_control_that_is_not_trained_yet(copy, monkeypatch, capsys):
+    shutil.rmtree(copy / "checkpoints" / "control")
+    refused(copy, [], "the reference, phase control, has no checkpoint; train it first", monkeypatch, capsys)
+
+
+def test_an_empty_text(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty.txt").write_text(" \n")
+    refused(run, [f"--text=empty={tmp_path / 'empty.txt'}"], "holds no text", monkeypatch, capsys)
+
+
+def test_the_last_plain_phase_is_the_reference_where_there_is_no_control(copy):
+    edit(copy, lambda config: config["train"]["phases"].pop("control"))
+    audit, _ = evaluate.open_run(copy)
+    assert audit.reference == "trunk"
+    assert audit.rows[0].group == "control"
+    assert {row.branch for row in audit.rows} == {"trunk", "qat"}
