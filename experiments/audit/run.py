@@ -1,0 +1,93 @@
+"""The audit of the default run: table and plot of the main README, the whole table of docs/audit.md.
+
+    python experiments/audit/run.py [--run DIR]     trains configs/moe_2bit.py in DIR if need be, audits it, scores tasks
+    python experiments/audit/run.py --write         writes the tables from what lies beside this file
+
+Needs the extras `deploy` (llama.cpp's types) and `eval` (tasks). The audit alone is one command:
+python -m qatmoe.evaluate --run runs/moe_2bit
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from qatmoe.audit_report import frontier, markdown, rivals
+from qatmoe.report import fill_tables
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+BRANCHES = ("control", "qat")
+CACHES = ("q8_0", "q4_0")
+AGAIN = ("Q8_0", "Q6_K", "Q4_0", "Q2_K")  # conversions of the QAT model
+
+
+def run(*args: str) -> None:
+    """Runs a module of the project from its root; stops everything if it fails."""
+    subprocess.run([sys.executable, "-m", *args], cwd=ROOT, check=True)
+
+
+def make(workdir: Path) -> None:
+    """Trains, audits, scores; copies the results."""
+    run("qatmoe.train", f"--config={ROOT / 'configs' / 'moe_2bit.py'}", f"--workdir={workdir}")
+    started = time.perf_counter()
+    run("qatmoe.evaluate", f"--run={workdir}", "--force")
+    seconds = time.perf_counter() - started
+    run("qatmoe.tasks", f"--run={workdir}", "--branch", *BRANCHES)
+    for name in ("audit.json", "audit.png", "tasks.json"):
+        shutil.copy(workdir / name, HERE / name)
+    (HERE / "cost.json").write_text(json.dumps({"seconds": seconds, "cores": os.cpu_count()}) + "\n")
+
+
+def chosen(rows: list[dict]) -> list[dict]:
+    """What the main README shows: the branches, the best roundings, conversions of the QAT model, and caches."""
+    edge = frontier(rows)
+    beside = [r for qat in rows if qat["group"] == "qat" for r in rivals(rows, qat) if r]
+    names = {r["row"] for r in edge + beside}
+    names |= {f"control/q2_0/{rule}" for rule in ("absmax", "search")}
+    names |= {f"qat/{kind}/stock" for kind in AGAIN}
+    names |= {f"{branch}/kv/{cache}" for branch in BRANCHES for cache in CACHES}
+    return [r for r in rows if r["row"] in names or r["group"] in ("control", "trunk", "qat")]
+
+
+def tasks_table(rows: list[dict]) -> str:
+    """Scores of the branches and their difference, as `qatmoe.tasks` measured them."""
+    lines = [f"| task | metric | {' | '.join(BRANCHES)} | difference |", "|---|---|---|---|---|"]
+    for task, metric in dict.fromkeys((r["task"], r["metric"]) for r in rows):
+        of = {r["branch"]: r for r in rows if (r["task"], r["metric"]) == (task, metric)}
+        cells = [f"{of[b]['value']:.4f} ±{of[b]['stderr']:.4f}" for b in BRANCHES]
+        last = of[BRANCHES[-1]]
+        cells.append(f"{last['difference']:+.4f} ±{last['difference_stderr']:.4f}")
+        lines.append(f"| {task} | {metric} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write() -> None:
+    """Writes the tables of the main README and of docs/audit.md."""
+    rows, cost = json.loads((HERE / "audit.json").read_text()), json.loads((HERE / "cost.json").read_text())
+    minutes = f"{cost['seconds'] / 60:.1f} minutes on {cost['cores']} cores"
+    spent = f"{len(rows)} rows of {rows[0]['tokens']:,} tokens in {minutes}."
+    fill_tables(ROOT / "README.md", {
+        "audit": f"{markdown(chosen(rows))}\n\n{spent}",
+        "tasks": tasks_table(json.loads((HERE / "tasks.json").read_text())["rows"]),
+    })  # fmt: skip
+    fill_tables(ROOT / "docs" / "audit.md", {"audit": markdown(rows)})
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "moe_2bit", help="where the run lies")
+    parser.add_argument("--write", action="store_true", help="only write the tables")
+    options = parser.parse_args()
+    if not options.write:
+        make(options.run.absolute())
+    write()
+
+
+if __name__ == "__main__":
+    main()
