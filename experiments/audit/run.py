@@ -1,6 +1,6 @@
 """The audit of the default run: table and plot of the main README, the whole table of docs/audit.md.
 
-    python experiments/audit/run.py [--run DIR]     trains configs/moe_2bit.py in DIR if need be, audits it, scores tasks
+    python experiments/audit/run.py [--run DIR]     trains configs/moe_2bit.py in DIR if need be, audits, scores tasks
     python experiments/audit/run.py --write         writes the tables from what lies beside this file
 
 Needs the extras `deploy` (llama.cpp's types) and `eval` (tasks). The audit alone is one command:
