@@ -229,7 +229,7 @@ class Bench:
 
     def __init__(self, audit: Audit, found: list[Domain], calibration_ML: np.ndarray):
         self.audit, self.domains, self._calibration_ML = audit, found, calibration_ML
-        length, n_mtp = audit.cfg.data.seq_len, audit.model.n_mtp
+        self._length = length = audit.cfg.data.seq_len
         windows = {k: np.concatenate([d.windows[k] for d in found]) for k in found[0].windows}
         self._size = M = len(windows["tokens"])
         B = min(M, max(audit.cfg.train.batch_size, _BATCH_TOKENS // length))
@@ -245,7 +245,6 @@ class Bench:
         self._domain_U = np.repeat(np.arange(len(found)), unit_counts)
         self._weights_RU = fidelity.resample(self._domain_U)
         self._bytes_M = np.repeat([d.bytes_per_token for d in found], [len(d.document_M) for d in found])
-        self._length, self._n_mtp = length, n_mtp
         self._reference: tuple[Params, list[Outcome]] | None = None
         self._branch = ""
         self._params: Params = {}
@@ -255,8 +254,8 @@ class Bench:
     def judge(self, row: Row) -> dict[str, Any]:
         """All figures of a row, as audit.json holds them."""
         if self._reference is None:
-            params = self._load(self.audit.reference)
-            self._reference = fidelity.head_of(params), self._outcomes(params, None)
+            self._enter(self.audit.reference)
+            self._reference = fidelity.head_of(self._params), self._outcomes(self._params)
         self._enter(row.branch)
         params, joined = self._params, 1
         if row.rounded:
@@ -286,16 +285,13 @@ class Bench:
         """Holds the weights of one branch, and of no other."""
         if branch != self._branch:
             self._params, self._own, self._importance = {}, None, None
-            self._branch, self._params = branch, self._load(branch)
-
-    def _load(self, phase: str) -> Params:
-        with Branch(self.audit.workdir, phase, self.audit.steps[phase], rest="F32") as branch:
-            return branch.numbers()
+            with Branch(self.audit.workdir, branch, self.audit.steps[branch], rest="F32") as opened:
+                self._branch, self._params = branch, opened.numbers()
 
     def _own_outcomes(self) -> tuple[Params, list[jax.Array]]:
         """The head and the hidden states of the branch itself."""
         if self._own is None:
-            hidden = [outcome.hidden_BLD for outcome in self._outcomes(self._params, None)]
+            hidden = [outcome.hidden_BLD for outcome in self._outcomes(self._params)]
             self._own = fidelity.head_of(self._params), hidden
         return self._own
 
@@ -306,8 +302,8 @@ class Bench:
             )
         return self._importance
 
-    def _outcomes(self, params: Params, cache: CacheType | None) -> list[Outcome]:
-        return [fidelity.run_model(params, batch, cfg=self.audit.model, cache=cache) for batch in self._batches]
+    def _outcomes(self, params: Params) -> list[Outcome]:
+        return [fidelity.run_model(params, batch, cfg=self.audit.model) for batch in self._batches]
 
     def _figures(
         self, params: Params, cache: CacheType | None, own: tuple[Params, list[jax.Array]] | None
@@ -469,8 +465,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _described(domain: Domain, length: int) -> str:
     tokens, units = int(domain.windows["mask"][:, 1 : 1 + length].sum()), int(domain.unit_M[-1]) + 1
-    cut = f"{len(domain.document_M)} windows of {domain.documents} documents, {units} units of the bootstrap"
-    return f"{domain.name}: {tokens:,} tokens in {cut}"
+    found = {"windows": len(domain.document_M), "documents": domain.documents, "units": units}
+    return f"{domain.name}: {tokens:,} tokens, " + ", ".join(f"{name} {n}" for name, n in found.items())
 
 
 def _parser() -> argparse.ArgumentParser:
