@@ -3,9 +3,11 @@
     python -m qatmoe.benchmark --config configs/moe_2bit.py [--grids q2_0,mxfp4 | all | none] [--scales learned,dynamic]
         [--rounds 20] [--parts yes] [--data yes] [--json FILE] [--config.key=value ...]
 
-Each QAT step takes turns with the full-precision step, so a machine whose speed drifts slows both alike; its cost is
-the median of the ratios of neighbouring steps. Two states are held at a time. Random weights, random tokens, no data
-loading; --data adds the same loop over the config's text, --parts the step's parts, each alone.
+Without --grids the config's own grids are timed; with it each takes the place of all of them. Each QAT step takes turns
+with the full-precision step, so a machine whose speed drifts slows both alike; its cost is the median of the ratios of
+neighbouring steps. Two states are held at a time. Random weights, one batch of random tokens again and again, no data
+loading; --data adds the same loop over the config's text, --parts the step's parts, each alone. A step that does not
+fit in memory is a row that says so. `dropped` is the share of choices that found no room, the median of the timed steps.
 
 Model FLOPs are 6 per active weight and token (2 forward, 4 backward) and 6 N B L^2 H Dh for causal attention, whatever
 is computed again or on empty rows; a weight is active where a token is multiplied with it, so embeddings count where
@@ -15,11 +17,10 @@ they are the head. The ceiling is the best of several square matmuls in model.dt
 import dataclasses
 import functools
 import json
-import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ class Variant:
     """One compiled training step and its state."""
 
     def __init__(self, name: str, cfg: Config, quantize: bool, batch: Batch, mesh: Mesh):
-        self.name, self.batch, self.seconds = name, batch, list[float]()
+        self.name, self.batch = name, batch
+        self.seconds: list[float] = []
+        self.dropped: list[float] = []
         phase = PhaseConfig(steps=1, quantize=quantize)
         plan = quant_plan(cfg)[0]
         places = jax.tree.map(lambda s: s.sharding, abstract_state(cfg, phase, plan, mesh))
@@ -65,7 +68,6 @@ class Variant:
         start = time.perf_counter()
         self._step = step.lower(self.state, batch, None).compile()
         self.compile_s = time.perf_counter() - start
-        self.dropped = math.nan
 
     @property
     def peak_bytes(self) -> int | None:
@@ -81,7 +83,7 @@ class Variant:
         self.state, values = self._step(self.state, self.batch, None)
         jax.block_until_ready(values)
         self.seconds.append(time.perf_counter() - start)
-        self.dropped = float(jnp.mean(values["dropped_N"]))
+        self.dropped.append(float(jnp.mean(values["dropped_N"])))
 
     def stream(self, source: Iterator[Batch], n: int) -> float:
         """Seconds per step of n steps over a source of batches, the host preparing the next while the device works."""
@@ -133,30 +135,51 @@ def ceiling(dtype: str) -> float:
     return best
 
 
-def measure(cfg: Config, grids: Sequence[str], scales: Sequence[str], rounds: int) -> list[Row]:
-    """Times the full-precision step and one QAT step per grid and scale kind; the first row is the baseline."""
+def measure(cfg: Config, quants: dict[str, QuantConfig], rounds: int) -> list[Row]:
+    """Times the full-precision step and one QAT step per {name: quantization}; the first row is the baseline."""
     mesh = make_mesh(cfg.mesh)
-    check_mesh(cfg, mesh)
-    quants = {  # checked before anything is timed
-        f"{grid}, {scale} scales": dataclasses.replace(on_grid(cfg.quant, grid), scale=scale)
-        for grid in grids
-        for scale in scales
-    }
-    quants = {name: quant for name, quant in quants.items() if fits(dataclasses.replace(cfg, quant=quant), name)}
     batch = random_batch(cfg, mesh)
     base = Variant("full precision", cfg, False, batch, mesh)
     for _ in range(WARM_UP + rounds):
         base.run()
     rows = [_row(cfg, base, base.seconds[WARM_UP:], None)]
     for name, quant in quants.items():
-        other = Variant(name, dataclasses.replace(cfg, quant=quant), True, batch, mesh)
-        base.seconds.clear()
-        for _ in range(WARM_UP + rounds):
-            base.run()
-            other.run()
+        try:
+            other = Variant(name, dataclasses.replace(cfg, quant=quant), True, batch, mesh)
+            base.seconds.clear()
+            for _ in range(WARM_UP + rounds):
+                base.run()
+                other.run()
+        except jax.errors.JaxRuntimeError as e:  # memory: the rows so far are worth keeping
+            rows.append({"variant": name, "failed": " ".join(str(e).split())[:200]})
+            continue
         rows.append(_row(cfg, other, other.seconds[WARM_UP:], base.seconds[WARM_UP:]))
         del other  # its state, before the next one's
     return rows
+
+
+def variants(cfg: Config, grids: str, scales: Sequence[str]) -> dict[str, QuantConfig]:
+    """{name: quantization} of what --grids and --scales ask for. A grid among `all` that does not fit is left out.
+
+    Raises:
+      UserError: an unknown grid, one that was named and does not fit, or one for a config that quantizes nothing.
+    """
+    if grids == "none":
+        return {}
+    planned = dict.fromkeys(grid.name for grid in quant_plan(cfg)[0].values())
+    if not planned and grids:
+        raise UserError(f"--grids={grids}: config.quant puts no tensor on a grid; set config.quant.experts")
+    moved = {g: on_grid(cfg.quant, g) for g in (GRIDS if grids == "all" else _listed(grids, "grids"))}
+    found = moved or ({"+".join(planned): cfg.quant} if planned else {})
+    for name, quant in list(found.items()):
+        try:
+            quant_plan(dataclasses.replace(cfg, quant=quant))
+        except UserError as e:
+            if grids != "all":
+                raise
+            print(f"{name}: left out: {e}")
+            del found[name]
+    return {f"{n}, {scale} scales": dataclasses.replace(q, scale=scale) for n, q in found.items() for scale in scales}
 
 
 def _row(cfg: Config, variant: Variant, seconds: list[float], beside: list[float] | None) -> Row:
@@ -171,7 +194,7 @@ def _row(cfg: Config, variant: Variant, seconds: list[float], beside: list[float
         "cost_quartiles": [q - 1 for q in statistics.quantiles(ratios, n=4)[::2]] if len(ratios) > 1 else None,
         "compile_s": variant.compile_s,
         "peak_bytes": variant.peak_bytes,
-        "dropped": variant.dropped,
+        "dropped": statistics.median(variant.dropped[WARM_UP:]),
     }
 
 
@@ -180,15 +203,6 @@ def on_grid(quant: QuantConfig, grid: str) -> QuantConfig:
     families = ("experts", "gate_up", "down", "shared", "attention", "embedding", "head", "mtp")
     moved: dict[str, Any] = {f: grid for f in families if getattr(quant, f) not in ("none", "same")}
     return dataclasses.replace(quant, **moved)
-
-
-def fits(cfg: Config, name: str) -> bool:
-    """Whether the grids divide the model's rows; says so where they do not."""
-    try:
-        return bool(quant_plan(cfg)[0])
-    except UserError as e:
-        print(f"{name}: left out: {e}")
-        return False
 
 
 def random_batch(cfg: Config, mesh: Mesh) -> Batch:
@@ -228,6 +242,9 @@ def table(result: Row) -> str:
         f"{'dropped':>9}",
     ]
     for r in result["rows"]:
+        if "failed" in r:
+            lines.append(f"{r['variant']:<28} failed: {r['failed'][:80]}")
+            continue
         memory = "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**30:.2f}"
         lines.append(
             f"{r['variant']:<28}{r['step_ms']:>9.1f}{r['tokens_per_s']:>11,.0f}{r['model_tflops']:>9.3g}"
@@ -248,13 +265,13 @@ def table(result: Row) -> str:
     return "\n".join(lines)
 
 
-def run(cfg: Config, grids: Sequence[str], scales: Sequence[str], rounds: int, with_parts: bool, data: bool) -> Row:
+def run(cfg: Config, quants: dict[str, QuantConfig], rounds: int, with_parts: bool, data: bool) -> Row:
     """Everything that was asked for, as the JSON that --json writes."""
     with jax.set_mesh(make_mesh(cfg.mesh)):
         with_text = measure_data(cfg, rounds) if data else None  # first: its settings may be unusable
-        rows = measure(cfg, grids, scales, rounds)
+        rows = measure(cfg, quants, rounds)
         top = ceiling(cfg.model.dtype)
-        for row in rows:
+        for row in [r for r in rows if "failed" not in r]:
             row["ceiling_share"] = row["model_tflops"] * 1e12 / top / jax.device_count()
         return {
             "config": cfg.name,
@@ -271,24 +288,21 @@ def run(cfg: Config, grids: Sequence[str], scales: Sequence[str], rounds: int, w
         }
 
 
-def _choices(given: str, known: Callable[[str], object], name: str) -> list[str]:
+def _listed(given: str, name: str) -> list[str]:
+    """The values between commas; of grids and of kinds of scales they must be known."""
     values = [v for v in given.split(",") if v]
     for v in values:
-        known(v)
-    if not values:
-        raise UserError(f"--{name}={given!r}: name at least one")
+        if name == "grids":
+            get(v)
+        elif v not in CHOICES["quant.scale"]:
+            raise UserError(f"--scales={v}: must be of {', '.join(CHOICES['quant.scale'])}")
     return values
 
 
-def _grids(given: str) -> list[str]:
-    if given in ("all", "none"):
-        return list(GRIDS) if given == "all" else []
-    return _choices(given, get, "grids")
-
-
-def _known_scale(name: str) -> None:
-    if name not in CHOICES["quant.scale"]:
-        raise UserError(f"--scales={name}: must be of {', '.join(CHOICES['quant.scale'])}")
+def _rounds(given: str) -> int:
+    if not (given.isascii() and given.isdigit() and int(given) > 0):
+        raise UserError(f"--rounds={given}: must be a number of at least 1")
+    return int(given)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -296,14 +310,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {"grids": "", "scales": "learned,dynamic", "rounds": "20", "parts": "no", "data": "no", "json": ""}
     try:
         cfg, given = cli.parse(sys.argv if argv is None else argv, __doc__, options)
-        if not given["rounds"].isdigit() or int(given["rounds"]) < 1:
-            raise UserError(f"--rounds={given['rounds']}: must be a number of at least 1")
         for name in ("parts", "data"):
             if given[name] not in ("yes", "no"):
                 raise UserError(f"--{name}={given[name]}: must be yes or no")
-        grids = _grids(given["grids"] or cfg.quant.experts)
-        scales = _choices(given["scales"], _known_scale, "scales")
-        result = run(cfg, grids, scales, int(given["rounds"]), given["parts"] == "yes", given["data"] == "yes")
+        if given["json"] and not Path(given["json"]).parent.is_dir():
+            raise UserError(f"--json={given['json']}: there is no such folder to write into")
+        rounds, scales = _rounds(given["rounds"]), _listed(given["scales"], "scales")
+        if not scales:
+            raise UserError(f"--scales={given['scales']!r}: name at least one of {', '.join(CHOICES['quant.scale'])}")
+        check_mesh(cfg, make_mesh(cfg.mesh))
+        quants = variants(cfg, given["grids"], scales)
+        result = run(cfg, quants, rounds, given["parts"] == "yes", given["data"] == "yes")
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code

@@ -88,9 +88,10 @@ def head_loss(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weighted sums over tokens: of (1 - distill) * CE + distill * KL(teacher || model), of CE, and of KL.
 
-    Three f32 scalars, nats; only the first is differentiable. The gradients with respect to hidden states and head are
-    computed beside the loss, from the same logits, so that these are made once and never kept: with `chunk` > 0 there
-    are (chunk, V) of them at a time. Their gradient is multiplied in cfg.dtype and summed in f32.
+    Three f32 scalars, nats; only the first is differentiable, and not in the weights. The gradients with respect to
+    hidden states and head are computed beside the loss, from the same logits, so that these are made once and never
+    kept: with `chunk` > 0 there are (chunk, V) of them at a time. Their gradient is multiplied in cfg.dtype and summed
+    in f32.
 
     teacher: its parameters and hidden states (B, L, D). Gradients go to neither.
     """
@@ -128,8 +129,9 @@ def _head_forward(distill: float, *args: Any) -> tuple[Any, tuple[jax.Array, jax
 
 
 def _head_backward(distill: float, saved: tuple[jax.Array, jax.Array], g: Any) -> tuple[jax.Array | None, ...]:
-    d_hidden_NCD, d_head_VD = saved
-    return g[0].astype(d_hidden_NCD.dtype) * d_hidden_NCD, g[0].astype(d_head_VD.dtype) * d_head_VD, None, None, None
+    # In f32: g rounded to bf16 would be one and the same error in every gradient.
+    d_hidden_NCD, d_head_VD = ((g[0] * d.astype(jnp.float32)).astype(d.dtype) for d in saved)
+    return d_hidden_NCD, d_head_VD, None, None, None
 
 
 _head_loss.defvjp(_head_forward, _head_backward)

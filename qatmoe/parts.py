@@ -1,7 +1,8 @@
 """Where a training step's time goes: each part compiled and timed alone, forward and backward, at the config's shapes.
 
 Alone, a part cannot share a pass over memory with its neighbours, so the parts need not add up to the step; what they
-leave is norms, residual sums, embedding and what XLA overlaps.
+leave is norms, residual sums, embedding and what XLA overlaps. Each runs the whole batch on one device. The quantizer
+is that of the config.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from qatmoe.model.attention import attention
 from qatmoe.model.layers import ffn, rope_angles
 from qatmoe.optim import make_optimizer
 from qatmoe.run import quant_plan
+from qatmoe.tree import path_of
 
 Part = dict[str, Any]
 
@@ -166,11 +168,12 @@ def _quantize(cfg: Config) -> Call:
     phase = PhaseConfig(steps=1, quantize=True)
     state = jax.jit(lambda k: steps.branch(cfg, phase, plan, steps.init_state(cfg, k)))(jax.random.key(0))
 
-    def both(params: Any) -> Any:
+    def both(params: Any, gradients: Any) -> Any:
         values, pull_back = jax.vjp(lambda p: steps.deployed(cfg, plan, p, True), params)
-        return pull_back(jax.tree.map(jnp.ones_like, values))
+        return {path_of(p): v for p, v in jax.tree.leaves_with_path(values) if path_of(p) in plan}, pull_back(gradients)
 
-    return both, (state.params,)
+    shapes = jax.eval_shape(lambda p: steps.deployed(cfg, plan, p, True), state.params)
+    return both, (state.params, jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes))
 
 
 def _optimizer_ms(cfg: Config, rounds: int) -> float:

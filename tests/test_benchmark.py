@@ -6,6 +6,7 @@ import pytest
 from configs import h100_1b, moe_2bit, toy
 from qatmoe import benchmark
 from qatmoe.config import Config, DataConfig, ModelConfig, QuantConfig, TrainConfig, resolve
+from qatmoe.errors import UserError
 
 TINY = Config(
     model=ModelConfig(
@@ -50,7 +51,7 @@ def test_grids_move_all_families_that_are_on_one():
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, quick_compilation):
     out = tmp_path_factory.mktemp("benchmark") / "result.json"
-    flags = ["--grids=q2_0,q3_k", "--scales=learned", "--rounds=2", "--parts=yes", "--data=yes", f"--json={out}"]
+    flags = ["--grids=q2_0", "--scales=learned", "--rounds=2", "--parts=yes", "--data=yes", f"--json={out}"]
     shrink = ["--config.model.n_layers=2", "--config.model.vocab_size=300", "--config.data.tokenizer=train"]
     code = benchmark.main(["benchmark", f"--config={toy.__file__}", *flags, *shrink])
     return code, json.loads(out.read_text())
@@ -59,7 +60,7 @@ def measured(tmp_path_factory, quick_compilation):
 def test_what_is_measured_hangs_together(measured, capsys):
     code, result = measured
     assert code == 0
-    assert [r["variant"] for r in result["rows"]] == ["full precision", "q2_0, learned scales"]  # q3_k does not fit
+    assert [r["variant"] for r in result["rows"]] == ["full precision", "q2_0, learned scales"]
     for row in result["rows"]:
         assert row["tokens_per_s"] == pytest.approx(4 * 64 / row["step_ms"] * 1e3)
         assert row["model_tflops"] == pytest.approx(result["flops_per_step"] / row["step_ms"] / 1e9)
@@ -84,6 +85,7 @@ def test_what_is_measured_hangs_together(measured, capsys):
         ("--grids=q2_1", "unknown grid 'q2_1'; did you mean 'q2_k'?"),
         ("--scales=fixed", "--scales=fixed: must be of learned, dynamic"),
         ("--rounds=0", "--rounds=0: must be a number of at least 1"),
+        ("--json=/no/such/folder/x.json", "there is no such folder"),
         ("--parts=maybe", "--parts=maybe: must be yes or no"),
     ],
 )
@@ -92,6 +94,19 @@ def test_bad_flags_are_named(flag, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_config_without_grids_has_the_baseline_alone():
-    cfg = dataclasses.replace(TINY, quant=QuantConfig(experts="none"))
-    assert not benchmark.fits(cfg, "none")
+def test_what_is_asked_for_is_timed_or_refused(capsys):
+    cfg = resolve(moe_2bit.get_config())
+    mixed = dataclasses.replace(cfg, quant=dataclasses.replace(cfg.quant, shared="q4_0"))
+    own = benchmark.variants(mixed, "", ["learned", "dynamic"])
+    assert list(own) == ["q4_0+q2_0, learned scales", "q4_0+q2_0, dynamic scales"]  # the dense layer comes first
+    assert own["q4_0+q2_0, dynamic scales"] == dataclasses.replace(mixed.quant, scale="dynamic")
+    assert benchmark.variants(cfg, "none", ["learned"]) == {}
+    assert list(benchmark.variants(cfg, "mxfp4", ["learned"])) == ["mxfp4, learned scales"]
+    with pytest.raises(UserError, match="rows of 128 weights are not whole blocks of 256"):
+        benchmark.variants(cfg, "q3_k", ["learned"])
+    assert "q3_k, learned scales" not in benchmark.variants(cfg, "all", ["learned"])
+    assert "q3_k: left out" in capsys.readouterr().out
+    plain = dataclasses.replace(TINY, quant=QuantConfig(experts="none"))
+    assert benchmark.variants(plain, "", ["learned"]) == {}
+    with pytest.raises(UserError, match="puts no tensor on a grid"):
+        benchmark.variants(plain, "q2_0", ["learned"])
