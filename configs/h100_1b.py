@@ -4,7 +4,7 @@
 
 TEXT: your files (README, "Your own run"); the tokenizer is trained on them. The bundled novels are far too little
 text for this model and only show that it runs. Hardware: one H100; compiled for it (experiments/throughput), not run
-on one yet. Watch `dropped` in TensorBoard: it should stay below 0.1 % once the router is balanced; else raise
+on one yet. Watch the share of dropped rows in TensorBoard; if it does not fall below 0.1 %, raise
 model.capacity_factor.
 """
 

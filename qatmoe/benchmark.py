@@ -7,7 +7,7 @@ Without --grids the config's own grids are timed; with it each takes the place o
 with the full-precision step, so a machine whose speed drifts slows both alike; its cost is the median of the ratios of
 neighbouring steps. Two states are held at a time. Random weights, one batch of random tokens again and again, no data
 loading; --data adds the same loop over the config's text, --parts the step's parts, each alone. A step that does not
-fit in memory is a row that says so. `dropped` is the share of choices that found no room, the median of the timed steps.
+fit in memory is a row that says so. `dropped`: share of choices that found no room, the median of the timed steps.
 
 Model FLOPs are 6 per active weight and token (2 forward, 4 backward) and 6 N B L^2 H Dh for causal attention, whatever
 is computed again or on empty rows; a weight is active where a token is multiplied with it, so embeddings count where

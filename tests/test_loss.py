@@ -70,6 +70,51 @@ def test_chunks_give_the_same_loss_and_gradient(params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), cut_grad, whole_grad)
 
 
+@pytest.mark.parametrize("chunk", [0, 8])
+@pytest.mark.parametrize(("distill", "taught"), [(0.0, False), (0.3, True), (1.0, True)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_gradients_made_beside_the_loss_are_those_of_autodiff(tied, distill, taught, chunk):
+    cfg = dataclasses.replace(MODEL, tie_embeddings=tied)
+    keys = jax.random.split(jax.random.key(7), 6)
+    name = "embed" if tied else "head"
+    weight, hidden = jax.random.normal(keys[0], (64, 32)), jax.random.normal(keys[1], (2, 16, 32))
+    teacher = ({name: jax.random.normal(keys[2], (64, 32))}, jax.random.normal(keys[3], (2, 16, 32)))
+    targets = jax.random.randint(keys[4], (2, 16), 0, 64)
+    weights = jnp.where(jnp.arange(16) % 3 == 0, 0.0, jax.random.uniform(keys[5], (2, 16)))
+
+    def plain(weight, hidden):
+        logits = (hidden @ weight.T).reshape(-1, 64)
+        ce = loss.cross_entropy(logits, targets.reshape(-1))
+        kl = loss.kl_divergence((teacher[1] @ teacher[0][name].T).reshape(-1, 64), logits)
+        each = (1 - distill) * ce + distill * kl if taught else ce
+        return 2.5 * jnp.sum(each * weights.reshape(-1))
+
+    def made(weight, hidden):
+        options = {"teacher": teacher if taught else None, "distill": distill, "chunk": chunk}
+        return 2.5 * loss.head_loss({name: weight}, cfg, hidden, targets, weights, **options)[0]
+
+    value, grads = jax.jit(jax.value_and_grad(made, (0, 1)))(weight, hidden)
+    expected, expected_grads = jax.value_and_grad(plain, (0, 1))(weight, hidden)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, wanted, rtol=1e-4, atol=1e-4 * float(jnp.abs(wanted).max()))
+
+
+def test_the_scale_of_the_loss_is_not_rounded_in_bfloat16():
+    """1 / tokens rounded to bf16 would be one error in all gradients: their mean must be that of f32."""
+    hidden, weight = jax.random.normal(jax.random.key(0), (2, 64, 32)), jax.random.normal(jax.random.key(1), (64, 32))
+    targets = jax.random.randint(jax.random.key(2), (2, 64), 0, 64)
+
+    def grad(dtype):
+        def value(hidden):
+            return loss.head_loss({"head": weight}, MODEL, hidden, targets, jnp.ones((2, 64)))[0] / 13.7
+
+        return jax.jit(jax.grad(value))(hidden.astype(dtype)).astype(jnp.float32)
+
+    half, whole = grad(jnp.bfloat16), grad(jnp.float32)
+    assert abs(float(jnp.sum(half * whole) / jnp.sum(whole * whole)) - 1) < 1e-3
+
+
 def test_the_parts_add_up_and_mtp_is_not_silently_zero(params):
     batch = batch_of()
     total, aux = loss.training_loss(params, CFG, batch, loss.denominators(batch, 2))

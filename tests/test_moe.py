@@ -12,6 +12,8 @@ import pytest
 
 from qatmoe.config import ModelConfig
 from qatmoe.errors import UserError
+from qatmoe.model import moe
+from qatmoe.model.layers import swiglu
 from qatmoe.model.moe import capacity, expert_ffn
 
 T, D, E, K, F = 24, 8, 4, 2, 6
@@ -91,6 +93,34 @@ def test_gradients_of_dropped_choices_are_zero_and_the_rest_are_right():
         np.testing.assert_allclose(jnp.sum(grads[name] * move), (ahead - behind) / 2e-2, rtol=2e-2, atol=2e-2)
     late = jnp.arange(T) >= capacity(T, cfg)
     assert not jnp.any(jnp.where(late[:, None] & (indices == 1), grads["weights"], 0.0))
+
+
+@pytest.mark.parametrize("count", [1, 127, 128, 129, 1000])
+def test_ranks_against_a_loop(count):
+    experts = np.random.default_rng(count).integers(0, 3, count) * 2  # experts 1, 3 and 5 get nothing
+    seen, expected = dict.fromkeys(range(6), 0), []
+    for e in experts:
+        expected.append(seen[int(e)])
+        seen[int(e)] += 1
+    np.testing.assert_array_equal(moe._ranks(jnp.asarray(experts), 6), expected)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.003])  # not a bf16: autodiff halves gradients at the clamp itself
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gate_has_the_gradient_of_autodiff(dtype, limit):
+    """Below and beyond the clamp, in gate and up, on either side."""
+    gate_up = (3 * jax.random.normal(jax.random.key(0), (5, 8, 2 * F))).astype(dtype)
+    weights, g = jax.random.uniform(jax.random.key(1), (5, 8)), jax.random.normal(jax.random.key(2), (5, 8, F))
+
+    def plain(gate_up, weights):
+        return swiglu(gate_up, limit) * weights[..., None]
+
+    expected = jax.vjp(plain, gate_up.astype(jnp.float32), weights)[1](g.astype(dtype).astype(jnp.float32))
+    actual = jax.vjp(lambda a, w: moe._gated(a, w, limit), gate_up, weights)[1](g.astype(dtype))
+    assert actual[0].dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

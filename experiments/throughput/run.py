@@ -4,34 +4,39 @@
     python experiments/throughput/run.py --only peer,bf16      measures these anew, and keeps the rest of h100.json
     python experiments/throughput/run.py --write    writes the table from h100.json
 
-Needs an NVIDIA GPU, and torch and transformers for the peer (peer.py). Both programs are timed at several batch sizes,
-and each program's best counts: `ratio_to_peer` is qatmoe's tokens per second by the compiled peer's, `qat_overhead` the
-cost of Q2_0 with learned scales at batch 16, measured step by step beside the bf16 step.
+Needs an NVIDIA GPU, `pip install -e '.[gpu]'`, and torch and transformers for the peer (peer.py). Both programs are
+timed at several batch sizes, and each program's best counts: `ratio_to_peer` is qatmoe's tokens per second by the
+peer's, `qat_overhead` the cost of Q2_0 with learned scales at batch 16, measured step by step beside the bf16 step.
+What was measured is written after every program. Not the same in both: the peer drops no tokens and keeps bf16
+parameters and moments; qatmoe drops what its capacity does not hold (the column says how much), keeps f32 masters and
+second moments, clips by the gradient's norm and balances its router. GiB: buffers that XLA plans for qatmoe, the
+allocator's peak for the peer.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from qatmoe.report import fill_tables
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 RESULT = HERE / "h100.json"
 BATCHES = (8, 16, 32)
-STEPS = ("peer", "bf16", "grids", "fine", "small")
+STEPS = ("peer", "bf16", "best", "grids", "fine", "small")
 
 
-def peer(batch: int) -> dict:
+def peer(batch: int, *flags: str) -> dict:
     """One row of the peer; a failure (memory) is a row too."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "peer.py"), f"--batch={batch}"], capture_output=True, text=True, env=_env()
-    )
+    done = _python(str(HERE / "peer.py"), f"--batch={batch}", *flags)
     if done.returncode:
-        return {"variant": "transformers compiled", "batch_size": batch, "failed": done.stderr.strip()[-300:]}
+        return {"variant": "transformers", "batch_size": batch, "failed": _reason(done)}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -39,14 +44,22 @@ def ours(config: str, batch: int, *flags: str) -> dict:
     """What `qatmoe.benchmark` measures, as its JSON; a failure is a result too."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "qatmoe.benchmark", f"--config={config}", f"--json={out}", *flags]
-        done = subprocess.run(
-            [*command, f"--config.train.batch_size={batch}"], capture_output=True, text=True, env=_env()
-        )
+        options = [f"--config={ROOT / config}", f"--json={out}", f"--config.train.batch_size={batch}", *flags]
+        done = _python("-m", "qatmoe.benchmark", *options)
         print(done.stdout, flush=True)
         if done.returncode:
-            return {"config": config, "batch_size": batch, "failed": done.stderr.strip()[-300:], "rows": []}
+            return {"config": Path(config).stem, "batch_size": batch, "failed": _reason(done), "rows": []}
         return json.loads(out.read_text())
+
+
+def _python(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT, env=_env())
+
+
+def _reason(done: subprocess.CompletedProcess) -> str:
+    """The last line of what a program said, with nothing in it that would break a table."""
+    said = " ".join((done.stderr.strip().splitlines() or ["it said nothing"])[-1].replace("|", "/").split())
+    return f"exit {done.returncode}: {said[-200:]}"
 
 
 def _env() -> dict[str, str]:
@@ -54,33 +67,39 @@ def _env() -> dict[str, str]:
     return os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
-def measure(only: set[str], found: dict) -> dict:
-    """`found`, with all that is asked for measured anew."""
+def measure(only: set[str], found: dict) -> None:
+    """Measures what is asked for, and writes it and `found` to h100.json after every program."""
     big = "configs/h100_1b.py"
-    if "peer" in only:
-        found["peer"] = [peer(b) for b in BATCHES]
-    if "bf16" in only:
-        found["bf16"] = [ours(big, b, "--grids=none") for b in BATCHES]
-    if "grids" in only:
-        found["grids"] = ours(big, 8, "--grids=all", "--scales=learned", "--parts=yes", "--data=yes", "--rounds=10")
-        found["best"] = ours(big, 16, "--grids=q2_0", "--scales=learned,dynamic")
-    if "fine" in only:
-        found["fine"] = ours("configs/h100_fine.py", 8, "--grids=none", "--parts=yes")
-    if "small" in only:
-        found["small"] = ours("configs/moe_2bit.py", 256, "--grids=q2_0")
-    return found
+    programs: dict[str, list[Callable[[], dict]]] = {
+        "peer": [functools.partial(peer, b) for b in BATCHES] + [lambda: peer(BATCHES[0], "--no-compile")],
+        "bf16": [functools.partial(ours, big, b, "--grids=none") for b in BATCHES],
+        "best": [lambda: ours(big, 16, "--grids=q2_0")],
+        "grids": [lambda: ours(big, 8, "--grids=all", "--scales=learned", "--rounds=10", "--parts=yes", "--data=yes")],
+        "fine": [lambda: ours("configs/h100_fine.py", 8, "--grids=none", "--parts=yes")],
+        "small": [lambda: ours("configs/moe_2bit.py", 256, "--grids=q2_0")],
+    }
+    for name in [n for n in STEPS if n in only]:
+        found[name] = []
+        for program in programs[name]:
+            found[name].append(program())
+            RESULT.write_text(json.dumps(summary(found), indent=1) + "\n")
 
 
 def summary(found: dict) -> dict:
     """The figures that are asked of it, and all rows."""
     peers = [r["tokens_per_s"] for r in found.get("peer", []) if "failed" not in r]
+    results = [r for name in STEPS[1:] for r in found.get(name, [])]
     bf16 = [r["rows"][0]["tokens_per_s"] for r in found.get("bf16", []) if r["rows"]]
-    learned = [r["cost"] for r in found.get("best", {}).get("rows", []) if r["variant"] == "q2_0, learned scales"]
-    results = [*found.get("bf16", []), *(found[k] for k in ("grids", "best", "fine", "small") if k in found)]
+    learned = [
+        row["cost"]
+        for r in found.get("best", [])
+        for row in r["rows"]
+        if row["variant"] == "q2_0, learned scales" and "failed" not in row
+    ]
     rows = [
         {"config": r["config"], "batch_size": r["batch_size"], **row}
         for r in results
-        for row in (r["rows"] or [{"failed": r["failed"]}])
+        for row in (r["rows"] or [{"variant": "full precision", "failed": r["failed"]}])
     ]
     return {
         "ratio_to_peer": max(bf16) / max(peers) if bf16 and peers else None,
@@ -100,7 +119,7 @@ def table(result: dict) -> str:
     for r in result["rows"]:
         where = f"| {r.get('config', 'Qwen3-MoE')} | {r.get('variant', 'full precision')} | {r['batch_size']}"
         if "failed" in r:
-            lines.append(f"{where} | failed: {r['failed'].splitlines()[-1][:80]} | | | | | | | |")
+            lines.append(f"{where} | {r['failed'].replace('|', '/')} | | | | | | | |")
             continue
         share = f"{r['ceiling_share']:.1%}" if "ceiling_share" in r else ""
         cost = f"{r['cost']:+.1%}" if "scales" in r["variant"] else ""
@@ -124,7 +143,7 @@ def main() -> None:
         parser.error(f"--only: unknown {', '.join(sorted(unknown))}; known: {', '.join(STEPS)}")
     if not args.write:
         before = json.loads(RESULT.read_text())["results"] if RESULT.exists() else {}
-        RESULT.write_text(json.dumps(summary(measure(set(args.only.split(",")), before)), indent=1) + "\n")
+        measure(set(args.only.split(",")), before)
     fill_tables(HERE / "README.md", {"gpu": table(json.loads(RESULT.read_text()))})
 
 

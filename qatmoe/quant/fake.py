@@ -47,7 +47,7 @@ def _forward(grid: Grid, w: jax.Array, scale: jax.Array, clip: bool) -> tuple[ja
 
 
 def _backward(grid: Grid, clip: bool, saved: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Without the barrier XLA keeps the forward pass's comparisons for this one: 3 bytes a weight, and slower than anew.
+    # Without the barrier XLA keeps the forward pass's comparisons for this one: 3 bytes a weight on a GPU.
     w, scale = jax.lax.optimization_barrier(saved)
     snapped = grid.snap(scale)
     low, high = min(grid.levels[grid.first_code :]), max(grid.levels)
