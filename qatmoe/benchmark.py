@@ -33,6 +33,7 @@ from qatmoe import step as steps
 from qatmoe.config import CHOICES, Config, PhaseConfig, QuantConfig
 from qatmoe.data import batches
 from qatmoe.errors import UserError
+from qatmoe.files import check_place
 from qatmoe.mesh import batch_groups, make_mesh, spec
 from qatmoe.model import transformer
 from qatmoe.quant.grid import GRIDS, get
@@ -313,8 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("parts", "data"):
             if given[name] not in ("yes", "no"):
                 raise UserError(f"--{name}={given[name]}: must be yes or no")
-        if given["json"] and not Path(given["json"]).parent.is_dir():
-            raise UserError(f"--json={given['json']}: there is no such folder to write into")
+        if given["json"]:
+            check_place(given["json"], "--json")
         rounds, scales = _rounds(given["rounds"]), _listed(given["scales"], "scales")
         if not scales:
             raise UserError(f"--scales={given['scales']!r}: name at least one of {', '.join(CHOICES['quant.scale'])}")

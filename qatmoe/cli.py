@@ -1,7 +1,10 @@
-"""The command line of the entry points: `--config FILE`, `--config.key=value`, and a few options of their own."""
+"""What entry points share: command lines of `--config FILE` and `--config.key=value`, and how a program ends."""
 
+import io
+import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -9,6 +12,25 @@ from ml_collections import config_flags
 
 from qatmoe.config import Config, resolve
 from qatmoe.errors import UserError
+
+
+def run(main: Callable[[], int]) -> int:
+    """Runs an entry point as a program, and returns its exit code.
+
+    Characters that the standard output's encoding lacks are written as "?". Where its reader went away, as `head` does,
+    the program ends without a word, with 141 as if SIGPIPE had ended it.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        try:
+            return main()
+        finally:  # also after the SystemExit of --help
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
+        return 128 + signal.SIGPIPE
 
 
 def parse(argv: Sequence[str], usage: str, options: Mapping[str, str]) -> tuple[Config, dict[str, str]]:

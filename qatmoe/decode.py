@@ -7,6 +7,7 @@ rounding. MTP modules are not used.
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ class Decoder:
     """
 
     def __init__(self, params: dict[str, Any], cfg: ModelConfig, length: int, cache: CacheType | None = None):
-        """Allocates the cache.
+        """Allocates the cache: cfg.n_layers * length * `cache.bytes` of a layer's keys and values.
 
         Args:
           params: f32, in the layout of cfg.scan_layers; quantized weights decoded.
@@ -42,7 +43,7 @@ class Decoder:
           cache: how keys and values are stored; f32 by default.
 
         Raises:
-          UserError: heads of cfg.head_dim do not fit the cache type.
+          UserError: heads of cfg.head_dim do not fit the cache type, or the cache does not fit into memory.
         """
         self.cache = cache or CacheType()
         self.cache.check(cfg.head_dim)
@@ -50,15 +51,17 @@ class Decoder:
         self._cfg = cfg
         self.length = -(-max(length, 1) // RUNS[-1]) * RUNS[-1]
         self.used = 0
+        width = cfg.n_kv_heads * cfg.head_dim
+        needed = round(cfg.n_layers * self.length * self.cache.bytes(width, width))
+        if needed > (there := _device_bytes()):
+            raise UserError(
+                f"a cache of {self.length} tokens in {self.cache} takes {needed:,} bytes and there are {there:,}: "
+                "give fewer tokens, or a smaller type of cache"
+            )
         values = jax.ShapeDtypeStruct((1, self.length, cfg.n_kv_heads, cfg.head_dim), jnp.float32)
         self._memory: Memory = [
             (_empty(self.cache.k, values), _empty(self.cache.v, values)) for _ in range(cfg.n_layers)
         ]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the cache takes."""
-        return sum(array.nbytes for array in jax.tree.leaves(self._memory))
 
     def feed(self, ids: Sequence[int] | np.ndarray) -> jax.Array:
         """Takes in the next tokens, one at least; scores (V,) f32 of the token after the last of them.
@@ -77,6 +80,16 @@ class Decoder:
             )
             self.used += count
         return scores_V
+
+    def warm_up(self, count: int, use: Callable[[jax.Array], Any] = jax.block_until_ready) -> None:
+        """Compiles what takes in `count` tokens and then single ones; the cache is empty before and after.
+
+        Args:
+          use: is called with scores, to compile what the caller makes of them too.
+        """
+        for run in sorted({1, *(run for run, _ in self._runs(count))}):
+            use(self.feed(np.zeros(run, np.int32)))
+            self.used = 0
 
     def _runs(self, count: int) -> Iterator[tuple[int, int]]:
         """Lengths of the runs that `count` tokens are fed in, and how many of them each holds."""
@@ -123,6 +136,12 @@ def _feed(
     return transformer.logits(params, cfg, hidden_D), written
 
 
+def _device_bytes() -> int:
+    """Memory of the device in bytes, free or not: a GPU's own, or that of the machine."""
+    found = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return found or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _empty(kind: str, values: jax.ShapeDtypeStruct) -> Stored:
     """Room for values in a cache type."""
     shapes = jax.eval_shape(functools.partial(store, kind), values)
@@ -144,15 +163,17 @@ def probabilities(scores_V: jax.Array, temperature: float, top_k: int, top_p: fl
     """The distribution (V,) f32 that tokens are drawn from.
 
     In transformers' order: scores are divided by the temperature (> 0), then the top_k most probable tokens are kept
-    (0: all), then of these the fewest whose probabilities, renormalised, reach top_p (the one that crosses it is kept).
-    Of equal scores the lower ids come first.
+    (0: all), then of these the fewest whose probabilities, renormalised, reach top_p (the one that crosses it is kept;
+    1: all). Of equal scores the lower ids come first.
     """
+    smallest = jnp.finfo(jnp.float32).tiny  # less than that counts as 0, and 0 / 0 is NaN
+    scores_V = (scores_V - jnp.max(scores_V)) / jnp.maximum(temperature, smallest)  # no largest score overflows
     order_V = jnp.argsort(-scores_V, stable=True)
     rank_V = jnp.arange(scores_V.size)
-    scores_V = jnp.where((top_k == 0) | (rank_V < top_k), scores_V[order_V] / temperature, -jnp.inf)
+    scores_V = jnp.where((top_k == 0) | (rank_V < top_k), scores_V[order_V], -jnp.inf)
     probs_V = jax.nn.softmax(scores_V)
     before_V = jnp.cumsum(probs_V) - probs_V
-    kept_V = jnp.where((rank_V == 0) | (before_V < top_p), probs_V, 0.0)
+    kept_V = jnp.where((rank_V == 0) | (before_V < top_p) | (top_p >= 1), probs_V, 0.0)
     return jnp.zeros_like(kept_V).at[order_V].set(kept_V / jnp.sum(kept_V))
 
 
@@ -173,6 +194,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Sequence[int] = (),
+    warm_up: bool = False,
 ) -> Iterator[int]:
     """Continues a prompt; yields each new token as soon as it is chosen.
 
@@ -182,6 +204,7 @@ def generate(
       temperature: 0 takes the most probable token; `probabilities` says what the next three do.
       seed: of the draws; the same arguments give the same tokens.
       stop_ids: tokens that end the text; they are not yielded.
+      warm_up: whether everything is compiled before this returns, for who takes the time of the tokens.
 
     Raises:
       UserError: an unusable argument, at once and not at the first token.
@@ -189,25 +212,27 @@ def generate(
     ids = checked_ids(prompt_ids, cfg)
     check_sampling(max_tokens, temperature, top_k, top_p, seed)
     decoder = Decoder(params, cfg, len(ids) + max_tokens, cache)
-    return _tokens(decoder, ids, max_tokens, temperature, top_k, top_p, jax.random.key(seed), frozenset(stop_ids))
+    key, top_k = jax.random.key(seed), min(top_k, cfg.vocab_size)
+
+    def choose(scores_V: jax.Array, i: int = 0) -> int:
+        if temperature == 0:
+            return int(jnp.argmax(scores_V))
+        return int(_draw(jax.random.fold_in(key, i), scores_V, temperature, top_k, top_p))
+
+    if warm_up:
+        decoder.warm_up(len(ids), choose)
+    return _tokens(decoder, ids, max_tokens, choose, frozenset(stop_ids))
 
 
 def _tokens(
     decoder: Decoder,
     ids: np.ndarray,
     max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    key: jax.Array,
+    choose: Callable[[jax.Array, int], int],
     stop_ids: frozenset[int],
 ) -> Iterator[int]:
     for i in range(max_tokens):
-        scores_V = decoder.feed(ids)
-        if temperature == 0:
-            token = int(jnp.argmax(scores_V))
-        else:
-            token = int(_draw(jax.random.fold_in(key, i), scores_V, temperature, top_k, top_p))
+        token = choose(decoder.feed(ids), i)
         if token in stop_ids:
             return
         yield token

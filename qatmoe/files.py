@@ -98,6 +98,18 @@ def check_free(path: Path, *, force: bool) -> None:
         raise UserError(f"{path} exists: choose another path, or give --force to replace it")
 
 
+def check_place(path: str | Path, option: str) -> None:
+    """Raises UserError where no file can be written to the `path` that an option gives; before anything is computed."""
+    path = Path(path)
+    check_free(path, force=True)
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: there is no such folder to write into")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; give a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option} {path}: its folder cannot be written into; choose another")
+
+
 def check_apart(out: Path, source: Path) -> None:
     """Raises UserError where writing `out` would remove `source` or a part of it."""
     there, source = out.resolve(), source.resolve()

@@ -10,12 +10,11 @@ ends at the end-of-text token, at a --stop string or after --max_tokens.
 import argparse
 import contextlib
 import dataclasses
-import io
-import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
 
+from qatmoe import cli
 from qatmoe.convert.weights import Branch
 from qatmoe.decode import check_sampling, generate, stream_text
 from qatmoe.errors import UserError
@@ -105,28 +104,24 @@ def _write(branch: Branch, prompt: str, cache: CacheType, args: argparse.Namespa
     """Writes the text of one branch, and its speed to stderr."""
     cfg, params = dataclasses.replace(branch.model, scan_layers=False), branch.numbers()
     ids = branch.tokenizer.encode(prompt)
-
-    def tokens() -> Iterator[int]:
-        return generate(
-            params,
-            cfg,
-            ids,
-            max_tokens=args.max_tokens,
-            cache=cache,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-            stop_ids=(branch.tokenizer.end_id, *branch.origin.end_ids),
-        )
-
-    for _ in itertools.islice(tokens(), 2):  # compiles, so that the times below are of running alone
-        pass
+    tokens = generate(
+        params,
+        cfg,
+        ids,
+        max_tokens=args.max_tokens,
+        cache=cache,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop_ids=(branch.tokenizer.end_id, *branch.origin.end_ids),
+        warm_up=True,  # so that the times below are of running alone
+    )
     started = time.perf_counter()
     times: list[float] = []
 
     def timed() -> Iterator[int]:
-        for token in tokens():
+        for token in tokens:
             times.append(time.perf_counter())
             yield token
 
@@ -147,6 +142,4 @@ def _speed(count: int, started: float, times: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # where the terminal knows fewer characters
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -106,11 +106,11 @@ class Model(TemplateLM):
         """Continuations up to the first stop string, which is left out, or the number of tokens the task asks for.
 
         The context is cut on the left so that it and the new tokens fit into the model's; half of that is left to it
-        where a task asks for more tokens.
+        where a task asks for more tokens. Draws are seeded by a request's place, so that its repeats differ.
         """
-        return [self._continue(*instance.args) for instance in requests]
+        return [self._continue(seed, *instance.args) for seed, instance in enumerate(requests)]
 
-    def _continue(self, context: str, options: dict[str, Any]) -> str:
+    def _continue(self, seed: int, context: str, options: dict[str, Any]) -> str:
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
         wanted = next((options[k] for k in _LENGTHS if options.get(k)), MAX_NEW_TOKENS)
@@ -122,6 +122,7 @@ class Model(TemplateLM):
         ids: list[int] = []
         text = ""
         stop_ids = (self.eot_token_id,)
+        sampling |= {"seed": seed}
         for token in generate(self._params, self._cfg, prompt, max_tokens=new, stop_ids=stop_ids, **sampling):
             ids.append(token)
             text = self._tokenizer.decode(ids)

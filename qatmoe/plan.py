@@ -12,20 +12,23 @@ import argparse
 import collections
 import dataclasses
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from qatmoe import cli
 from qatmoe.config import QuantConfig
 from qatmoe.convert import gguf, gguf_model, names
 from qatmoe.convert.weights import RESTS, Branch
 from qatmoe.errors import UserError
-from qatmoe.files import write_atomically
+from qatmoe.files import check_place, write_atomically
 from qatmoe.model.cache import KINDS, CacheType
 from qatmoe.quant.grid import get
 from qatmoe.quant.plan import KEPT, OTHER, family
 from qatmoe.shapes import FAMILIES, SHAPES, Piece, Shape, find, from_model, size, stored
+from qatmoe.text_table import aligned
 
 COMPUTE_BUFFERS = 1_000_000_000  # bytes, an assumption. Scores of 512 tokens over 151,936 entries take 0.31 GB of it
 WINDOW_EXTRA, WINDOW_STEP = 512, 256  # llama.cpp keeps a window and one batch, rounded up (llama-kv-cache-iswa.cpp)
@@ -109,11 +112,10 @@ def cache_bytes(shape: Shape, cache: CacheType, tokens: int) -> int:
 
     A layer with a window keeps no more than that and a batch of 512 tokens.
     """
-    bits_k, bits_v = cache.bits
     total = 0.0
     for layers, k, v, _, window in shape.caches:
         most = -(-(window + WINDOW_EXTRA) // WINDOW_STEP) * WINDOW_STEP
-        total += layers * (min(tokens, most) if window else tokens) * (k * bits_k + v * bits_v) / 8
+        total += layers * (min(tokens, most) if window else tokens) * cache.bytes(k, v)
     return round(total)
 
 
@@ -139,9 +141,10 @@ def largest_context(memory: Memory, cache: CacheType, available: int) -> int:
 def parse_memory(text: str) -> int:
     """Bytes of "128GB" (10^9 each), "96GiB" (2^30), "16 GB", "1.5TB"; UserError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MGT])(i?)B\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
+    size = float(match[1]) * (1024 if match[3] else 1000) ** _SCALE[match[2].upper()] if match else 0.0
+    if not 0 < size < math.inf:
         raise UserError(f"--memory {text!r}: give a number and a unit, as in 128GB (10^9 bytes) or 96GiB (2^30)")
-    return round(float(match[1]) * (1024 if match[3] else 1000) ** _SCALE[match[2].upper()])
+    return round(size)
 
 
 def parse_cache(text: str, shape: Shape) -> CacheType:
@@ -152,12 +155,12 @@ def parse_cache(text: str, shape: Shape) -> CacheType:
     """
     cache = _cache_type(text)
     for layers in shape.caches:
-        cache.check(layers.head)
+        cache.check(layers.head, text)
     return cache
 
 
 def _cache_type(text: str) -> CacheType:
-    return CacheType.parse(re.sub(r"(^|/)f16\b", r"\1bf16", text))
+    return CacheType.parse(text, {"f16": "bf16"})
 
 
 def summary(memory: Memory, cache: str, context: int, sizes: Sequence[str]) -> dict[str, Any]:
@@ -196,17 +199,6 @@ def summary(memory: Memory, cache: str, context: int, sizes: Sequence[str]) -> d
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
-
-
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Columns as wide as their widest cell, the first `left` of them flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def text(result: dict[str, Any]) -> str:
@@ -401,6 +393,8 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, key) not in ("none", *(["same"] if key in ("gate_up", "down", "mtp") else [])):
             get(getattr(args, key))
     _cache_type(args.cache)
+    if args.json:
+        check_place(args.json, "--json")
     if args.memory:
         parse_memory(args.memory)
 
@@ -437,4 +431,4 @@ def _tokens(context: int | None, shape: Shape) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

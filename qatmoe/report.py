@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from qatmoe import metrics
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
+from qatmoe.text_table import aligned
 
 Summary = dict[str, Any]
 
@@ -157,11 +158,7 @@ def table(summary: Summary) -> str:
             add(f"PTQ of {branch} ({rule})", value, quantized=True)
     for phase in summary["quantized"]:
         add(phase, loss.get(phase), quantized=True)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
+    lines = aligned(rows)
     lines.insert(1, "-" * len(lines[0]))
     if summary["recovered"] is not None:
         lines.append(f"QAT recovers {summary['recovered']:.1%} of what PTQ loses against the control.")

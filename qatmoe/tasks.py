@@ -23,10 +23,12 @@ from typing import Any
 
 import numpy as np
 
+from qatmoe import cli
 from qatmoe.convert.weights import Branch
 from qatmoe.data import cloze
 from qatmoe.errors import UserError
-from qatmoe.files import write_atomically
+from qatmoe.files import check_place, write_atomically
+from qatmoe.text_table import aligned
 
 Row = dict[str, Any]
 
@@ -37,7 +39,7 @@ _RATIOS: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = 
     "bits_per_byte": (lambda a: a / math.log(2), lambda a: 1 / math.log(2)),
 }
 NOTE = (
-    "+-: standard error over documents; difference: to the first branch, its error from pairs of the same document. "
+    "±: standard error over documents; difference: to the first branch, its error from pairs of the same document. "
     "Models of a million parameters score near chance on all but perplexity."
 )
 
@@ -149,16 +151,11 @@ def table(branches: dict[str, list[Row]]) -> str:
         numbers = [_number(r["value"], r["stderr"]) for r in same]
         differences = [_number(*compare(row, r), sign="+") for r in same[1:]]
         cells.append([row["task"], row["metric"], str(row["documents"] or ""), *numbers, *differences])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:
-        padded = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    return "\n".join(aligned(cells, 2))
 
 
 def _number(value: float, stderr: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.4f}" + ("" if stderr is None else f" +- {stderr:.4f}")
+    return f"{value:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -206,6 +203,8 @@ def _parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
     if not tasks:
         raise UserError(f"--tasks {args.tasks!r}: names no task; give {','.join(cloze.NAMES)} or others")
+    if args.json:
+        check_place(args.json, "--json")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: must be at least 1; leave it out for all documents")
     if args.context and args.context < 2:
@@ -225,4 +224,4 @@ def _report(args: argparse.Namespace, branches: dict[str, list[Row]], steps: dic
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

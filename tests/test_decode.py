@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qatmoe import decode
+from qatmoe import decode, plan, shapes
 from qatmoe.config import ModelConfig
 from qatmoe.data import tokenizer
 from qatmoe.decode import Decoder, generate, probabilities, stream_text
@@ -116,10 +116,34 @@ def test_the_cache_takes_the_memory_of_its_type(name):
     cache = CacheType.parse(name)
     decoder = Decoder(params_of(CFG), CFG, 300, cache)
     assert decoder.length == 512
-    assert decoder.nbytes == cache.bytes(CFG, 512)
-    assert decoder.nbytes == 2 * 512 * 2 * 64 * sum(cache.bits) / 8
+    counted = plan.cache_bytes(shapes.from_model("", CFG, 512, 0.0), cache, 512)
+    assert counted == CFG.n_layers * 512 * cache.bytes(128, 128)
+    assert taken(decoder) == counted
     decoder.feed([1])
-    assert decoder.nbytes == cache.bytes(CFG, 512)
+    assert taken(decoder) == counted
+
+
+def taken(decoder):
+    return sum(array.nbytes for array in jax.tree.leaves(decoder._memory))
+
+
+def test_a_cache_larger_than_the_memory_is_refused():
+    with pytest.raises(UserError, match=r"a cache of 2000000256 tokens in q4_0 takes 576,000,073,728 bytes .* fewer"):
+        generate(params_of(CFG), CFG, TOKENS, max_tokens=2_000_000_000, cache=CacheType.parse("q4_0"))
+
+
+def test_warming_up_compiles_all_and_takes_a_prompt_in_only_once(monkeypatch):
+    monkeypatch.setattr(decode, "RUNS", (1, 8))
+    cfg, fed_lengths, feed = dataclasses.replace(CFG, norm_eps=3e-5), [], Decoder.feed  # of no other test
+    monkeypatch.setattr(Decoder, "feed", lambda self, ids: fed_lengths.append(len(ids)) or feed(self, ids))
+    options = {"max_tokens": 3, "temperature": 1.0}
+    tokens = generate(params_of(CFG), cfg, TOKENS, warm_up=True, **options)
+    assert fed_lengths == [1, 8]
+    compiled = decode._feed._cache_size(), decode._draw._cache_size()
+    found = list(tokens)
+    assert fed_lengths == [1, 8, 24, 1, 1]
+    assert (decode._feed._cache_size(), decode._draw._cache_size()) == compiled
+    assert found == list(generate(params_of(CFG), cfg, TOKENS, **options))
 
 
 # ---- the distribution ------------------------------------------------------------------------------------------------
@@ -145,6 +169,19 @@ P = np.array([0.1, 0.4, 0.05, 0.25, 0.2])  # by falling probability: 1, 3, 4, 0,
 def test_distribution(options, expected):
     scores = jnp.log(jnp.asarray(P, jnp.float32)) + 3.0
     np.testing.assert_allclose(probabilities(scores, *options), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-37, 1e-42, 1e-60])
+def test_the_smallest_temperatures_take_the_most_probable_token(temperature):
+    scores = jnp.log(jnp.asarray(P, jnp.float32)) + 30.0
+    assert probabilities(scores, temperature, 0, 1.0).tolist() == [0, 1, 0, 0, 0]
+
+
+def test_top_p_of_one_keeps_all():
+    """Also what a sum in float32 does not see."""
+    found = probabilities(jnp.array([0.0, -20.0, -21.0]), 1.0, 0, 1.0)
+    np.testing.assert_allclose(found, [1, np.exp(-20), np.exp(-21)], rtol=1e-4)
+    assert probabilities(jnp.array([0.0, -20.0, -21.0]), 1.0, 0, 0.9).tolist() == [1, 0, 0]
 
 
 def test_equal_scores_go_to_lower_ids():
@@ -185,6 +222,7 @@ def test_the_most_probable_tokens(name):
     assert len(set(expected)) > 2
     assert generated(temperature=0.0, cache=cache) == expected
     assert generated(temperature=2.0, top_k=1, cache=cache) == expected
+    assert generated(temperature=1e-42, top_k=10**11, cache=cache) == expected
 
 
 def test_seeds():

@@ -8,7 +8,7 @@ import pytest
 import qatmoe
 
 FLOORS: list[set[str]] = [
-    {"errors", "tree"},
+    {"errors", "tree", "text_table"},
     {"files"},
     {"config"},
     {"mesh"},

@@ -13,6 +13,7 @@ from conftest import ROOT
 from qatmoe import generate, train
 from qatmoe.convert.weights import Branch
 from qatmoe.data import corpus
+from qatmoe.decode import RUNS, Decoder
 from qatmoe.decode import generate as draw
 from qatmoe.model.cache import CacheType
 from qatmoe.run import Run
@@ -88,6 +89,26 @@ def test_options_reach_the_draws(run, capsys):
     assert text == expected + "\n"
     assert "cache q8_0/q4_0+rot" in err[0]
     assert text != write(capsys, run, *options, "--seed=4")[0]
+
+
+def test_one_cache_and_one_pass_over_the_prompt(run, capsys, monkeypatch):
+    fed, feed = [], Decoder.feed
+    monkeypatch.setattr(Decoder, "feed", lambda self, ids: fed.append((id(self), list(ids))) or feed(self, ids))
+    write(capsys, run, "--max_tokens=2", prompt=TEXT[:2000])
+    with Branch(run) as branch:
+        prompt = branch.tokenizer.encode(TEXT[:2000])
+    assert len({decoder for decoder, _ in fed}) == 1
+    assert next(ids for _, ids in fed if any(ids)) == list(prompt)
+    assert sum(len(ids) for _, ids in fed) <= len(prompt) + 1 + sum(RUNS)
+
+
+def test_values_that_are_too_large(run, capsys):
+    options = ["--temperature=1e-42", "--top_k=99999999999"]
+    assert write(capsys, run, *options)[0] == by_hand(run, temperature=0.0)[1] + "\n"
+    assert generate.main([f"--run={run}", "--prompt=x", "--max_tokens=2000000000"]) == 2
+    warning, line = capsys.readouterr().err.splitlines()
+    assert "go beyond" in warning
+    assert re.search(r"a cache of 2000000256 tokens in f32 takes [\d,]{15,} bytes .* fewer tokens", line)
 
 
 def test_branches_write_under_headings(run, capsys):

@@ -211,3 +211,12 @@ def test_a_prompt_leaves_room_for_what_is_asked(model, monkeypatch):
     assert asked[2][0] == [TOKENIZER.end_id]
     assert asked[2][1] | {"top_k": 5, "top_p": 0.9, "temperature": 1.0} == asked[2][1]
     assert not {"temperature", "top_k"} & set(asked[0][1])
+
+
+def test_repeats_of_a_request_draw_other_texts(model):
+    def ask(count):
+        options = {"max_gen_toks": 8, "temperature": 1.0}
+        return model.generate_until([Instance("generate_until", {}, ("She", options), 0, repeats=count)] * count)
+
+    three = ask(3)
+    assert len(set(three)) == 3 and ask(2) == three[:2]

@@ -164,7 +164,9 @@ def test_memory_is_read(text, expected):
     assert plan.parse_memory(text) == expected
 
 
-@pytest.mark.parametrize("text", ["128", "128G", "GB", "-1GB", "0GB", "12 parsecs", "1e3GB", "1,000GB", "٣GB٣"])
+@pytest.mark.parametrize(
+    "text", ["128", "128G", "GB", "-1GB", "0GB", "12 parsecs", "1e3GB", "1,000GB", "٣GB٣", f"9{0:0400}GB"]
+)
 def test_memory_that_says_nothing_is_refused(text):
     with pytest.raises(UserError, match="give a number and a unit, as in 128GB"):
         plan.parse_memory(text)
@@ -220,7 +222,9 @@ def test_one_model(capsys):
         (["--experts=q2_1"], "unknown grid 'q2_1'; did you mean"),
         (["--model=default", "--attention=same"], "unknown grid 'same'"),
         (["--model=default", "--memory=lots"], "--memory 'lots': give a number and a unit"),
-        (["--model=default", "--cache=q9_9"], "cache 'q9_9' has no type 'q9_9'"),
+        (["--model=default", "--cache=q9_9"], "cache 'q9_9' has no type 'q9_9': give one of f16, f32"),
+        (["--model=default", "--cache=f16+rot"], "cache 'f16+rot': only"),
+        (["--model=default", "--cache=f16/q4_0+rot"], "cache f16/q4_0+rot: llama.cpp rotates only where"),
         (["--model=default", "--context=129"], "--context 129: default is made for 1 to 128 tokens"),
         (["--model=default", "--context=0"], "--context 0"),
         (["--context=64"], "--context 64: is for --model and --run"),
@@ -234,7 +238,9 @@ def test_one_model(capsys):
         (["--ternary=TQ1_0"], "nothing is on the grid ternary_256"),
         (["--experts=ternary_256", "--ternary=TQ9"], "must be one of TQ2_0, TQ1_0, Q2_0"),
         (["--model=qwen3-30b-a3b", "--shared=q8_0"], "has no such weights"),
-        (["--model=default", "--json=/dev/null/x"], "cannot write"),
+        (["--json=/dev/null/x"], "--json /dev/null/x: there is no such folder"),
+        (["--json=/nowhere/x.json"], "--json /nowhere/x.json: there is no such folder"),
+        (["--json=/tmp"], "--json /tmp: is a folder"),
     ],
 )
 def test_unusable_input_is_one_line(args, said, capsys):

@@ -162,7 +162,7 @@ def test_the_table_has_a_column_for_each_branch_and_difference():
 
     head, line = tasks.table({"control": rows([1, 0, 1, 1]), "qat": rows([1, 0, 0, 1])}).splitlines()
     assert head.split("  ")[-1] == "qat - control"
-    assert line.split() == "t acc 4 0.7500 +- 0.2500 0.5000 +- 0.2887 -0.2500 +- 0.2500".split()
+    assert line.split() == "t acc 4 0.7500 ± 0.2500 0.5000 ± 0.2887 -0.2500 ± 0.2500".split()
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -190,6 +190,13 @@ def test_unusable_input(args, said, run, capsys, tmp_path):
     out = tmp_path / "out.json"
     assert said in refused(capsys, f"--run={run}", f"--json={out}", *args)
     assert not out.exists()
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "opened", None)
+    assert "there is no such folder" in refused(capsys, f"--run={run}", f"--json={tmp_path}/a/b.json")
+    assert "is a folder" in refused(capsys, f"--run={run}", f"--json={tmp_path}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_harness_the_extra_is_named(run, capsys, monkeypatch):

@@ -26,13 +26,14 @@ attention, which a quantized V needs, takes keys or values of an f32 cache in fl
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qatmoe.config import ModelConfig
 from qatmoe.errors import UserError
 from qatmoe.quant.grid import GRIDS
 from qatmoe.quant.pack import join_nibbles, split_nibbles
@@ -53,19 +54,22 @@ class CacheType:
     rotate: bool = False
 
     @classmethod
-    def parse(cls, text: str) -> "CacheType":
+    def parse(cls, text: str, aliases: Mapping[str, str] = MappingProxyType({})) -> "CacheType":
         """Reads "q4_0", "q8_0/q4_0" (keys, values) or either with "+rot"; `str` is the inverse.
+
+        Args:
+          aliases: further names of types.
 
         Raises:
           UserError: an unknown type, or a rotation with nothing quantized.
         """
-        kinds = text.removesuffix(_ROTATED).split("/")
+        kinds = [aliases.get(kind, kind) for kind in text.removesuffix(_ROTATED).split("/")]
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown or len(kinds) > 2:
             what = f"has no type {unknown[0]!r}" if unknown else "has more than two types"
             raise UserError(
-                f"cache {text!r} {what}: give one of {', '.join(KINDS)}, or two as in q8_0/q4_0 (keys/values); "
-                f"{_ROTATED} at the end rotates"
+                f"cache {text!r} {what}: give one of {', '.join([*aliases, *KINDS])}, or two as in q8_0/q4_0 "
+                f"(keys/values); {_ROTATED} at the end rotates"
             )
         found = cls(kinds[0], kinds[-1], text.endswith(_ROTATED))
         if found.rotate and not {found.k, found.v} - set(_PLAIN):
@@ -75,26 +79,26 @@ class CacheType:
     def __str__(self) -> str:
         return (self.k if self.k == self.v else f"{self.k}/{self.v}") + (_ROTATED if self.rotate else "")
 
-    @property
-    def bits(self) -> tuple[float, float]:
-        """Stored bits per value, scales included, of keys and of values."""
-        return _bits(self.k), _bits(self.v)
+    def bytes(self, keys: int, values: int) -> float:
+        """Bytes that a layer stores for a token of so many numbers of keys and of values, scales included."""
+        return (keys * _bits(self.k) + values * _bits(self.v)) / 8
 
-    def bytes(self, cfg: ModelConfig, length: int) -> int:
-        """Bytes of the cache of one sequence of `length` tokens over all layers."""
-        return round(cfg.n_layers * length * cfg.n_kv_heads * cfg.head_dim * sum(self.bits) / 8)
+    def check(self, head_dim: int, name: str = "") -> None:
+        """Raises UserError where llama.cpp could not store, or would not rotate, heads of that width.
 
-    def check(self, head_dim: int) -> None:
-        """Raises UserError where llama.cpp could not store, or would not rotate, heads of that width."""
+        Args:
+          name: what the user wrote for the type, where that is not its `str`.
+        """
         for kind in (self.k, self.v):
             if kind not in _PLAIN and head_dim % GRIDS[kind].block:
                 raise UserError(
-                    f"cache {self}: blocks of {GRIDS[kind].block} values do not divide head_dim={head_dim}; use bf16"
+                    f"cache {name or self}: blocks of {GRIDS[kind].block} values do not divide "
+                    f"head_dim={head_dim}; use bf16"
                 )
         if self.rotate and head_dim % _ROTATION:
             raise UserError(
-                f"cache {self}: llama.cpp rotates only where {_ROTATION} divides head_dim, which is {head_dim}; "
-                f"leave {_ROTATED} out"
+                f"cache {name or self}: llama.cpp rotates only where {_ROTATION} divides head_dim, which is "
+                f"{head_dim}; leave {_ROTATED} out"
             )
 
 
@@ -159,6 +163,7 @@ def _hadamard(width: int) -> np.ndarray:
 
 
 def _bits(kind: str) -> float:
+    """Stored bits of a value."""
     return 8.0 * jnp.dtype(_PLAIN[kind]).itemsize if kind in _PLAIN else GRIDS[kind].bits
 
 

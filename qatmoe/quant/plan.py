@@ -13,6 +13,7 @@ from typing import Any
 from qatmoe.config import ModelConfig, QuantConfig
 from qatmoe.errors import UserError
 from qatmoe.quant.grid import Grid, get
+from qatmoe.text_table import aligned
 
 Plan = dict[str, Grid]  # path of a weight -> its grid, in the order of the parameters
 Shapes = Mapping[str, tuple[int, ...]]
@@ -162,13 +163,7 @@ def format_coverage(rows: list[Row]) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = [
-        "  ".join(
-            c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
+    lines = aligned(cells, 3)
     t = totals(rows)
     quantized = f" at {t['bits_per_weight_quantized']:.3g} bits" if t["params_quantized"] else ""
     lines.append(

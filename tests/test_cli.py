@@ -1,0 +1,25 @@
+"""How programs end where what they write has no reader, or no character for it."""
+
+import subprocess
+import sys
+
+import pytest
+
+PRINTS = "import sys\nfrom qatmoe import cli\ndef main():\n    {}\n    return 3\nsys.exit(cli.run(main))"
+
+
+@pytest.mark.parametrize(
+    "body", ["print('x' * 10**6, flush=True)", "print('x')", "print('x'); raise SystemExit(0)"]
+)  # while it prints, at its end, and after a help text
+def test_a_reader_that_went_away_ends_a_program_quietly(body, child_env):
+    command = [sys.executable, "-c", PRINTS.format(body)]
+    with subprocess.Popen(command, env=child_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        program.stdout.close()
+        assert program.stderr.read() == b""
+    assert program.returncode == 141
+
+
+def test_characters_that_the_encoding_lacks(child_env):
+    command = [sys.executable, "-c", PRINTS.format("print('1 \\u00b1 2')")]
+    done = subprocess.run(command, env=child_env | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "1 ? 2\n", "")
