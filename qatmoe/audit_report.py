@@ -20,6 +20,10 @@ from qatmoe.errors import UserError
 
 Row = dict[str, Any]
 
+KEYS = frozenset(  # what every row has; figures may be missing
+    ("row", "group", "branch", "format", "rule", "bits_per_weight", "joined_rows", "kv", "kv_bits", "reference",
+     "tokens", "documents")
+)  # fmt: skip
 PTQ = ("grid", "ggml")  # groups of rows that round the reference after training
 _COLORS = {"grid": "tab:blue", "ggml": "0.35", "qat": "tab:red", "trunk": "tab:green"}
 _POINTS = {"grid": ("qatmoe grids", "s", 5), "ggml": ("llama.cpp types", "o", 5), "qat": ("QAT", "*", 16)}
@@ -65,12 +69,17 @@ def _known(row: Row, key: str) -> bool:
 
 
 def _name(row: Row) -> str:
-    """Format and rule: "Q2_K imatrix"."""
-    return " ".join(part for part in (row["format"], row["rule"]) if part)
+    """Format and rule, marked where no such file exists: "Q2_K imatrix †4"."""
+    return " ".join(part for part in (row["format"], row["rule"]) if part) + _joined(row)
+
+
+def _joined(row: Row) -> str:
+    return f" †{row['joined_rows']}" if row["joined_rows"] > 1 else ""
 
 
 def _bits(row: Row) -> str:
-    return f"{round(row['bits_per_weight'], 4):g}"
+    """Of what the row rounds: the weights, or the cache."""
+    return f"{round(row['kv_bits'] if row['group'] == 'kv' else row['bits_per_weight'], 4):g}"
 
 
 def _of_group(rows: Sequence[Row], group: str) -> list[Row]:
@@ -92,17 +101,26 @@ def _sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:
 
 
 def _headlines(rows: Sequence[Row]) -> list[str]:
-    """One sentence for each QAT row."""
-    lines = []
+    """What each QAT row is worth. Where the best rounding is of joined rows, the best that a file can hold follows."""
+    lines, in_files = [], [r for r in rows if r["joined_rows"] == 1]
     for qat in _of_group(rows, "qat"):
         if not _known(qat, "kld"):
             continue
         same_size, as_good = rivals(rows, qat)
+        small_file, good_file = rivals(in_files, qat)
         text = f"{qat['branch']}: KLD {_with_error(qat, 'kld')} at {_bits(qat)} bits."
         if same_size:
-            text += f" Rounding in no more bits: {_with_error(same_size, 'kld')} ({_name(same_size)})."
+            text += f" Rounding in no more bits: {_with_error(same_size, 'kld')} ({_name(same_size)})"
+            if _joined(same_size):
+                text += "; without joined rows "
+                text += f"{_with_error(small_file, 'kld')} ({_name(small_file)})" if small_file else "none"
+            text += "."
         if as_good:
-            text += f" Rounding that is as close takes {_bits(as_good)} bits ({_name(as_good)})."
+            text += f" Rounding that is as close takes {_bits(as_good)} bits ({_name(as_good)})"
+            if _joined(as_good):
+                text += "; without joined rows "
+                text += f"{_bits(good_file)} bits ({_name(good_file)})" if good_file else "there is none"
+            text += "."
         elif same_size:
             text += " No rounding is as close."
         lines.append(text)
@@ -127,8 +145,11 @@ def _with_error(row: Row, key: str, factor: float = 1.0) -> str:
 
 
 def _mtp(row: Row) -> str:
-    """Accepted drafts by depth: "61.2 / 30.5"."""
-    return " / ".join("-" if a is None else f"{100 * a:.1f}" for a in row.get("mtp_acceptance") or []) or "-"
+    """Accepted drafts by depth: "61.20 ±0.31 / 30.50 ±0.42"."""
+    shares = row.get("mtp_acceptance") or []
+    errors = row.get("mtp_acceptance_se") or [None] * len(shares)
+    depths = [{"share": share, "share_se": error} for share, error in zip(shares, errors, strict=True)]
+    return " / ".join(_with_error(depth, "share", 100.0) for depth in depths) or "-"
 
 
 # Heading -> the cell of a row. Columns in which no row has a number are left out.
@@ -148,7 +169,7 @@ _NOTES = {
     "KLD": "KLD: KL(reference || row) in nats per token, mean",
     "KLD p99": "KLD p99: the value that 99% of the tokens do not exceed",
     "of it routing": "of it routing: what of the KLD goes away when every token goes to the reference's experts",
-    "KLD to itself": "KLD to itself: KL(the branch as deployed || row), the loss by rounding again alone",
+    "KLD to itself": "KLD to itself: KL(the branch as deployed || row), the cost of rounding its weights or cache",
     "same top-1 %": "same top-1: share of tokens whose most likely next token is the reference's",
     "same experts %": "same experts: share of tokens and MoE layers whose set of experts is the reference's",
     "drafts %": "drafts: share of greedy drafts of the MTP modules that the model would accept, by depth",
@@ -161,7 +182,8 @@ def _columns(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
 
 def _notes(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     """What the columns and marks mean."""
-    notes = ["bits: per weight of the quantized tensors, scales included", *(_NOTES[name] for name in columns)]
+    caches = ", or per cached value where the KV cache is rounded" if _of_group(rows, "kv") else ""
+    notes = [f"bits: per weight of the quantized tensors{caches}, scales included", *(_NOTES[name] for name in columns)]
     notes[-1:] = [notes[-1], "±: one standard error (bootstrap)"]
     rules = {
         "absmax": "absmax: scale by the largest weight of a block",
@@ -186,8 +208,7 @@ def _marked(row: Row, best: Container[str]) -> str:
     name = row["kv"] if row["group"] == "kv" else _name(row)
     if row["group"] in ("control", "trunk", "qat"):
         name = f"{row['branch']}: {name}"
-    joined = f" †{row['joined_rows']}" if row["joined_rows"] > 1 else ""
-    return name + joined + (" *" if row["row"] in best else "")
+    return name + (" *" if row["row"] in best else "")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -235,7 +256,7 @@ def markdown(rows: Sequence[Row]) -> str:
         shown = [r for group in ("trunk", "qat") for r in _of_group(rows, group)] + edge
         body = [
             [
-                _escaped(r["row"]),
+                _escaped(r["row"]) + _joined(r),
                 _bits(r),
                 *(_with_error(r["domains"].get(t, {}), "kld") for t in texts),
             ]
@@ -280,7 +301,15 @@ def plot(rows: Sequence[Row], path: str | Path) -> None:
     _finish(
         mosaic["cache"], "KV cache: KLD to the same weights with an exact cache", "position", "KLD (nats per token)"
     )
-    _finish(mosaic["experts"], "Experts chosen as the reference chooses them", "MoE layer", "share of tokens")
+    by_layer = [r["group"] for r in rows if r.get("expert_agreement_by_layer")]
+    unchosen = set(PTQ) & set(by_layer) and not {"qat", "trunk"} & {r["group"] for r in rows}
+    _finish(
+        mosaic["experts"],
+        "Experts chosen as the reference chooses them",
+        "MoE layer",
+        "share of tokens",
+        empty="no branch chosen" if unchosen else "not measured",
+    )
     figure.draw_without_rendering()  # places the axes: labels need to know how large they are
     _place(mosaic["size"], labels)
     try:
@@ -361,7 +390,7 @@ def _number(row: Row, key: str) -> float:
     return row[key] if _known(row, key) else 0.0
 
 
-def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+def _finish(axes: Axes, title: str, xlabel: str, ylabel: str, empty: str = "not measured") -> None:
     axes.set_title(title, fontsize=11)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -369,7 +398,7 @@ def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, framealpha=0.8, ncols=1 if len(axes.get_legend_handles_labels()[0]) < 8 else 2)
     else:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.5")
+        axes.text(0.5, 0.5, empty, transform=axes.transAxes, ha="center", color="0.5")
 
 
 def _place(axes: Axes, labels: Sequence[Label]) -> None:

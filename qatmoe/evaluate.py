@@ -3,23 +3,27 @@
     python -m qatmoe.evaluate --run runs/moe_2bit
     python -m qatmoe.evaluate --run runs/moe_2bit --text code='src/**/*.jsonl' --text wiki=wiki.jsonl.zst --rows '^qat'
 
-Rows: the phases as deployed; the control, and each quantized phase, rounded to every format (`requantize.formats`) on
-the tensors of the run's quant plan; both with every type of key/value cache. Each is compared with the reference, the
-phase `control` or the last one in full precision, and what was made from a quantized phase also with that phase itself
-(kld_own). Domains: the run's own held-out text and any --text. docs/audit.md defines the figures.
+Rows: the phases as deployed, in full precision the trained f32 weights; the control, and each quantized phase, rounded
+to every format (`requantize.formats`) on the tensors of the run's quant plan; both with every type of key/value cache.
+Each is compared with the reference, the phase `control` or the last one in full precision, and what was made from a
+quantized phase also with that phase itself (kld_own). Domains: the run's own held-out text and any --text.
+docs/audit.md defines the figures.
 
-Writes WORKDIR/audit.json row by row, then audit.md and audit.png. The same command goes on where it was stopped, and
-computes rows anew when the checkpoints, the text or the number of tokens have changed.
+Writes WORKDIR/audit.json row by row, then audit.md and audit.png, also when it is stopped between rows. The same
+command goes on where it was stopped, and computes rows anew when what they depend on has changed: the checkpoints, the
+text, the number of tokens, llama-cpp-python, the dtype or the device.
 """
 
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
+import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from qatmoe import audit_report, fidelity
 from qatmoe import requantize as rounding
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, ModelConfig
+from qatmoe.convert import llama
 from qatmoe.convert.weights import Branch, read_config
 from qatmoe.data import batches, domains
 from qatmoe.data.domains import Domain
@@ -49,7 +54,7 @@ TOKENS = 32768
 CACHES = ("bf16", "q8_0", "q4_0", "iq4_nl", "q8_0+rot", "q4_0+rot", "iq4_nl+rot")
 CALIBRATION = 16384  # tokens of training text that importance matrices are made from
 _BATCH_TOKENS = 8192
-_VERSION = 1  # raise it when a figure's meaning changes
+_VERSION = 2  # raise it when a figure's meaning changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +82,18 @@ class Audit:
     reference: str
     steps: dict[str, int]  # phase -> newest checkpoint
     rows: list[Row]
+
+    def lineage(self, phase: str) -> list[str]:
+        """The phases that a phase comes from, itself first."""
+        phases = [phase]
+        while start := self.cfg.train.phases[phases[-1]].start:
+            phases.append(start)
+        return phases
+
+    def trained_tokens(self, phase: str) -> int:
+        """Tokens of training up to the phase's checkpoint, those of the phases that it comes from included."""
+        before = sum(self.cfg.train.phases[name].steps for name in self.lineage(phase)[1:])
+        return (before + self.steps[phase]) * self.cfg.train.batch_size * self.cfg.data.seq_len
 
 
 # ---- what is judged --------------------------------------------------------------------------------------------------
@@ -112,7 +129,23 @@ def open_run(workdir: Path, reference: str = "") -> tuple[Audit, list[str]]:
     model = dataclasses.replace(cfg.model, scan_layers=False)
     shapes = {path_of(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(model))}
     audit = Audit(workdir, cfg, model, make_plan(shapes, model, cfg.quant), reference, steps, [])
+    notes += _unequal(audit)
     return dataclasses.replace(audit, rows=_rows(audit, shapes, notes)), notes
+
+
+def _unequal(audit: Audit) -> list[str]:
+    """Which phases are unfinished, or were trained on another number of tokens than the reference."""
+    notes, expected = [], audit.trained_tokens(audit.reference)
+    for name, step in audit.steps.items():
+        if step != (last := audit.cfg.train.phases[name].steps):
+            notes.append(f"phase {name} is not finished: its newest checkpoint is step {step:,} of {last:,}")
+        found = audit.trained_tokens(name)
+        if found != expected and name not in audit.lineage(audit.reference):
+            notes.append(
+                f"phase {name} was trained on {found:,} tokens and the reference, {audit.reference}, on {expected:,}: "
+                "its KLD holds that difference too"
+            )
+    return notes
 
 
 def _rows(audit: Audit, shapes: dict[str, tuple[int, ...]], notes: list[str]) -> list[Row]:
@@ -126,7 +159,7 @@ def _rows(audit: Audit, shapes: dict[str, tuple[int, ...]], notes: list[str]) ->
     for name in branches:
         quantized = phases[name].quantize
         group = "control" if name == audit.reference else "qat" if quantized else "trunk"
-        base = Row(name, group, name, grids if quantized else "bf16", "", float(planned) if quantized else 16.0)
+        base = Row(name, group, name, grids if quantized else "f32", "", float(planned) if quantized else 32.0)
         found.append(base)
         if group == "trunk":
             continue
@@ -191,17 +224,25 @@ def choose(audit: Audit, pattern: str) -> list[Row]:
 # ---- the text --------------------------------------------------------------------------------------------------------
 
 
-def load_domains(audit: Audit, texts: Sequence[str], tokens: int) -> tuple[list[Domain], np.ndarray]:
+def load_domains(
+    audit: Audit, texts: Sequence[str], tokens: int, text_key: str = ""
+) -> tuple[list[Domain], np.ndarray]:
     """The run's own held-out text and each NAME=SOURCE, and windows (M, L) of training text for importance matrices.
 
+    Args:
+      text_key: the field of the sources' rows that holds the text; the run's data.text_key by default.
+
     Raises:
-      UserError: a text that cannot be read or has no or two names, or fewer tokens than a window.
+      UserError: a text that cannot be read, a name that is missing, taken or not fit for a table, or fewer tokens than
+        a window.
     """
     sources = []
     for text in texts:
         name, equals, source = text.partition("=")
         if not (name and equals and source):
             raise UserError(f"--text {text!r}: write NAME=PATH, e.g. code=src.jsonl")
+        if not name.isprintable() or "|" in name:
+            raise UserError(f"--text {text!r}: a name goes into tables; give one without | and control characters")
         sources.append((name, source))
     data = batches.load_data(audit.cfg.data, audit.cfg.model.vocab_size)
     with Branch(audit.workdir, audit.reference, audit.steps[audit.reference]) as branch:
@@ -211,10 +252,11 @@ def load_domains(audit: Audit, texts: Sequence[str], tokens: int) -> tuple[list[
                 "now: restore the training text or the tokenizer"
             )
     found = [domains.of_run(data, audit.model.n_mtp, tokens)]
+    cfg = dataclasses.replace(audit.cfg.data, text_key=text_key or audit.cfg.data.text_key)
     for name, source in sources:
         if name in [d.name for d in found]:
             raise UserError(f"--text {name}={source}: there is a text of that name already; choose another")
-        found.append(domains.of_source(name, source, audit.cfg.data, data.tokenizer, audit.model.n_mtp, tokens))
+        found.append(domains.of_source(name, source, cfg, data.tokenizer, audit.model.n_mtp, tokens))
     length = audit.cfg.data.seq_len
     stream, count = data.train.tokens, max(1, min(len(data.train.tokens), CALIBRATION) // length)
     starts = np.arange(count) * ((len(stream) - length) // count)
@@ -271,11 +313,14 @@ class Bench:
             "row": row.name,
             "group": row.group,
             "branch": row.branch,
+            "step": self.audit.steps[row.branch],
+            "trained_tokens": self.audit.trained_tokens(row.branch),
             "format": row.format,
             "rule": row.rule,
             "bits_per_weight": row.bits,
             "joined_rows": joined,
             "kv": str(row.cache or ""),
+            "kv_bits": sum(row.cache.bits) / 2 if row.cache else None,
             "reference": self.audit.reference,
             **scopes[0],
             "domains": dict(zip([d.name for d in self.domains], scopes[1:], strict=True)),
@@ -362,6 +407,9 @@ def fingerprint(audit: Audit, found: list[Domain], calibration_ML: np.ndarray) -
         "checkpoints": checkpoints,
         "domains": {domain.name: domain.hash for domain in found},
         "calibration": _digest(calibration_ML.tobytes()),
+        "llama_cpp_python": llama.installed(),
+        "dtype": audit.model.dtype,
+        "backend": jax.default_backend(),
     }
 
 
@@ -370,25 +418,45 @@ def _digest(data: bytes) -> str:
 
 
 class Record:
-    """WORKDIR/audit.json, and beside it audit.fingerprint.json, which says what it was computed from."""
+    """WORKDIR/audit.json, beside it audit.fingerprint.json, which says what it was computed from, and the report."""
 
-    def __init__(self, audit: Audit, mark: dict[str, Any], force: bool):
-        self._file, self._mark = audit.workdir / "audit.json", audit.workdir / "audit.fingerprint.json"
+    def __init__(self, audit: Audit, mark: dict[str, Any], dropped: Collection[str] = ()):
+        """Takes over the rows on record that were computed from the same, without those named in `dropped`."""
+        self._file, mark_file = audit.workdir / "audit.json", audit.workdir / "audit.fingerprint.json"
+        self._table, self._picture = audit.workdir / "audit.md", audit.workdir / "audit.png"
         self._order = {row.name: i for i, row in enumerate(audit.rows)}
-        before, rows = _read(self._mark), _read(self._file)
-        known = before == mark and isinstance(rows, list) and all("row" in row for row in rows) and not force
-        if rows and not known:
-            why = "--force" if force else "checkpoints, text or --tokens are others than before"
+        self.rows: list[dict[str, Any]] = []
+        before, rows = _read(mark_file), _read(self._file)
+        if before == mark and _readable(rows):
+            self.rows = [r for r in rows if r["row"] in self._order and r["row"] not in dropped]
+            return
+        if rows:
+            known = before if isinstance(before, dict) else {}
+            changed = ", ".join(name for name in mark if known.get(name) != mark[name])
+            why = f"other than before: {changed}" if changed else "the file is not what an audit writes"
             print(f"{self._file}: every row is computed anew ({why})")
-        self.rows: list[dict[str, Any]] = [r for r in rows if r["row"] in self._order] if known else []
-        if not known:
-            write_atomically(self._file, "[]")  # first: rows never stand beside a fingerprint that is not theirs
-            write_atomically(self._mark, json.dumps(mark, indent=1))
+        self._table.unlink(missing_ok=True)
+        self._picture.unlink(missing_ok=True)
+        write_atomically(self._file, "[]")  # first: rows never stand beside a fingerprint that is not theirs
+        write_atomically(mark_file, json.dumps(mark, indent=1))
 
     def add(self, row: dict[str, Any]) -> None:
         """Writes a row at its place."""
         self.rows = sorted([*self.rows, row], key=lambda r: self._order[r["row"]])
         write_atomically(self._file, json.dumps(self.rows, indent=1, allow_nan=False))
+
+    def report(self) -> None:
+        """Writes the table and the picture of the rows on record, if there are any."""
+        if self.rows:
+            write_atomically(self._table, audit_report.markdown(self.rows))
+            audit_report.plot(self.rows, self._picture)
+
+
+def _readable(rows: Any) -> bool:
+    """Whether a record holds rows with all that the report reads without asking."""
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and row.keys() >= audit_report.KEYS and isinstance(row["row"], str) for row in rows
+    )
 
 
 def _read(file: Path) -> Any:
@@ -405,28 +473,33 @@ def evaluate(
     """Computes the rows that are not on record, and writes the report.
 
     Args:
+      force: computes `rows` again that are on record.
       check: called between rows; may raise to stop.
 
     Returns:
       All rows on record.
     """
-    record = Record(audit, fingerprint(audit, found, calibration_ML), force)
+    names = [row.name for row in rows]
+    record = Record(audit, fingerprint(audit, found, calibration_ML), dropped=names if force else ())
     done = {r["row"] for r in record.rows}
     missing = [row for row in rows if row.name not in done]
     bench = Bench(audit, found, calibration_ML)
-    for i, row in enumerate(missing, start=1):
-        check(f"before row {row.name}, {i} of {len(missing)}")
-        started = time.perf_counter()
-        result = bench.judge(row)
-        seconds = time.perf_counter() - started
-        record.add(result)
-        print(
-            f"{i}/{len(missing)} {row.name}: loss {_number(result['loss'])}, KLD {_number(result['kld'])}, same top-1 "
-            f"{_number(result['same_top1'])}, {seconds:.1f} s, {bench.tokens_per_s:,.0f} tokens/s",
-            flush=True,
-        )
-    write_atomically(audit.workdir / "audit.md", audit_report.markdown(record.rows))
-    audit_report.plot(record.rows, audit.workdir / "audit.png")
+    try:
+        for i, row in enumerate(missing, start=1):
+            check(f"before row {row.name}, {i} of {len(missing)}")
+            started = time.perf_counter()
+            result = bench.judge(row)
+            seconds = time.perf_counter() - started
+            record.add(result)
+            print(
+                f"{i}/{len(missing)} {row.name}: loss {_number(result['loss'])}, KLD {_number(result['kld'])}, "
+                f"same top-1 {_number(result['same_top1'])}, {seconds:.1f} s, {bench.tokens_per_s:,.0f} tokens/s",
+                flush=True,
+            )
+    except (Interrupted, BrokenPipeError):
+        record.report()
+        raise
+    record.report()
     return record.rows
 
 
@@ -448,7 +521,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(row.name for row in rows))
             print("\n".join(notes), file=sys.stderr)
             return 0
-        found, calibration_ML = load_domains(audit, args.text, args.tokens)
+        found, calibration_ML = load_domains(audit, args.text, args.tokens, args.text_key)
         print("\n".join([*notes, *(_described(domain, audit.cfg.data.seq_len) for domain in found)]), flush=True)
         with Stop() as stop:
             done = evaluate(audit, rows, found, calibration_ML, args.force, stop.check)
@@ -466,7 +539,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _described(domain: Domain, length: int) -> str:
     tokens, units = int(domain.windows["mask"][:, 1 : 1 + length].sum()), int(domain.unit_M[-1]) + 1
     found = {"windows": len(domain.document_M), "documents": domain.documents, "units": units}
-    return f"{domain.name}: {tokens:,} tokens, " + ", ".join(f"{name} {n}" for name, n in found.items())
+    alone = "; a single unit has no standard errors, and those over all text take it as fixed" if units == 1 else ""
+    return f"{domain.name}: {tokens:,} tokens, " + ", ".join(f"{name} {n}" for name, n in found.items()) + alone
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -478,12 +552,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--text", action="append", default=[], metavar="NAME=PATH", help="another domain: a file, folder or glob"
     )
+    parser.add_argument("--text_key", default="", help="field that holds the text in the rows of every --text")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of each domain (%(default)s)")
     parser.add_argument("--rows", default="", metavar="REGEX", help="only rows with such a name")
     parser.add_argument("--list", action="store_true", help="print the names of the rows and compute nothing")
-    parser.add_argument("--force", action="store_true", help="compute rows that are on record again")
+    parser.add_argument("--force", action="store_true", help="compute the chosen rows again that are on record")
     return parser
 
 
+def _as_program() -> int:
+    """`main` for a terminal that knows fewer characters, or a pipe whose reader goes away (`| head`)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
+        return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_as_program())

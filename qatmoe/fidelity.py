@@ -6,6 +6,7 @@ token by token: a model can keep its perplexity and still say other things.
 Standard errors are a bootstrap (Efron 1979) over units: documents, or, where a domain has few of them, runs of
 consecutive windows. Units are drawn with replacement within their domain; a resample is a weight per unit, how
 often it was drawn, so means are one matrix product and a quantile is a cumulative sum of weights over sorted tokens.
+A domain of a single unit is the same in every resample: errors over all domains take it as fixed, its own are unknown.
 """
 
 import functools
@@ -287,7 +288,7 @@ def summarize(tokens: Tokens, units: Units, weights_RU: np.ndarray, length: int)
 
     Returns:
       {figure: value, figure_se: standard error, ...} in plain numbers. A figure without tokens is null, and so are the
-      standard errors of a domain of a single unit.
+      standard errors where every domain is a single unit.
     """
     ones_T = np.ones(len(units.unit_T))
     columns: dict[Any, tuple[np.ndarray, np.ndarray]] = {
@@ -308,7 +309,7 @@ def summarize(tokens: Tokens, units: Units, weights_RU: np.ndarray, length: int)
         columns |= {(name, start): (tokens[of] * inside_T, inside_T) for name, of in by_position.items()}
 
     value_C, drawn_RC = ratios([n for n, _ in columns.values()], [d for _, d in columns.values()], units, weights_RU)
-    known = min(np.unique(units.domain_U, return_counts=True)[1]) > 1
+    known = max(np.unique(units.domain_U, return_counts=True)[1]) > 1
     se_C = standard_errors(drawn_RC) if known else np.full(len(value_C), np.nan)
     value: dict[Any, float | None] = dict(zip(columns, map(_plain, value_C), strict=True))
     se: dict[Any, float | None] = dict(zip(columns, map(_plain, se_C), strict=True))

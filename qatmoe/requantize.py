@@ -1,9 +1,10 @@
 """Ways of rounding a model's weights after training: the baselines that QAT is held against.
 
-Two families. The project's own grids (`quant.grid`), under their two scale rules: "absmax" rounds to nearest, "search"
-takes the scale of least squared error. And the types of llama.cpp, 1 to 8 bits, by libggml's own quantizers, so with
-the bytes that `llama-quantize --pure` would write: rule "stock" without an importance matrix, rule "imatrix" with one
-(the files that people share are made so). Types that llama.cpp refuses to write without one have that rule alone.
+Three families. The project's own grids (`quant.grid`), under their two scale rules: "absmax" rounds to nearest,
+"search" takes the scale of least squared error. The floats of 16 bits that models are shipped in, BF16 and F16, rounded
+to nearest, halves to even, as llama.cpp does. And the types of llama.cpp, 1 to 8 bits, by libggml's own quantizers, so
+with the bytes that `llama-quantize --pure` would write: rule "stock" without an importance matrix, rule "imatrix" with
+one (the files that people share are made so). Types that llama.cpp refuses to write without one have that rule alone.
 
 Bits per weight are those of the type alone; a model's other tensors are not counted.
 
@@ -37,6 +38,7 @@ from qatmoe.tree import path_of
 Params = dict[str, Any]
 Importance = Mapping[str, np.ndarray]  # path -> mean squared input of each column, f32 (..., I): per matrix, per expert
 
+FLOATS = {"BF16": jnp.bfloat16, "F16": np.float16}
 THREADS = 2
 _CHUNK = 1 << 20  # weights that a thread quantizes at a time
 
@@ -53,7 +55,7 @@ _NO_IMPORTANCE = ("Q1_0", "Q2_0", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q8_0")
 class Format:
     """One way of rounding weights."""
 
-    name: str  # a grid ("q2_0") or a type of llama.cpp ("Q2_0")
+    name: str  # a grid ("q2_0") or a type of llama.cpp ("Q2_0", "BF16")
     rule: str  # of a grid "absmax" or "search", of a type "stock" or "imatrix"
     bits: float  # per weight, scales included
     block: int  # a row must be a multiple of this
@@ -65,12 +67,13 @@ class Format:
 
 
 def formats() -> list[Format]:
-    """Every grid under both rules, then every type of llama.cpp; the latter only where `llama.installed()`.
+    """Every grid under both rules, the floats, then every other type of llama.cpp; the last where `llama.installed()`.
 
     Raises:
       UserError: llama-cpp-python is too old.
     """
     found = [Format(g.name, rule, g.bits, g.superblock) for g in GRIDS.values() for rule in RULES]
+    found += [Format(name, "stock", 16.0, 1) for name in FLOATS]
     for kind in TYPES if llama.installed() else ():
         block, size = llama.traits(kind)
         stock = [] if llama.requires_importance(kind) else ["stock"]
@@ -129,6 +132,8 @@ def _round(w: np.ndarray, fmt: Format, importance: np.ndarray | None) -> np.ndar
     """One tensor, f32 of the same shape."""
     if not np.isfinite(w).all():
         raise ValueError("a weight is not finite")
+    if fmt.name in FLOATS:
+        return w.astype(FLOATS[fmt.name]).astype(np.float32)
     joined = _joined(w.shape[-1], fmt.block)
     x = w.reshape(*w.shape[:-2], -1, joined * w.shape[-1])
     if fmt.group == "grid":

@@ -7,6 +7,7 @@ from matplotlib.text import Text
 
 from qatmoe import audit_report
 from qatmoe.errors import UserError
+from qatmoe.model.cache import CacheType
 
 
 def row(name, group, bits, kld, **other):
@@ -18,8 +19,8 @@ def row(name, group, bits, kld, **other):
     }  # fmt: skip
     return {
         "row": name, "group": group, "branch": branch, "reference": "control", "bits_per_weight": bits,
-        "format": rest[0] if rest else "bf16", "rule": rest[1] if len(rest) > 1 else "", "joined_rows": 1, "kv": "",
-        "tokens": 32768, "documents": 12, "kld_own": None, "kld_own_se": None,
+        "format": rest[0] if rest else "f32", "rule": rest[1] if len(rest) > 1 else "", "joined_rows": 1, "kv": "",
+        "kv_bits": None, "tokens": 32768, "documents": 12, "kld_own": None, "kld_own_se": None,
         **values, **{f"{k}_se": v / 10 for k, v in values.items()},
         "expert_agreement_by_layer": [1 - kld, 1 - kld / 2], "expert_agreement_by_layer_se": [0.01, 0.01],
         "mtp_acceptance": [0.5], "mtp_acceptance_se": [0.01],
@@ -32,7 +33,8 @@ def row(name, group, bits, kld, **other):
 
 
 def cache_row(branch, kv, kld, own=None):
-    r = row(branch, "kv", 2.25 if own else 16.0, kld, row=f"{branch}/kv/{kv}", kv=kv, kld_own=own, kld_own_se=own)
+    about = {"row": f"{branch}/kv/{kv}", "kv": kv, "kv_bits": CacheType.parse(kv).bits[0]}
+    r = row(branch, "kv", 2.25 if own else 32.0, kld, **about, kld_own=own, kld_own_se=own)
     for span in r["by_position"] if own else ():
         span |= {"kld_own": own, "kld_own_se": own / 10}
     return r
@@ -49,8 +51,8 @@ PTQ = [
     row("control/Q8_0/stock", "ggml", 8.5, 0.0001),
 ]
 ROWS = [
-    row("control", "control", 16.0, 0.0),
-    row("trunk", "trunk", 16.0, 0.2),
+    row("control", "control", 32.0, 0.0),
+    row("trunk", "trunk", 32.0, 0.2),
     row("qat", "qat", 2.25, 0.06, format="q2_0"),
     *PTQ,
     row("qat/Q4_0/stock", "requantized", 4.5, 0.07, kld_own=0.01, kld_own_se=0.001),
@@ -135,10 +137,35 @@ def test_table_is_aligned():
 def test_table_says_what_qat_is_worth():
     assert (
         "qat: KLD 0.0600 ±0.0060 at 2.25 bits. Rounding in no more bits: 0.2800 ±0.0280 (q2_0 search). "
-        "Rounding that is as close takes 3.4375 bits (Q3_K stock)." in audit_report.table(ROWS)
+        "Rounding that is as close takes 3.4375 bits (Q3_K stock †4); without joined rows 4.5 bits (Q4_0 stock)."
+        in audit_report.table(ROWS)
     )
     worse = [r for r in ROWS if r["row"] not in ("control/Q3_K/stock", *[p["row"] for p in PTQ[5:]])]
     assert "(q2_0 search). No rounding is as close." in audit_report.table(worse)
+
+
+def test_headlines_mark_what_no_file_can_hold():
+    rows = [*ROWS, row("control/IQ2_S/imatrix", "ggml", 2.25, 0.1, joined_rows=4)]
+    expected = "no more bits: 0.1000 ±0.0100 (IQ2_S imatrix †4); without joined rows 0.2800 ±0.0280 (q2_0 search). "
+    assert expected in audit_report.table(rows) and expected in audit_report.markdown(rows)
+    joined = [r | {"joined_rows": 2} if r["group"] in audit_report.PTQ else r for r in ROWS]
+    text = audit_report.table(joined)
+    assert "(q2_0 search †2); without joined rows none. " in text
+    assert "3.4375 bits (Q3_K stock †2); without joined rows there is none." in text
+
+
+def test_cache_sections_show_the_bits_of_the_cache():
+    text = audit_report.table(ROWS)
+    section = text.split("qat, with a rounded KV cache\n")[1].splitlines()
+    assert section[0].split()[:2] == ["q4_0", "4.5"]
+    assert "per weight of the quantized tensors, or per cached value where the KV cache is rounded" in text
+    assert "the cost of rounding its weights or cache" in text
+    assert "cached value" not in audit_report.table(PTQ)
+
+
+def test_shares_of_drafts_have_errors():
+    rows = [r | {"mtp_acceptance": [0.5, 0.25, None], "mtp_acceptance_se": [0.01, None, None]} for r in ROWS[:1]]
+    assert "| 50.00 ±1.00 / 25.00 / - |" in audit_report.markdown(rows)
 
 
 def test_joined_rows_and_the_frontier_are_marked():
@@ -184,7 +211,7 @@ def test_markdown_table():
 def test_markdown_escapes_names():
     rows = [r | {"branch": "a|b_*c", "row": "x"} for r in ROWS[:1]] + [ROWS[2] | {"branch": "_q_a_"}]
     text = audit_report.markdown(rows)
-    assert r"a\|b\_\*c: bf16" in text
+    assert r"a\|b\_\*c: f32" in text
     assert r"\_q_a\_: q2_0" in text
     assert "KL(reference \\|\\| row)" in text
 
@@ -257,10 +284,10 @@ def test_panels_hold_what_they_should(monkeypatch, tmp_path):
     np.testing.assert_array_equal(own.get_ydata(), [0.008, 0.008])  # to itself, not to the control
     np.testing.assert_array_equal(own.get_xdata(), [32, 96])
     assert experts.get_legend_handles_labels()[1] == [
-        "trunk: bf16, 16 bits",
+        "trunk: f32, 32 bits",
         "qat: q2_0, 2.25 bits",
         "control: q2_0 search, 2.25 bits",
-        "control: Q3_K stock, 3.4375 bits",
+        "control: Q3_K stock †4, 3.4375 bits",
     ]
 
 
@@ -269,6 +296,11 @@ def test_panels_say_what_was_not_measured(monkeypatch, tmp_path):
     axes = panels(dense, monkeypatch, tmp_path)
     said = {title: [t.get_text() for t in a.texts] == ["not measured"] for title, a in axes.items()}
     assert list(said.values()) == [False, True, True]
+
+
+def test_the_panel_of_experts_needs_a_branch(monkeypatch, tmp_path):
+    axes = panels(PTQ, monkeypatch, tmp_path)["Experts chosen as the reference chooses them"]
+    assert [t.get_text() for t in axes.texts] == ["no branch chosen"]
 
 
 def test_labels_do_not_overlap(monkeypatch, tmp_path):

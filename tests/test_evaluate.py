@@ -1,11 +1,14 @@
 """The audit command on a tiny run: its rows and figures, what it refuses, and how it goes on where it was stopped."""
 
 import dataclasses
+import io
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +22,11 @@ from qatmoe.data import batches, corpus
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TEXT = next(corpus.documents("default", field="data.valid")).text
-ROWS = r"^(control|trunk|qat)$|^(control|qat)/q2_0/search$|^control/Q4_0/imatrix$|^qat/kv/q4_0$"
-NAMES = ["control", "control/q2_0/search", "control/Q4_0/imatrix", "trunk", "qat", "qat/q2_0/search", "qat/kv/q4_0"]
+ROWS = r"^(control|trunk|qat)$|^(control|qat)/q2_0/search$|^control/(Q4_0/imatrix|BF16/stock)$|^qat/kv/q4_0$"
+NAMES = [
+    "control", "control/q2_0/search", "control/BF16/stock", "control/Q4_0/imatrix", "trunk", "qat", "qat/q2_0/search",
+    "qat/kv/q4_0",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,10 +82,11 @@ def test_the_rows_and_what_they_are(audited):
     keys = ("group", "branch", "format", "rule", "bits_per_weight", "joined_rows", "kv", "reference")
     described = {name: tuple(row[k] for k in keys) for name, row in rows.items()}
     assert described == {
-        "control": ("control", "control", "bf16", "", 16.0, 1, "", "control"),
+        "control": ("control", "control", "f32", "", 32.0, 1, "", "control"),
         "control/q2_0/search": ("grid", "control", "q2_0", "search", 2.25, 1, "", "control"),
         "control/Q4_0/imatrix": ("ggml", "control", "Q4_0", "imatrix", 4.5, 1, "", "control"),
-        "trunk": ("trunk", "trunk", "bf16", "", 16.0, 1, "", "control"),
+        "control/BF16/stock": ("ggml", "control", "BF16", "stock", 16.0, 1, "", "control"),
+        "trunk": ("trunk", "trunk", "f32", "", 32.0, 1, "", "control"),
         "qat": ("qat", "qat", "q2_0", "", 2.25, 1, "", "control"),
         "qat/q2_0/search": ("requantized", "qat", "q2_0", "search", 2.25, 1, "", "control"),
         "qat/kv/q4_0": ("kv", "qat", "q2_0", "", 2.25, 1, "q4_0", "control"),
@@ -89,8 +96,9 @@ def test_the_rows_and_what_they_are(audited):
 def test_the_figures_tell_the_rows_apart(audited):
     rows = {row["row"]: row for row in rows_of(audited)}
     control, q4, q2 = (rows[n] for n in ("control", "control/Q4_0/imatrix", "control/q2_0/search"))
+    bf16 = rows["control/BF16/stock"]
     assert abs(control["kld"]) < 1e-6 and control["same_top1"] == 1 and control["expert_agreement"] == 1
-    assert control["kld"] < q4["kld"] < q2["kld"]
+    assert control["kld"] < 0.1 * bf16["kld"] < bf16["kld"] < 0.1 * q4["kld"] < q4["kld"] < q2["kld"]
     assert q2["kld_routing"] == pytest.approx(q2["kld"] - q2["kld_experts"], abs=1e-9)
     assert q2["kld_median"] <= q2["kld_p99"] <= q2["kld_p999"]
     assert q2["kld_se"] > 0 and q2["loss_se"] > 0
@@ -117,6 +125,9 @@ def test_domains_hold_every_figure_and_add_up(audited):
             "bits_per_weight",
             "joined_rows",
             "kv",
+            "kv_bits",
+            "step",
+            "trained_tokens",
             "reference",
             "domains",
         }
@@ -195,8 +206,25 @@ def test_a_signal_ends_it_between_rows(copy, text, monkeypatch, capsys):
     (copy / "audit.json").unlink()
     judged(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert again(copy, text) == 0
-    assert "SIGTERM: stopped before row control/Q4_0/imatrix, 3 of 7. The same command continues." in capsys.readouterr().err  # fmt: skip  # noqa: E501
+    assert "SIGTERM: stopped before row control/BF16/stock, 3 of 8. The same command continues." in capsys.readouterr().err  # fmt: skip  # noqa: E501
     assert [row["row"] for row in rows_of(copy)] == NAMES[:2]
+    table = (copy / "audit.md").read_text()  # of what there is
+    assert "q2_0 search" in table and "qat" not in table
+    assert (copy / "audit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_reader_that_goes_away_ends_it_between_rows(copy, text, monkeypatch):
+    (copy / "audit.json").unlink()
+
+    def gone(*args, **options):
+        if str(args[0]).startswith("2/"):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", gone)
+    with pytest.raises(BrokenPipeError):  # `_as_program` ends quietly
+        again(copy, text)
+    assert [row["row"] for row in rows_of(copy)] == NAMES[:2]
+    assert "q2_0 search" in (copy / "audit.md").read_text()
 
 
 def test_rows_join_those_on_record(copy, text, monkeypatch):
@@ -207,7 +235,9 @@ def test_rows_join_those_on_record(copy, text, monkeypatch):
     assert [row["row"] for row in rows_of(copy)][:2] == ["control", "control/q2_0/absmax"]  # in the order of --list
 
 
-@pytest.mark.parametrize("change", ["tokens", "text", "checkpoint", "force"])
+@pytest.mark.parametrize(
+    "change", ["tokens", "text", "checkpoint", "llama_cpp_python", "backend", "junk", "no figures"]
+)
 def test_what_changed_is_computed_anew(change, copy, text, monkeypatch, capsys):
     names = judged(monkeypatch)
     args = {"--rows": "^control$", "--tokens": 10**6, "--text": f"lines={text}"}
@@ -218,10 +248,33 @@ def test_what_changed_is_computed_anew(change, copy, text, monkeypatch, capsys):
     if change == "checkpoint":  # another branch of the run was trained again
         manifest = max((copy / "checkpoints" / "qat").glob("*/manifest.json"))
         manifest.write_text(manifest.read_text() + " ")
-    assert command(copy, *[f"{k}={v}" for k, v in args.items()], *(["--force"] if change == "force" else [])) == 0
+    if change == "llama_cpp_python":
+        monkeypatch.setattr(evaluate.llama, "installed", lambda: "0.0.1")
+    if change == "backend":
+        mark = copy / "audit.fingerprint.json"
+        mark.write_text(mark.read_text().replace('"cpu"', '"gpu"'))
+    if change in ("junk", "no figures"):
+        (copy / "audit.json").write_text("[1]" if change == "junk" else '[{"row": "qat"}]')
+    assert command(copy, *[f"{k}={v}" for k, v in args.items()]) == 0
     assert names == ["control"]
     assert [row["row"] for row in rows_of(copy)] == ["control"]
-    assert "every row is computed anew" in capsys.readouterr().out
+    said = {"tokens": "domains", "text": "domains", "checkpoint": "checkpoints"}.get(change, change)
+    why = "the file is not what an audit writes" if change in ("junk", "no figures") else f"other than before: {said}"
+    assert f"every row is computed anew ({why})" in capsys.readouterr().out
+
+
+def test_force_computes_the_chosen_rows_alone(copy, audited, text, monkeypatch):
+    names = judged(monkeypatch)
+    assert command(copy, "--force", "--rows=^control$", "--tokens", 10**6, f"--text=lines={text}") == 0
+    assert names == ["control"]
+    assert rows_of(copy) == rows_of(audited)
+
+
+def test_the_report_goes_with_the_rows_it_was_made_of(copy, text, monkeypatch):
+    judged(monkeypatch, 0, crash)
+    with pytest.raises(MemoryError):
+        command(copy, "--rows", ROWS, "--tokens=640", f"--text=lines={text}")
+    assert rows_of(copy) == [] and not (copy / "audit.md").exists() and not (copy / "audit.png").exists()
 
 
 def test_list_computes_nothing(run, capsys):
@@ -232,6 +285,62 @@ def test_list_computes_nothing(run, capsys):
     assert all(line.startswith("qat") for line in out.splitlines())
     assert "q4_0+rot: llama.cpp rotates only where 64 divides head_dim" in err
     assert sorted(run.iterdir()) == before
+
+
+def test_a_closed_pipe_ends_the_program_quietly(run):
+    program = [sys.executable, "-m", "qatmoe.evaluate", f"--run={run}", "--list"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert b"Error" not in process.stderr.read()
+    assert process.returncode == 0
+
+
+def test_a_terminal_that_knows_ascii_alone(monkeypatch):
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
+    monkeypatch.setattr(evaluate, "main", lambda: print("zeil\u00e9n \u00b10.1"))
+    evaluate._as_program()
+    assert screen.getvalue() == b"zeil?n ?0.1\n"
+
+
+def test_checkpoints_at_other_steps_are_told(copy, capsys):
+    shutil.rmtree(max((copy / "checkpoints" / "qat").iterdir(), key=lambda step: int(step.name)))
+    assert command(copy, "--list") == 0
+    err = capsys.readouterr().err
+    cfg = evaluate.read_config(copy)
+    size = cfg.train.batch_size * cfg.data.seq_len
+    assert "phase qat is not finished: its newest checkpoint is step 1 of 2" in err
+    assert f"phase qat was trained on {3 * size:,} tokens and the reference, control, on {4 * size:,}" in err
+    assert "phase trunk" not in err and "phase control is" not in err  # control comes from the trunk
+
+
+def test_rows_hold_their_step_tokens_and_cache(audited):
+    rows = {row["row"]: row for row in rows_of(audited)}
+    cfg = evaluate.read_config(audited)
+    size = cfg.train.batch_size * cfg.data.seq_len
+    assert {name: row["step"] for name, row in rows.items()} == dict.fromkeys(NAMES, 2)
+    assert {n: r["trained_tokens"] // size for n, r in rows.items()} == dict.fromkeys(NAMES, 4) | {"trunk": 2}
+    assert {name: row["kv_bits"] for name, row in rows.items()} == dict.fromkeys(NAMES) | {"qat/kv/q4_0": 4.5}
+
+
+def test_a_text_of_a_single_unit_leaves_the_pooled_errors(copy, text, tmp_path, capsys):
+    tiny = tmp_path / "tiny.txt"
+    tiny.write_text(TEXT[80_000:80_060])
+    assert command(copy, "--rows=^control/q2_0/search$", "--tokens=640", f"--text=tiny={tiny}") == 0
+    (row,) = rows_of(copy)
+    assert row["kld_se"] > 0 and row["domains"]["valid"]["kld_se"] > 0 and row["domains"]["tiny"]["kld_se"] is None
+    assert row["kld_se"] < row["domains"]["valid"]["kld_se"]  # a part of it is fixed
+    out = capsys.readouterr().out
+    assert "units 1; a single unit has no standard errors" in out and out.count("a single unit") == 1
+
+
+def test_text_key(run, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"body": TEXT[:500]}))
+    refused(run, [f"--text=a={file}"], "no field 'text' .*--text_key", monkeypatch, capsys)
+    audit, _ = evaluate.open_run(run)
+    found, _ = evaluate.load_domains(audit, [f"a={file}"], 640, "body")
+    assert [domain.name for domain in found] == ["valid", "a"]
 
 
 def test_a_phase_without_a_checkpoint_is_left_out(copy, capsys):
@@ -269,6 +378,9 @@ BAD = {
     "no window": (["--tokens=63"], "--tokens 63: less than one window, which has 64 tokens"),
     "no text": (["--text=code=missing.jsonl"], "--text code='missing.jsonl': no such file or directory"),
     "no name": (["--text=missing.jsonl"], "--text 'missing.jsonl': write NAME=PATH"),
+    "a name with a pipe": (["--text=a|b={text}"], "--text .*: a name goes into tables"),
+    "a name of two lines": (["--text=a\nb={text}"], "--text .*: a name goes into tables"),
+    "a name that rings": (["--text=a\x07={text}"], "--text .*: a name goes into tables"),
     "a name twice": (["--text=valid={text}"], "--text valid=.*: there is a text of that name already"),
 }
 

@@ -157,6 +157,31 @@ def test_padding_counts_nowhere(params):
     np.testing.assert_array_equal(found["drafted"][:, 1], [[1] * 3 + [0] * 5, [1] * 2 + [0] * 6])
 
 
+def test_acceptance_at_depth_two_of_hand_made_hidden_states():
+    """One hot hidden states under a head of ones on the diagonal: the best tokens are written down.
+
+    Module 0 at t is held against the trunk at t+1, module 1 against the trunk at t+2. The second row ends earlier: its
+    tokens from position 5 on are padding.
+    """
+    cfg = dataclasses.replace(CFG, vocab_size=16)
+    best = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
+    first = [[2, 3, 9, 5, 0], [7, 8, 9, 10, 0]]  # wrong at 2 of the first row
+    second = [[3, 9, 5, 0, 0], [8, 9, 10, 0, 0]]  # wrong at 1 of the first row; right at 2, where module 0 is not
+    hidden, *mtp_hidden = (jax.nn.one_hot(jnp.asarray(ids), 16) for ids in (best, first, second))
+    routing = jnp.zeros((2, 10, CFG.top_k), int), jnp.full((2, 10, CFG.n_experts), 1 / CFG.n_experts)
+    outcome = Outcome(hidden, tuple(mtp_hidden), *routing)
+    mask = np.ones((2, 5 + 1 + 2), np.int32)
+    mask[1, 5:] = 0
+    given = {"tokens": jnp.zeros((2, 8), jnp.int32), "mask": jnp.asarray(mask)}
+    head = {"embed": jnp.eye(16), "head": jnp.eye(16)}
+    found = fidelity.compare(head, outcome, head, outcome, hidden, given, cfg=cfg, chunk=5)
+    counted = np.asarray(found["accepted"] * found["drafted"])
+    np.testing.assert_array_equal(found["drafted"][0], [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(found["drafted"][1], [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(counted[0], [[1, 1, 0, 1, 0], [1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(counted[1], [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
+
+
 def test_another_router_alone_is_all_routing(params):
     """With one normalised expert a token its weight is 1 under any router: only the choice differs."""
     even = dataclasses.replace(CFG, norm_topk=True, top_k=1)
@@ -296,6 +321,14 @@ def test_every_figure_has_an_error_beside_it():
     plain = set(found) - {"tokens", "by_position"}
     assert {f"{n}_se" for n in plain if not n.endswith("_se")} == {n for n in plain if n.endswith("_se")}
     assert found["kld_own"] == 0.0
+
+
+def test_a_domain_of_a_single_unit_is_fixed():
+    tokens, units = tokens_by_hand(), Units(np.asarray([0, 1, 2, 2]), np.asarray([0, 0, 1]))
+    weights_RU = np.asarray([[1, 1, 1], [2, 0, 1], [0, 2, 1]], np.float32)
+    found = fidelity.summarize(tokens, units, weights_RU, 2)
+    assert found["loss_se"] == pytest.approx(np.std([12 / 4, 11 / 4, 13 / 4], ddof=1))
+    assert found["kld_median_se"] is not None and found["perplexity_se"] is not None
 
 
 def test_what_cannot_be_known_is_null():

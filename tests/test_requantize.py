@@ -47,29 +47,30 @@ def error(y, w=W, columns=None):
 def test_formats_are_every_grid_and_every_type_once():
     assert len(FORMATS) == len(requantize.formats())
     assert {name for name, rule in FORMATS if rule in ("absmax", "search")} == set(GRIDS)
-    assert {name for name, rule in FORMATS if rule in ("stock", "imatrix")} == set(requantize.TYPES)
+    assert {name for name, rule in FORMATS if rule in ("stock", "imatrix")} == {*requantize.TYPES, "BF16", "F16"}
     assert [name for name in requantize.TYPES if (name, "stock") not in FORMATS] == ["IQ1_S", "IQ2_XXS", "IQ2_XS"]
     assert {f.group for f in FORMATS.values() if f.rule == "search"} == {"grid"}
     assert {f.group for f in FORMATS.values() if f.rule == "stock"} == {"ggml"}
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("Q1_0", 1.125), ("IQ1_S", 1.5625), ("Q2_K", 2.625), ("MXFP4", 4.25), ("Q8_0", 8.5)]
+    ("name", "bits"),
+    [("Q1_0", 1.125), ("IQ1_S", 1.5625), ("Q2_K", 2.625), ("MXFP4", 4.25), ("Q8_0", 8.5), ("BF16", 16)],
 )
 def test_bits_per_weight(name, bits):
     """Bytes of a block over its weights, from the table of docs/formats.md."""
     assert {f.bits for (n, _), f in FORMATS.items() if n == name} == {bits}
 
 
-def test_without_llama_cpp_there_are_the_grids(monkeypatch):
+def test_without_llama_cpp_there_are_the_grids_and_the_floats(monkeypatch):
     monkeypatch.setattr(llama, "installed", lambda: "")
-    assert {f.group for f in requantize.formats()} == {"grid"}
+    assert {f.name for f in requantize.formats()} == {*GRIDS, "BF16", "F16"}
 
 
 # ---- against other quantizers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4", "BF16", "F16"])
 def test_types_that_pypi_gguf_can_quantize(kind):
     number = gguf.GGMLQuantizationType[kind]
     expected = gguf.quants.dequantize(gguf.quants.quantize(W, number), number)

@@ -36,6 +36,7 @@ BUNDLED_VALID = ("austen_persuasion",)
 FORMATS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 _CHUNK = 1 << 20  # bytes read at once
+_SET_KEY = "set --config.data.text_key, or the --text_key of another command than training"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +248,7 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 def _row_text(row: dict[str, Any], text_key: str, where: str) -> str:
     if text_key not in row:
         keys = ", ".join(sorted(map(str, row))) or "none"
-        raise UserError(f"{where}: no field {text_key!r} (fields: {keys}); set --config.data.text_key")
+        raise UserError(f"{where}: no field {text_key!r} (fields: {keys}); {_SET_KEY}")
     text = row[text_key]
     if not isinstance(text, str):
         raise UserError(f"{where}: field {text_key!r} is {type(text).__name__}, not a string; fix or drop the row")
@@ -272,7 +273,7 @@ def _parquet_rows(path: Traversable, text_key: str) -> Iterator[Document]:
         with pyarrow.parquet.ParquetFile(str(path)) as file:
             if text_key not in file.schema_arrow.names:
                 columns = ", ".join(file.schema_arrow.names)
-                raise UserError(f"{path}: no column {text_key!r} (columns: {columns}); set --config.data.text_key")
+                raise UserError(f"{path}: no column {text_key!r} (columns: {columns}); {_SET_KEY}")
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=[text_key]):
                 for row in batch.to_pylist():
