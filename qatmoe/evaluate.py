@@ -17,9 +17,7 @@ text, the number of tokens, llama-cpp-python, the dtype or the device.
 import argparse
 import dataclasses
 import hashlib
-import io
 import json
-import os
 import re
 import sys
 import time
@@ -31,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qatmoe import audit_report, fidelity
+from qatmoe import audit_report, cli, fidelity
 from qatmoe import requantize as rounding
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, ModelConfig
@@ -320,7 +318,7 @@ class Bench:
             "bits_per_weight": row.bits,
             "joined_rows": joined,
             "kv": str(row.cache or ""),
-            "kv_bits": sum(row.cache.bits) / 2 if row.cache else None,
+            "kv_bits": 8 * row.cache.bytes(1, 1) / 2 if row.cache else None,  # as many keys as values
             "reference": self.audit.reference,
             **scopes[0],
             "domains": dict(zip([d.name for d in self.domains], scopes[1:], strict=True)),
@@ -560,18 +558,5 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _as_program() -> int:
-    """`main` for a terminal that knows fewer characters, or a pipe whose reader goes away (`| head`)."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        code = main()
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the buffer
-        return 0
-
-
 if __name__ == "__main__":
-    sys.exit(_as_program())
+    sys.exit(cli.run(main))

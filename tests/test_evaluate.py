@@ -221,7 +221,7 @@ def test_a_reader_that_goes_away_ends_it_between_rows(copy, text, monkeypatch):
             raise BrokenPipeError
 
     monkeypatch.setattr("builtins.print", gone)
-    with pytest.raises(BrokenPipeError):  # `_as_program` ends quietly
+    with pytest.raises(BrokenPipeError):  # `cli.run` ends quietly
         again(copy, text)
     assert [row["row"] for row in rows_of(copy)] == NAMES[:2]
     assert "q2_0 search" in (copy / "audit.md").read_text()
@@ -299,7 +299,7 @@ def test_a_terminal_that_knows_ascii_alone(monkeypatch):
     screen = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
     monkeypatch.setattr(evaluate, "main", lambda: print("zeil\u00e9n \u00b10.1"))
-    evaluate._as_program()
+    cli.run(evaluate.main)
     assert screen.getvalue() == b"zeil?n ?0.1\n"
 
 
