@@ -155,7 +155,7 @@ def table(branches: dict[str, list[Row]]) -> str:
 
 
 def _number(value: float, stderr: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+    return f"{value:{sign}.4f}" + ("" if stderr is None else f" ±{stderr:.4f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
