@@ -236,7 +236,7 @@ def test_rows_join_those_on_record(copy, text, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", ["tokens", "text", "checkpoint", "llama_cpp_python", "backend", "junk", "no figures"]
+    "change", ["tokens", "text", "checkpoint", "llama_cpp_python", "dtype", "backend", "junk", "no figures"]
 )
 def test_what_changed_is_computed_anew(change, copy, text, monkeypatch, capsys):
     names = judged(monkeypatch)
@@ -250,9 +250,10 @@ def test_what_changed_is_computed_anew(change, copy, text, monkeypatch, capsys):
         manifest.write_text(manifest.read_text() + " ")
     if change == "llama_cpp_python":
         monkeypatch.setattr(evaluate.llama, "installed", lambda: "0.0.1")
-    if change == "backend":
-        mark = copy / "audit.fingerprint.json"
-        mark.write_text(mark.read_text().replace('"cpu"', '"gpu"'))
+    if change in ("dtype", "backend"):
+        mark = json.loads((copy / "audit.fingerprint.json").read_text())
+        (copy / "audit.fingerprint.json").write_text(json.dumps(mark | {change: "another"}))
+        assert mark["dtype"] == "float32" and mark["backend"] == jax.default_backend()
     if change in ("junk", "no figures"):
         (copy / "audit.json").write_text("[1]" if change == "junk" else '[{"row": "qat"}]')
     assert command(copy, *[f"{k}={v}" for k, v in args.items()]) == 0
