@@ -293,7 +293,7 @@ def test_a_closed_pipe_ends_the_program_quietly(run):
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert b"Error" not in process.stderr.read()
-    assert process.returncode == 0
+    assert process.returncode in (0, 141)  # 0 where all was written before the pipe closed
 
 
 def test_a_terminal_that_knows_ascii_alone(monkeypatch):

@@ -1,6 +1,7 @@
 """The audit of the default run: table and plot of the main README, the whole table of docs/audit.md.
 
-    python experiments/audit/run.py [--run DIR]     trains configs/moe_2bit.py in DIR if need be, audits, scores tasks
+    python experiments/audit/run.py [--runs DIR]    trains configs/moe_2bit.py if need be, audits, scores tasks; then
+                                                    caches, on a model whose heads llama.cpp rotates
     python experiments/audit/run.py --write         writes the tables from what lies beside this file
 
 Needs the extras `deploy` (llama.cpp's types) and `eval` (tasks). The audit alone is one command:
@@ -21,6 +22,15 @@ from qatmoe.report import fill_tables
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+CONFIG = f"--config={ROOT / 'configs' / 'moe_2bit.py'}"
+CACHED = {  # a model for caches: heads of 64, which llama.cpp rotates, windows of 512, half the steps
+    "name": "moe_2bit_cache",
+    "model.head_dim": 64,
+    "data.seq_len": 512,
+    "train.batch_size": 4,
+    "train.phases.trunk.steps": 450,
+    **{f"train.phases.{phase}.{key}": 275 for phase in ("control", "qat") for key in ("steps", "decay")},
+}
 BRANCHES = ("control", "qat")
 CACHES = ("q8_0", "q4_0")
 AGAIN = ("Q8_0", "Q6_K", "Q4_0", "Q2_K")  # conversions of the QAT model
@@ -31,16 +41,21 @@ def run(*args: str) -> None:
     subprocess.run([sys.executable, "-m", *args], cwd=ROOT, check=True)
 
 
-def make(workdir: Path) -> None:
+def make(runs: Path) -> None:
     """Trains, audits, scores; copies the results."""
-    run("qatmoe.train", f"--config={ROOT / 'configs' / 'moe_2bit.py'}", f"--workdir={workdir}")
+    main, cache = runs / "moe_2bit", runs / "moe_2bit_cache"
+    run("qatmoe.train", CONFIG, f"--workdir={main}")
     started = time.perf_counter()
-    run("qatmoe.evaluate", f"--run={workdir}", "--force")
+    run("qatmoe.evaluate", f"--run={main}")
     seconds = time.perf_counter() - started
-    run("qatmoe.tasks", f"--run={workdir}", "--branch", *BRANCHES)
+    run("qatmoe.tasks", f"--run={main}", "--branch", *BRANCHES)
     for name in ("audit.json", "audit.png", "tasks.json"):
-        shutil.copy(workdir / name, HERE / name)
+        shutil.copy(main / name, HERE / name)
     (HERE / "cost.json").write_text(json.dumps({"seconds": seconds, "cores": os.cpu_count()}) + "\n")
+    run("qatmoe.train", CONFIG, f"--workdir={cache}", *(f"--config.{key}={value}" for key, value in CACHED.items()))
+    run("qatmoe.evaluate", f"--run={cache}", "--rows=^(control|qat)$|/kv/")
+    for name in ("audit.json", "audit.png"):
+        shutil.copy(cache / name, HERE / name.replace("audit", "cache"))
 
 
 def chosen(rows: list[dict]) -> list[dict]:
@@ -75,17 +90,18 @@ def write() -> None:
         "audit": f"{markdown(chosen(rows))}\n\n{spent}",
         "tasks": tasks_table(json.loads((HERE / "tasks.json").read_text())["rows"]),
     })  # fmt: skip
-    fill_tables(ROOT / "docs" / "audit.md", {"audit": markdown(rows)})
+    cached = json.loads((HERE / "cache.json").read_text())
+    fill_tables(ROOT / "docs" / "audit.md", {"audit": markdown(rows), "cache": markdown(cached)})
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "moe_2bit", help="where the run lies")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the runs lie")
     parser.add_argument("--write", action="store_true", help="only write the tables")
     options = parser.parse_args()
     if not options.write:
-        make(options.run.absolute())
+        make(options.runs.absolute())
     write()
 
 
