@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qatmoe import evaluate, loss
+from qatmoe import cli, evaluate, loss
 from qatmoe.convert.weights import Branch
 from qatmoe.data import batches, corpus
 
