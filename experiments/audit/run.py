@@ -33,7 +33,7 @@ CACHED = {  # a model for caches: heads of 64, which llama.cpp rotates, windows 
 }
 BRANCHES = ("control", "qat")
 CACHES = ("q8_0", "q4_0")
-AGAIN = ("Q8_0", "Q6_K", "Q4_0", "Q2_K")  # conversions of the QAT model
+AGAIN = ("Q8_0", "Q6_K", "Q4_0", "Q2_K", "Q2_0")  # conversions of the QAT model
 
 
 def run(*args: str) -> None:
