@@ -33,7 +33,7 @@ def row(name, group, bits, kld, **other):
 
 
 def cache_row(branch, kv, kld, own=None):
-    about = {"row": f"{branch}/kv/{kv}", "kv": kv, "kv_bits": CacheType.parse(kv).bits[0]}
+    about = {"row": f"{branch}/kv/{kv}", "kv": kv, "kv_bits": 8 * CacheType.parse(kv).bytes(1, 0)}
     r = row(branch, "kv", 2.25 if own else 32.0, kld, **about, kld_own=own, kld_own_se=own)
     for span in r["by_position"] if own else ():
         span |= {"kld_own": own, "kld_own_se": own / 10}
