@@ -36,6 +36,14 @@ def child_env(tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Every compiled program keeps a few memory maps, and a process may have only so many (vm.max_map_count, 65,530 on
+    most machines): XLA ends it with a segmentation fault when the programs of all modules are kept."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For tests whose time is compiling; the arithmetic stays the same up to rounding."""
