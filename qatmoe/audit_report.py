@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from qatmoe.errors import UserError
+from qatmoe.text_table import aligned
 
 Row = dict[str, Any]
 
@@ -221,13 +222,11 @@ def table(rows: Sequence[Row]) -> str:
     for heading, members in _sections(rows):
         starts[len(cells)] = heading
         cells += [(f"  {_marked(r, best)}", _bits(r), *(_COLUMNS[c](r) for c in columns)) for r in members]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = []
-    for i, row in enumerate(cells):
+    for i, line in enumerate(aligned(cells)):
         if i in starts:
             lines.append(starts[i])
-        aligned = [c.ljust(w) if j == 0 else c.rjust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(aligned).rstrip())
+        lines.append(line)
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join([*lines, "", _measured_on(rows), *_headlines(rows), *_notes(rows, columns)])
 
