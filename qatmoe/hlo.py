@@ -257,18 +257,21 @@ def _convolution_flops(i: Instruction, own: Computation) -> float:
     lhs, rhs = (own[o].shapes[0].dims for o in i.operands)
     out = i.shapes[0].dims
     window = dict(part.split("=") for part in i.attribute("window").strip("{}").split() if "=" in part)
-    spatial = [c for c in out_labels if c.isdigit()]
+    n_spatial = sum(label.isdigit() for label in out_labels)
+
+    def field(name: str, axis: int, default: str) -> str:
+        return window[name].split("x")[axis] if name in window else default
+
     valid = 1
-    for n, label in enumerate(spatial):
-        pick = lambda key, default, n=n: window.get(key, "x".join([default] * len(spatial))).split("x")[n]  # noqa: E731
+    for axis in range(n_spatial):
         valid *= _valid_positions(
-            lhs[lhs_labels.index(label)],
-            rhs[rhs_labels.index(label)],
-            out[out_labels.index(label)],
-            stride=int(pick("stride", "1")),
-            pad=int(pick("pad", "0_0").split("_")[0]),
-            lhs_dilate=int(pick("lhs_dilate", "1")),
-            rhs_dilate=int(pick("rhs_dilate", "1")),
+            lhs[lhs_labels.index(str(axis))],
+            rhs[rhs_labels.index(str(axis))],
+            out[out_labels.index(str(axis))],
+            stride=int(field("stride", axis, "1")),
+            pad=int(field("pad", axis, "0_0").split("_")[0]),
+            lhs_dilate=int(field("lhs_dilate", axis, "1")),
+            rhs_dilate=int(field("rhs_dilate", axis, "1")),
         )
     features = out[out_labels.index("f")] * rhs[rhs_labels.index("i")]
     batch = out[out_labels.index("b")] / int(i.attribute("batch_group_count") or 1)
