@@ -55,7 +55,8 @@ def changes(job: Job) -> Iterator[tuple[Settings, Topology]]:
     single: list[Settings] = []
     if cfg.model.remat == "none":
         single.append({"model.remat": "full"})
-    single += [{"train.grad_accum": n * cfg.train.grad_accum} for n in (2, 4, 8)]
+    parts = [n * cfg.train.grad_accum for n in (2, 4, 8)]
+    single += [{"train.grad_accum": n} for n in parts if cfg.train.batch_size % n == 0]
     if cfg.optim.moments_dtype == "float32":
         single.append({"optim.moments_dtype": "bfloat16"})
     if cfg.mesh.data != 1:
