@@ -54,7 +54,7 @@ class ModelConfig:
     eval_experts: str = "auto"  # evaluation, always dropless: "ragged" on TPU, "blocked" elsewhere
     capacity_factor: float = 2.0  # "dense": slots per expert = factor * tokens * top_k / n_experts
     expert_block: int = 64  # "blocked": rows per block
-    attention: str = "auto"  # "xla", "cudnn" or "auto" (cudnn on GPU where dtype and head_dim allow)
+    attention: str = "auto"  # "xla", "cudnn" (GPU), "splash" (TPU), or "auto": the machine's own, where shapes allow
     scan_layers: bool = True  # lax.scan over stacked layers, or the unrolled twin
     remat: str = "none"  # "none" or "full": recompute each layer in the backward pass
 
@@ -186,7 +186,7 @@ CHOICES = {
     "model.dtype": ("float32", "bfloat16"),
     "model.experts": ("dense", "blocked", "ragged", "reference"),
     "model.eval_experts": ("auto", "blocked", "ragged", "reference"),
-    "model.attention": ("auto", "xla", "cudnn"),
+    "model.attention": ("auto", "xla", "cudnn", "splash"),
     "model.remat": ("none", "full"),
     "quant.scale": ("learned", "dynamic"),
     "quant.dynamic_rule": ("absmax", "search"),

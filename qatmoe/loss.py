@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from qatmoe.config import Config, ModelConfig
+from qatmoe.mesh import constrain, put_back, used
 from qatmoe.model import transformer
 
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]
+Layout = tuple[tuple[str | None, ...], int]  # of the head, see `transformer.head_layout`
 
 
 class Views(NamedTuple):
@@ -65,14 +67,18 @@ def kl_divergence(teacher_TV: jax.Array, student_TV: jax.Array) -> jax.Array:
 
 
 def token_losses(
-    params: Params, cfg: ModelConfig, hidden_BLD: jax.Array, targets_BL: jax.Array, chunk: int = 0
+    params: Params, cfg: ModelConfig, hidden_BLD: jax.Array, targets_BL: jax.Array, chunk: int = 0, groups: int = 1
 ) -> jax.Array:
     """Cross-entropy per token, (B, L) f32, for evaluation. `chunk` > 0 holds only (chunk, V) logits at a time."""
-    hidden_NCD, targets_NC = _chunks((hidden_BLD, targets_BL), targets_BL.size, chunk)
-    nats_NC = jax.lax.map(
-        lambda c: cross_entropy(transformer.logits(params, cfg, c[0]), c[1]), (hidden_NCD, targets_NC)
-    )
-    return nats_NC.T.reshape(targets_BL.shape)
+    parts = _chunks((hidden_BLD, targets_BL), targets_BL.size, chunk, groups)
+    weight_VD = used(transformer.head_weight(params, cfg).astype(jnp.dtype(cfg.dtype)), *transformer.head_layout(cfg))
+
+    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        hidden_GCD, targets_GC = part
+        logits_GCV = constrain(transformer.score(hidden_GCD, weight_VD), ("batch", None, "vocab"))
+        return _softmax(logits_GCV, _hits(targets_GC, logits_GCV))[0]
+
+    return jax.lax.map(one, parts).swapaxes(0, 1).reshape(targets_BL.shape)
 
 
 def head_loss(
@@ -85,53 +91,62 @@ def head_loss(
     teacher: tuple[Params, jax.Array] | None = None,
     distill: float = 0.0,
     chunk: int = 0,
+    groups: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weighted sums over tokens: of (1 - distill) * CE + distill * KL(teacher || model), of CE, and of KL.
 
     Three f32 scalars, nats; only the first is differentiable, and not in the weights. The gradients with respect to
     hidden states and head are computed beside the loss, from the same logits, so that these are made once and never
     kept: with `chunk` > 0 there are (chunk, V) of them at a time. Their gradient is multiplied in cfg.dtype and summed
-    in f32.
+    in f32, apart for each of the `groups` that the mesh splits the batch into: devices meet once, after the last chunk.
 
     teacher: its parameters and hidden states (B, L, D). Gradients go to neither.
     """
     T = targets_BL.size
-    flat = _chunks((hidden_BLD, targets_BL, weights_BL, None if teacher is None else teacher[1]), T, chunk)
+    flat = _chunks((hidden_BLD, targets_BL, weights_BL, None if teacher is None else teacher[1]), T, chunk, groups)
     head_VD = transformer.head_weight(params, cfg)
     taught = None if teacher is None else (transformer.head_weight(teacher[0], cfg), flat[3])
-    return _head_loss(distill, flat[0], head_VD, flat[1], flat[2], taught)
+    return _head_loss(distill, transformer.head_layout(cfg), flat[0], head_VD, flat[1], flat[2], taught)
 
 
-def _chunks(arrays: Any, n_tokens: int, chunk: int) -> Any:
-    """(B, L, ...) arrays -> (N, C, ...): N chunks of C tokens, or one of all where `chunk` is 0 or no less.
+def _chunks(arrays: Any, n_tokens: int, chunk: int, groups: int) -> Any:
+    """(B, L, ...) arrays -> (N, G, C, ...): N chunks of G * C tokens, or one of all where `chunk` is 0 or no less.
 
-    Chunk i has tokens i, N + i, 2N + i, ...: where devices hold a run of tokens each, all of them work on every chunk.
+    Each chunk has C tokens of every group, so that all devices work on it.
     """
     n = n_tokens // chunk if 0 < chunk < n_tokens else 1
-    return jax.tree.map(lambda a: a.reshape(n_tokens // n, n, *a.shape[2:]).swapaxes(0, 1), arrays)
+
+    def cut(a: jax.Array) -> jax.Array:
+        a = a.reshape(groups, n, n_tokens // n // groups, *a.shape[2:]).swapaxes(0, 1)
+        return constrain(a, (None, "batch", *[None] * (a.ndim - 2)))
+
+    return jax.tree.map(cut, arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _head_loss(
     distill: float,
-    hidden_NCD: jax.Array,
+    layout: Layout,
+    hidden_NGCD: jax.Array,
     head_VD: jax.Array,
-    targets_NC: jax.Array,
-    weights_NC: jax.Array,
+    targets_NGC: jax.Array,
+    weights_NGC: jax.Array,
     taught: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    sums, _ = _scan_head(distill, False, hidden_NCD, head_VD, targets_NC, weights_NC, taught)
+    sums, _ = _scan_head(distill, layout, False, hidden_NGCD, head_VD, targets_NGC, weights_NGC, taught)
     return sums
 
 
-def _head_forward(distill: float, *args: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-    return _scan_head(distill, True, *args)
+def _head_forward(distill: float, layout: Layout, *args: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+    return _scan_head(distill, layout, True, *args)
 
 
-def _head_backward(distill: float, saved: tuple[jax.Array, jax.Array], g: Any) -> tuple[jax.Array | None, ...]:
+def _head_backward(
+    distill: float, layout: Layout, saved: tuple[jax.Array, jax.Array], g: Any
+) -> tuple[jax.Array | None, ...]:
     # In f32: g rounded to bf16 would be one and the same error in every gradient.
-    d_hidden_NCD, d_head_VD = ((g[0] * d.astype(jnp.float32)).astype(d.dtype) for d in saved)
-    return d_hidden_NCD, d_head_VD, None, None, None
+    d_hidden_NGCD, d_head_VD = ((g[0] * d.astype(jnp.float32)).astype(d.dtype) for d in saved)
+    return d_hidden_NGCD, d_head_VD, None, None, None
 
 
 _head_loss.defvjp(_head_forward, _head_backward)
@@ -139,55 +154,65 @@ _head_loss.defvjp(_head_forward, _head_backward)
 
 def _scan_head(
     distill: float,
+    layout: Layout,
     gradients: bool,
-    hidden_NCD: jax.Array,
+    hidden_NGCD: jax.Array,
     head_VD: jax.Array,
-    targets_NC: jax.Array,
-    weights_NC: jax.Array,
+    targets_NGC: jax.Array,
+    weights_NGC: jax.Array,
     taught: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[Any, Any]:
-    """The three sums of `head_loss`, and with `gradients` those of the first: of hidden_NCD and of head_VD."""
-    weight_VD = head_VD.astype(hidden_NCD.dtype)
+    """The three sums of `head_loss`, and with `gradients` those of the first: of hidden_NGCD and of head_VD."""
+    weight_VD = used(head_VD.astype(hidden_NGCD.dtype), *layout)
+    taught_VD = None if taught is None else used(taught[0].astype(hidden_NGCD.dtype), *layout)
+    scores = lambda h_GCD, w_VD: constrain(transformer.score(h_GCD, w_VD), ("batch", None, "vocab"))  # noqa: E731
 
     def one(carry: Any, part: Any) -> tuple[Any, jax.Array | None]:
-        sums, d_head_VD = carry
-        hidden_CD, targets_C, weights_C, teacher_CD = part
-        logits_CV = transformer.score(hidden_CD, weight_VD)
-        ce_C, probs_CV, log_probs_CV = _softmax(logits_CV, targets_C)
-        kl_C, target_CV = jnp.zeros_like(ce_C), None
-        if taught is not None:
-            teacher_CV = jax.nn.log_softmax(transformer.score(teacher_CD, taught[0]), axis=-1)
-            target_CV = jnp.exp(teacher_CV)
-            kl_C = jnp.sum(target_CV * (teacher_CV - log_probs_CV), axis=-1)
-        loss_C = ce_C if taught is None else (1 - distill) * ce_C + distill * kl_C
-        sums = tuple(s + jnp.sum(weights_C * x_C) for s, x_C in zip(sums, (loss_C, ce_C, kl_C), strict=True))
+        sums, d_head_GVD = carry
+        hidden_GCD, targets_GC, weights_GC, teacher_GCD = part
+        logits_GCV = scores(hidden_GCD, weight_VD)
+        hits_GCV = _hits(targets_GC, logits_GCV)
+        ce_GC, probs_GCV, log_probs_GCV = _softmax(logits_GCV, hits_GCV)
+        kl_GC, target_GCV = jnp.zeros_like(ce_GC), None
+        if taught_VD is not None:
+            teacher_GCV = jax.nn.log_softmax(scores(teacher_GCD, taught_VD), axis=-1)
+            target_GCV = jnp.exp(teacher_GCV)
+            kl_GC = jnp.sum(target_GCV * (teacher_GCV - log_probs_GCV), axis=-1)
+        loss_GC = ce_GC if target_GCV is None else (1 - distill) * ce_GC + distill * kl_GC
+        sums = tuple(s + jnp.sum(weights_GC * x_GC) for s, x_GC in zip(sums, (loss_GC, ce_GC, kl_GC), strict=True))
         if not gradients:
-            return (sums, d_head_VD), None
+            return (sums, d_head_GVD), None
         # d loss / d logits = p - (1 - distill) onehot(target) - distill * teacher's p
-        share = 1.0 if target_CV is None else 1 - distill
-        hit_CV = targets_C[:, None] == jnp.arange(logits_CV.shape[1])
-        d_CV = weights_C[:, None] * probs_CV - jnp.where(hit_CV, (share * weights_C)[:, None], 0.0)
-        if target_CV is not None:
-            d_CV -= distill * weights_C[:, None] * target_CV
-        d_CV = d_CV.astype(hidden_CD.dtype)
-        d_head_VD += jnp.einsum("cv,cd->vd", d_CV, hidden_CD, preferred_element_type=jnp.float32)
-        return (sums, d_head_VD), jnp.einsum("cv,vd->cd", d_CV, weight_VD)
+        share = 1.0 if target_GCV is None else 1 - distill
+        d_GCV = weights_GC[..., None] * probs_GCV - jnp.where(hits_GCV, (share * weights_GC)[..., None], 0.0)
+        if target_GCV is not None:
+            d_GCV -= distill * weights_GC[..., None] * target_GCV
+        d_GCV = d_GCV.astype(hidden_GCD.dtype)
+        d_head_GVD += jnp.einsum("gcv,gcd->gvd", d_GCV, hidden_GCD, preferred_element_type=jnp.float32)
+        return (sums, d_head_GVD), jnp.einsum("gcv,vd->gcd", d_GCV, weight_VD)
 
     zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, zero), jnp.zeros(head_VD.shape if gradients else (), jnp.float32)
-    parts = (hidden_NCD, targets_NC, weights_NC, None if taught is None else taught[1])
-    (sums, d_head_VD), d_hidden_NCD = jax.lax.scan(one, start, parts)
-    return sums, (d_hidden_NCD, d_head_VD.astype(head_VD.dtype)) if gradients else None
+    shape = (hidden_NGCD.shape[1], *head_VD.shape) if gradients else (1, 1, 1)
+    start = (zero, zero, zero), constrain(jnp.zeros(shape, jnp.float32), ("batch", "vocab", None))
+    parts = (hidden_NGCD, targets_NGC, weights_NGC, None if taught is None else taught[1])
+    (sums, d_head_GVD), d_hidden_NGCD = jax.lax.scan(one, start, parts)
+    if not gradients:
+        return sums, None
+    return sums, (d_hidden_NGCD, put_back(jnp.sum(d_head_GVD, axis=0), *layout).astype(head_VD.dtype))
 
 
-def _softmax(logits_CV: jax.Array, targets_C: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """-log p[target] (C,), p (C, V) and log p (C, V), f32."""
-    shifted_CV = logits_CV - jnp.max(logits_CV, axis=-1, keepdims=True)
-    exp_CV = jnp.exp(shifted_CV)
-    sum_C1 = jnp.sum(exp_CV, axis=-1, keepdims=True)
-    log_probs_CV = shifted_CV - jnp.log(sum_C1)
-    ce_C = -jnp.take_along_axis(log_probs_CV, targets_C[:, None], axis=-1)[:, 0]
-    return ce_C, exp_CV / sum_C1, log_probs_CV
+def _hits(targets: jax.Array, logits: jax.Array) -> jax.Array:
+    """Where the target is, (..., V) bool: a mask stays on its device where V is split, an index would not."""
+    return targets[..., None] == jnp.arange(logits.shape[-1])
+
+
+def _softmax(logits: jax.Array, hits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """-log p[target] (...,), p (..., V) and log p (..., V), f32."""
+    shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+    exp = jnp.exp(shifted)
+    total = jnp.sum(exp, axis=-1, keepdims=True)
+    log_probs = shifted - jnp.log(total)
+    return -jnp.sum(jnp.where(hits, log_probs, 0.0), axis=-1), exp / total, log_probs
 
 
 def denominators(batch: Batch, n_mtp: int) -> list[jax.Array]:
@@ -222,13 +247,12 @@ def training_loss(
     if teacher is not None:
         taught_out = transformer.forward(teacher, m, v.tokens_BL, mtp_tokens=None, train=False, **inputs)
         taught = (teacher, jax.lax.stop_gradient(taught_out.hidden_BLD))
-    sums = head_loss(
-        params, m, out.hidden_BLD, v.targets[0], v.weights[0], teacher=taught, distill=distill, chunk=t.loss_chunk
-    )
+    cut: dict[str, Any] = {"chunk": t.loss_chunk, "groups": groups}
+    sums = head_loss(params, m, out.hidden_BLD, v.targets[0], v.weights[0], teacher=taught, distill=distill, **cut)
     main, ce, kl = (s / totals[0] for s in sums)
     mtp = jnp.zeros((), jnp.float32)
     for i, hidden_BLD in enumerate(out.mtp_hidden):
-        nats, _, _ = head_loss(params, m, hidden_BLD, v.targets[1 + i], v.weights[1 + i], chunk=t.loss_chunk)
+        nats, _, _ = head_loss(params, m, hidden_BLD, v.targets[1 + i], v.weights[1 + i], **cut)
         mtp += nats / totals[1 + i] / m.n_mtp
     share = jnp.sum(v.weights[0]) / totals[0]  # of the whole batch: what this micro-batch's means weigh
     balance, z = out.aux["balance"] * share, out.aux["z"] * share
@@ -254,6 +278,6 @@ def evaluation_sums(
     )
     nats = []
     for hidden_BLD, targets_BL, weights_BL in zip((out.hidden_BLD, *out.mtp_hidden), v.targets, v.weights, strict=True):
-        ce_BL = token_losses(params, cfg, hidden_BLD, targets_BL, chunk)
+        ce_BL = token_losses(params, cfg, hidden_BLD, targets_BL, chunk, groups)
         nats.append(jnp.sum(ce_BL * weights_BL, axis=1))
     return {"nats": jnp.stack(nats), "count": jnp.stack([jnp.sum(w, axis=1) for w in v.weights])}

@@ -3,16 +3,21 @@
 Every mesh has all four axes, so no code asks whether one is there:
 
     data    batch is split, parameters are copied
-    fsdp    batch is split, parameters are split along `embed` and gathered when used
-    expert  batch is split, experts are split: tokens travel to their experts by all-to-all
+    fsdp    batch is split, parameters are split and gathered when used
+    expert  batch is split, experts are split: tokens travel to their experts by all-to-all; other parameters as in fsdp
     tensor  heads, FFN width and vocabulary are split
+
+A parameter lies in one way where it is kept (weights, moments, scales: split over everything but data) and in another
+where it is used (gathered over fsdp). `used` goes from the one to the other, and its gradient the way back.
 """
 
+import functools
 import math
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from qatmoe.config import MeshConfig
 from qatmoe.errors import UserError
@@ -24,19 +29,24 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),  # sequences, tokens, or groups of tokens before they are exchanged
     "group": ("data", "fsdp"),  # groups of tokens once their rows lie with their experts
     "experts": ("expert",),
-    "embed": ("fsdp",),  # D of a parameter
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),  # F of a parameter
     "vocab": ("tensor",),
+    "table_batch": ("data",),  # sequences while embeddings are looked up, and D then
+    "table_embed": ("fsdp", "expert"),
 }
+FSDP = ("fsdp", "expert")  # what a kept parameter is split over beside its own axes, as far as these leave it free
 
 
 def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """Builds the mesh over all devices; an axis of -1 takes what the others leave.
 
+    On TPUs axes follow the wires of the torus, and of several slices each has its own part of `data`, whose
+    collectives alone cross the network between them. Elsewhere devices come in their order, `tensor` nearest together.
+
     Raises:
-      UserError: the axes' product is not the number of devices.
+      UserError: the axes' product is not the number of devices, or `data` no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(cfg, axis) for axis in AXES}
@@ -52,7 +62,17 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
         )
     if free:
         sizes[free[0]] = len(devices) // fixed
-    return Mesh(np.asarray(devices).reshape([sizes[a] for a in AXES]), AXES)
+    shape = [sizes[a] for a in AXES]
+    if devices[0].platform != "tpu":
+        return Mesh(np.asarray(devices).reshape(shape), AXES)
+    slices = len({d.slice_index for d in devices})
+    if shape[0] % slices:
+        raise UserError(f"mesh={sizes}: the devices are {slices} slices; make data a multiple of {slices}")
+    if slices == 1:
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
+    inside, across = [shape[0] // slices, *shape[1:]], [slices, 1, 1, 1]
+    grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES)
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -77,13 +97,34 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*parts)
 
 
-def sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """Sharding of an array of `shape` whose axes are named; an axis that its mesh axes do not divide is copied."""
-    parts = []
-    for size, part in zip(shape, spec(axes), strict=True):
-        names = (part,) if isinstance(part, str) else (part or ())
-        parts.append(part if size % math.prod(mesh.shape[n] for n in names) == 0 else None)
-    return NamedSharding(mesh, PartitionSpec(*parts))
+def kept(axes: tuple[str | None, ...], fsdp: int | None) -> PartitionSpec:
+    """How a parameter lies where it is kept: as where it is used, and axis `fsdp` split further. See `layers.Param`."""
+    parts = [_names(part) for part in spec(axes)]
+    if fsdp is not None:
+        taken = {name for part in parts for name in part}
+        parts[fsdp] += tuple(name for name in FSDP if name not in taken)
+    return PartitionSpec(*(part[0] if len(part) == 1 else part or None for part in parts))
+
+
+def fitted(mesh: Mesh | AbstractMesh, parts: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    """A spec without the mesh axes that do not divide an array of `shape`: along those it is copied."""
+    found = []
+    for size, part in zip(shape, parts, strict=True):
+        names = _names(part)
+        while size % math.prod(mesh.shape[n] for n in names):
+            names = names[:-1]
+        found.append(names[0] if len(names) == 1 else names or None)
+    return PartitionSpec(*found)
+
+
+def _names(part: tuple[str, ...] | str | None) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def gathers() -> bool:
+    """Whether parameters are gathered where they are used, under the active mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and math.prod(mesh.shape[a] for a in FSDP) > 1
 
 
 def batch_groups(mesh: Mesh) -> int:
@@ -96,4 +137,25 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    return jax.lax.with_sharding_constraint(x, fitted(mesh, spec(axes), x.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def used(w: jax.Array, axes: tuple[str | None, ...], fsdp: int | None) -> jax.Array:
+    """A parameter as it lies where it is used, gathered; its gradient is summed into the layout it is kept in."""
+    # Both ends are pinned: otherwise the compiler may gather before a cast.
+    return constrain(put_back(w, axes, fsdp), axes)
+
+
+def put_back(w: jax.Array, axes: tuple[str | None, ...], fsdp: int | None) -> jax.Array:
+    """A parameter, or its gradient, as the parameter is kept."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return w
+    return jax.lax.with_sharding_constraint(w, fitted(mesh, kept(axes, fsdp), w.shape))
+
+
+used.defvjp(
+    lambda w, axes, fsdp: (used(w, axes, fsdp), None),
+    lambda axes, fsdp, _, g: (put_back(g, axes, fsdp),),
+)

@@ -21,6 +21,7 @@ from qatmoe.data import batches
 from qatmoe.errors import UserError
 from qatmoe.mesh import batch_groups, spec
 from qatmoe.metrics import Metrics
+from qatmoe.model import attention
 from qatmoe.quant.plan import Plan, coverage, make_plan
 from qatmoe.tree import path_of
 
@@ -165,7 +166,7 @@ def valid_batches(cfg: Config, data: batches.Data, limit: int) -> Iterator[batch
 
 def abstract_state(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh) -> steps.TrainState:
     """Shapes and shardings of a phase's state, with nothing computed."""
-    shapes = jax.eval_shape(functools.partial(steps.init_state, cfg), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: steps.init_state(cfg, jax.random.key(0)))
     if phase.quantize:
         shapes = jax.eval_shape(functools.partial(steps.branch, cfg, phase, plan), shapes)
     places = steps.state_shardings(cfg, mesh, shapes)
@@ -174,7 +175,7 @@ def abstract_state(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh) -> s
 
 def quant_plan(cfg: Config) -> tuple[Plan, list[dict[str, Any]]]:
     """The plan and the coverage table of the model's parameters."""
-    state = jax.eval_shape(functools.partial(steps.init_state, cfg), jax.random.key(0))
+    state = jax.eval_shape(lambda: steps.init_state(cfg, jax.random.key(0)))
     shapes = {path_of(p): s.shape for p, s in jax.tree_util.tree_flatten_with_path(state.params["model"])[0]}
     plan = make_plan(shapes, cfg.model, cfg.quant)
     for name, phase in cfg.train.phases.items():
@@ -194,17 +195,23 @@ def check_mesh(cfg: Config, mesh: Mesh) -> None:
     for what, value, over, n in (
         ("train.batch_size / grad_accum", rows, "data*fsdp*expert", sizes["data"] * sizes["fsdp"] * sizes["expert"]),
         ("model.n_experts", m.n_experts, "expert", sizes["expert"]),
-        ("model.dim", m.dim, "fsdp", sizes["fsdp"]),
         ("model.n_kv_heads", m.n_kv_heads, "tensor", sizes["tensor"]),
         ("model.expert_dim", m.expert_dim, "tensor", sizes["tensor"]),
     ):
         if value % n:
             raise UserError(f"config.{what}={value} does not divide over mesh {over}={n}: change it or config.mesh")
-    if m.attention == "cudnn" and (jax.default_backend() != "gpu" or m.dtype != "bfloat16"):
+    platform = mesh.devices.flat[0].platform
+    if m.attention == "cudnn" and (platform != "gpu" or m.dtype != "bfloat16"):
         raise UserError(
             f"config.model.attention='cudnn' needs a GPU and model.dtype='bfloat16', and here are "
-            f"{jax.default_backend()} and {m.dtype}: use 'auto'"
+            f"{platform} and {m.dtype}: use 'auto'"
         )
-    tokens, chunk = rows * cfg.data.seq_len, cfg.train.loss_chunk
-    if chunk and tokens > chunk and tokens % chunk:
-        raise UserError(f"config.train.loss_chunk={chunk} does not divide the {tokens} tokens of a micro-batch")
+    if m.attention == "splash" and (platform != "tpu" or not attention.fits_splash(m, cfg.data.seq_len)):
+        raise UserError(
+            f"config.model.attention='splash' needs a TPU, heads of 128 and a seq_len that 128 divides, and here are "
+            f"{platform}, model.head_dim={m.head_dim} and data.seq_len={cfg.data.seq_len}: use 'auto'"
+        )
+    tokens, chunk, groups = rows * cfg.data.seq_len, cfg.train.loss_chunk, batch_groups(mesh)
+    if chunk and tokens > chunk and (tokens % chunk or chunk % groups):
+        over = f" and be a multiple of the {groups} parts that the mesh splits a batch into" if groups > 1 else ""
+        raise UserError(f"config.train.loss_chunk={chunk} must divide the {tokens} tokens of a micro-batch{over}")

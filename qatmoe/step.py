@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qatmoe import loss as losses
 from qatmoe.config import Config, PhaseConfig
-from qatmoe.mesh import sharding
+from qatmoe.mesh import constrain, fitted
 from qatmoe.model import router, transformer
 from qatmoe.optim import carry_over, make_optimizer, schedule
 from qatmoe.quant import fake
@@ -100,7 +100,7 @@ def train_step(
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(weights)
         return grads, (loss, aux)
 
-    grads, (loss, aux) = _accumulate(micro_grads, batch, cfg.train.grad_accum)
+    grads, (loss, aux) = _accumulate(micro_grads, batch, cfg.train.grad_accum, groups)
     (grads,) = pull_back(grads)
     factor = schedule(cfg.optim, phase, state.step)
     updates, opt_state = make_optimizer(cfg.optim).update(grads, state.opt_state, state.params)
@@ -116,14 +116,21 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
 
 
-def _accumulate(micro_grads: Any, batch: losses.Batch, n: int) -> Any:
-    """Sums `micro_grads` over n equal cuts of the batch."""
+def _accumulate(micro_grads: Any, batch: losses.Batch, n: int, groups: int) -> Any:
+    """Sums `micro_grads` in f32 over n cuts of the batch, each of as many rows of every group: none moves."""
     if n == 1:
         return micro_grads(batch)
-    micros = jax.tree.map(lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:]), batch)
+
+    def cut(a: jax.Array) -> jax.Array:
+        rest = a.shape[1:]
+        parts = a.reshape(groups, n, a.shape[0] // n // groups, *rest).swapaxes(0, 1)
+        return constrain(parts.reshape(n, a.shape[0] // n, *rest), (None, "batch", *[None] * len(rest)))
+
+    micros = jax.tree.map(cut, batch)
     shapes = jax.eval_shape(micro_grads, jax.tree.map(lambda a: a[0], micros))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(lambda c, m: (jax.tree.map(jnp.add, c, micro_grads(m)), None), zeros, micros)[0]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    sums, _ = jax.lax.scan(lambda c, m: (jax.tree.map(jnp.add, c, micro_grads(m)), None), zeros, micros)
+    return jax.tree.map(lambda s, total: total.astype(s.dtype), shapes, sums)
 
 
 def _move_router_bias(model: Params, load_NE: jax.Array, cfg: Config) -> Params:
@@ -150,17 +157,16 @@ def eval_weights(cfg: Config, plan: Plan, state: TrainState, quantize: bool) -> 
 
 
 def state_shardings(cfg: Config, mesh: Mesh, abstract: TrainState) -> TrainState:
-    """Shardings for a state: by the model's logical axes; moments, scales and EMA lie as their parameter does."""
-    axes = transformer.logical_axes(cfg.model)
-    is_axes = lambda a: isinstance(a, tuple)  # noqa: E731
-    by_path = {path_of(p): a for p, a in jax.tree_util.tree_flatten_with_path(axes, is_leaf=is_axes)[0]}
+    """Shardings for a state: parameters as they are kept; moments, scales and EMA lie as their parameter does."""
+    specs = transformer.kept_specs(cfg.model)
+    by_path = {path_of(p): s for p, s in jax.tree_util.tree_flatten_with_path(specs)[0]}
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         parts = path_of(path).split("/")
         for start in range(len(parts)):
             name = "/".join(parts[start:])
             if name in by_path and len(by_path[name]) == len(leaf.shape):
-                return sharding(mesh, by_path[name], leaf.shape)
+                return NamedSharding(mesh, fitted(mesh, by_path[name], leaf.shape))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(place, abstract)

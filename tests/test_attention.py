@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qatmoe.config import ModelConfig
-from qatmoe.model.attention import attention, attention_params
+from qatmoe.model.attention import attention, attention_params, grouped, splash
 from qatmoe.model.layers import rope_angles
 
 CFG = ModelConfig(dim=16, n_heads=4, n_kv_heads=2, head_dim=8)
@@ -82,3 +82,22 @@ def test_is_causal(segments):
     after = run(params, CFG, x.at[:, 4].add(1.0), segments_BL)
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
     assert jnp.all(jnp.any(before[:, 4:] != after[:, 4:], axis=-1))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_kernel_for_tpus_computes_what_the_plain_one_does(documents):
+    """In Pallas's interpreter: values and gradients, grouped heads, with and without borders between documents."""
+    B, L, H, K, Dh = 2, 256, 4, 2, 128
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((B, L, H, Dh), (B, L, K, Dh), (B, L, K, Dh), (B, L, H, Dh))
+    q, k, v, g = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    segments = jnp.broadcast_to(jnp.arange(L) // 100, (B, L)) if documents else None
+    seen = jnp.tril(jnp.ones((1, L, L), bool))
+    if documents:
+        seen = seen & (segments[:, :, None] == segments[:, None, :])
+
+    plain, back = jax.vjp(lambda *a: grouped(*a, seen, Dh**-0.5), q, k, v)
+    kernel, kernel_back = jax.vjp(lambda *a: splash(*a, segments, Dh**-0.5, interpret=True), q, k, v)
+    np.testing.assert_allclose(kernel, plain, rtol=1e-4, atol=1e-5)
+    for a, b in zip(kernel_back(g), back(g), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

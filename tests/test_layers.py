@@ -53,7 +53,7 @@ def test_partial_rope_turns_the_first_dims_in_half_split_pairs():
 
 
 def test_swiglu_takes_gate_first_and_up_second():
-    np.testing.assert_allclose(swiglu(jnp.array([2.0, 5.0]), 0.0), [2 / (1 + np.exp(-2.0)) * 5], rtol=1e-6)
+    np.testing.assert_allclose(swiglu(jnp.array([[2.0], [5.0]]), 0.0), [2 / (1 + np.exp(-2.0)) * 5], rtol=1e-6)
 
 
 def test_swiglu_limit_clamps_gate_from_above_and_up_on_both_sides():
@@ -61,7 +61,7 @@ def test_swiglu_limit_clamps_gate_from_above_and_up_on_both_sides():
         return g / (1 + np.exp(-g))
 
     gates, ups = np.array([9.0, -9.0, 1.0]), np.array([9.0, -9.0, 2.0])
-    clamped = swiglu(jnp.concatenate([jnp.array(gates), jnp.array(ups)]), 3.0)
+    clamped = swiglu(jnp.stack([jnp.array(gates), jnp.array(ups)]), 3.0)
     np.testing.assert_allclose(clamped, [silu(3.0) * 3, silu(-9.0) * -3, silu(1.0) * 2], rtol=1e-5)
 
 

@@ -1,10 +1,11 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from qatmoe.config import MeshConfig
 from qatmoe.errors import UserError
-from qatmoe.mesh import AXES, RULES, constrain, make_mesh, sharding, spec
+from qatmoe.mesh import AXES, RULES, constrain, fitted, kept, make_mesh, spec
 
 
 class FakeDevice:
@@ -50,8 +51,19 @@ def test_two_axes_on_one_mesh_axis_are_refused():
 
 def test_axis_that_does_not_divide_is_copied():
     mesh = make_mesh(MeshConfig(data=1, tensor=8), [FakeDevice(i) for i in range(8)])
-    assert sharding(mesh, ("heads", None), (16, 3)).spec[0] == "tensor"
-    assert sharding(mesh, ("heads", None), (12, 3)).spec[0] is None
+    assert fitted(mesh, spec(("heads", None)), (16, 3))[0] == "tensor"
+    assert fitted(mesh, spec(("heads", None)), (12, 3))[0] is None
+
+
+def test_parameters_are_kept_split_along_fsdp_and_what_their_own_axes_leave():
+    assert kept(("heads", None), 0) == PartitionSpec(("tensor", "fsdp", "expert"), None)
+    assert kept(("experts", None, "mlp"), 1) == PartitionSpec("expert", "fsdp", "tensor")
+    assert kept(("experts", "mlp", None), 1) == PartitionSpec("expert", ("tensor", "fsdp"), None)
+    assert kept(("layers", None), None) == PartitionSpec(None, None)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, expert=2), [FakeDevice(i) for i in range(8)])
+    parts = kept(("heads", None), 0)
+    assert fitted(mesh, parts, (16, 3))[0] == ("tensor", "fsdp", "expert")
+    assert fitted(mesh, parts, (12, 3))[0] == ("tensor", "fsdp")  # what does not divide is left out, the last first
 
 
 def test_constrain_without_a_mesh_is_the_identity():

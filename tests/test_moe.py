@@ -109,7 +109,7 @@ def test_ranks_against_a_loop(count):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_gate_has_the_gradient_of_autodiff(dtype, limit):
     """Below and beyond the clamp, in gate and up, on either side."""
-    gate_up = (3 * jax.random.normal(jax.random.key(0), (5, 8, 2 * F))).astype(dtype)
+    gate_up = (3 * jax.random.normal(jax.random.key(0), (5, 8, 2, F))).astype(dtype)
     weights, g = jax.random.uniform(jax.random.key(1), (5, 8)), jax.random.normal(jax.random.key(2), (5, 8, F))
 
     def plain(gate_up, weights):
@@ -170,7 +170,8 @@ def test_groups_that_do_not_divide_are_refused():
 EXPERT_PARALLEL = """
     import jax, jax.numpy as jnp, numpy as np
     from qatmoe.config import MeshConfig, ModelConfig
-    from qatmoe.mesh import make_mesh, sharding
+    from jax.sharding import NamedSharding
+    from qatmoe.mesh import fitted, make_mesh, spec
     from qatmoe.model import transformer
 
     cfg = ModelConfig(vocab_size=32, dim=16, n_layers=2, dense_dim=16, n_heads=2, n_kv_heads=1, head_dim=8, n_experts=4,
@@ -191,9 +192,10 @@ EXPERT_PARALLEL = """
     for mesh_cfg in (MeshConfig(data=2, expert=4), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)):
         mesh = make_mesh(mesh_cfg)
         with jax.set_mesh(mesh):
-            places = jax.tree.map(lambda p, a: sharding(mesh, a, p.shape), params, transformer.logical_axes(cfg))
+            specs = transformer.kept_specs(cfg)
+            places = jax.tree.map(lambda p, s: NamedSharding(mesh, fitted(mesh, s, p.shape)), params, specs)
             placed = jax.device_put(params, places)
-            rows = jax.device_put(tokens, sharding(mesh, ("batch", None), tokens.shape))
+            rows = jax.device_put(tokens, NamedSharding(mesh, spec(("batch", None))))
             compiled = step.lower(placed, rows).compile()
             actual = jax.tree.map(np.asarray, compiled(placed, rows))
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), actual, expected)

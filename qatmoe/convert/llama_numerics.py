@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from qatmoe.config import ModelConfig
-from qatmoe.model.layers import apply_rope, rms_norm, rope_angles, swiglu
+from qatmoe.model.layers import apply_rope, halves, rms_norm, rope_angles, swiglu
 from qatmoe.model.mtp import mtp_input
 from qatmoe.model.router import route
 from qatmoe.tree import path_of
@@ -138,7 +138,7 @@ def _squares(x_LI: jax.Array, chosen_L: jax.Array | None = None) -> tuple[jax.Ar
 
 
 def _ffn(params: Tree, name: str, kinds: Kinds, cfg: ModelConfig, x_LD: jax.Array) -> tuple[jax.Array, Squares]:
-    hidden_LF = swiglu(_linear(x_LD, params["gate_up"], kinds[f"{name}/gate_up"]), cfg.swiglu_limit)
+    hidden_LF = swiglu(halves(_linear(x_LD, params["gate_up"], kinds[f"{name}/gate_up"])), cfg.swiglu_limit)
     squares = {f"{name}/gate_up": _squares(x_LD), f"{name}/down": _squares(hidden_LF)}
     return _linear(hidden_LF, params["down"], kinds[f"{name}/down"]), squares
 
@@ -169,7 +169,7 @@ def _experts(layer: Tree, kinds: Kinds, cfg: ModelConfig, x_LD: jax.Array) -> tu
 
     def one(y_LD: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, Squares]:
         gate_up_FD, down_DF, weight_L, chosen_L = expert
-        hidden_LF = swiglu(_linear(x_LD, gate_up_FD, kinds["experts/gate_up"]), cfg.swiglu_limit)
+        hidden_LF = swiglu(halves(_linear(x_LD, gate_up_FD, kinds["experts/gate_up"])), cfg.swiglu_limit)
         squares = {"experts/gate_up": _squares(x_LD, chosen_L), "experts/down": _squares(hidden_LF, chosen_L)}
         return y_LD + weight_L[:, None] * _linear(hidden_LF, down_DF, kinds["experts/down"]), squares
 

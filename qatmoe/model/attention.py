@@ -2,8 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from qatmoe.config import ModelConfig
+from qatmoe.mesh import fitted, spec
 from qatmoe.model.cache import CacheType, round_kv, round_queries, turn_keys, turn_values
 from qatmoe.model.layers import Param, apply_rope, linear, norm_param, rms_norm
 
@@ -12,10 +15,10 @@ def attention_params(cfg: ModelConfig, std: float, out_std: float) -> dict[str, 
     """Declares the projections (out, in), their biases and the two norms where the config asks for them."""
     q_width, kv_width = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
     params = {
-        "q": Param((q_width, cfg.dim), ("heads", "embed"), std),
-        "k": Param((kv_width, cfg.dim), ("kv_heads", "embed"), std),
-        "v": Param((kv_width, cfg.dim), ("kv_heads", "embed"), std),
-        "o": Param((cfg.dim, q_width), ("embed", "heads"), out_std),
+        "q": Param((q_width, cfg.dim), ("heads", None), 0, std),
+        "k": Param((kv_width, cfg.dim), ("kv_heads", None), 0, std),
+        "v": Param((kv_width, cfg.dim), ("kv_heads", None), 0, std),
+        "o": Param((cfg.dim, q_width), (None, "heads"), 0, out_std),
     }
     if cfg.qkv_bias:
         params |= {
@@ -50,7 +53,10 @@ def attention(
     if cache is not None:
         k_BLKDh, v_BLKDh = round_kv(cache, k_BLKDh, v_BLKDh)
     scale = cfg.head_dim**-0.5
-    if _implementation(cfg, x_BLD.shape[1], x_BLD.dtype) == "cudnn":
+    implementation = _implementation(cfg, x_BLD.shape[1], x_BLD.dtype)
+    if implementation == "splash":
+        mixed_BLHDh = splash(q_BLHDh, k_BLKDh, v_BLKDh, segments_BL, scale)
+    elif implementation == "cudnn":
         mask_B1LL = None if segments_BL is None else segments_BL[:, None, :, None] == segments_BL[:, None, None, :]
         mixed_BLHDh = jax.nn.dot_product_attention(
             q_BLHDh, k_BLKDh, v_BLKDh, mask=mask_B1LL, is_causal=True, scale=scale, implementation="cudnn"
@@ -124,9 +130,57 @@ def grouped(q_BLHDh: jax.Array, k_BSKDh: jax.Array, v_BSKDh: jax.Array, seen_BLS
     return mixed_BKRDh.reshape(B, K, H // K, L, Dh).transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
 
 
+def splash(
+    q_BLHDh: jax.Array,
+    k_BLKDh: jax.Array,
+    v_BLKDh: jax.Array,
+    segments_BL: jax.Array | None,
+    scale: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """Causal attention by JAX's flash attention for TPUs (jax.experimental.pallas.ops.tpu.splash_attention).
+
+    It keeps no scores and passes over blocks that the mask hides. (B, L, H, Dh) in the dtype of v; L a multiple of 128.
+    Each device runs it on its own sequences and heads. interpret: run the kernel's arithmetic on any backend.
+    """
+    L, K = k_BLKDh.shape[1:3]
+    repeats = q_BLHDh.shape[2] // K
+    block = next(size for size in (512, 256, 128) if L % size == 0)
+    sizes = splash_kernel.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((L, L))] * repeats)
+
+    def local(q_BLHDh: jax.Array, k_BLKDh: jax.Array, v_BLKDh: jax.Array, segments_BL: jax.Array) -> jax.Array:
+        kernel = splash_kernel.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
+        B, _, H, Dh = q_BLHDh.shape
+        q_BKRLDh = (q_BLHDh * scale).reshape(B, L, H // repeats, repeats, Dh).transpose(0, 2, 3, 1, 4)
+        of_heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+        ids = splash_kernel.SegmentIds(segments_BL, segments_BL)
+        mixed_BKRLDh = jax.vmap(of_heads)(q_BKRLDh, k_BLKDh.swapaxes(1, 2), v_BLKDh.swapaxes(1, 2), ids)
+        return mixed_BKRLDh.transpose(0, 3, 1, 2, 4).reshape(q_BLHDh.shape)
+
+    if segments_BL is None:
+        segments_BL = jnp.zeros(q_BLHDh.shape[:2], jnp.int32)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return local(q_BLHDh, k_BLKDh, v_BLKDh, segments_BL)
+    heads = fitted(mesh, spec(("batch", None, "kv_heads", None)), k_BLKDh.shape)
+    rows = fitted(mesh, spec(("batch", None)), segments_BL.shape)
+    on_devices = jax.shard_map(local, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False)
+    return on_devices(q_BLHDh, k_BLKDh, v_BLKDh, segments_BL)
+
+
+def fits_splash(cfg: ModelConfig, length: int) -> bool:
+    """Whether `splash` takes heads and sequences of that size."""
+    return cfg.head_dim % 128 == 0 and length % 128 == 0
+
+
 def _implementation(cfg: ModelConfig, length: int, dtype: jnp.dtype) -> str:
     """Which kernel runs: cuDNN's flash attention takes 16-bit inputs, head dims 8..128 by 8, and even lengths."""
-    if cfg.attention in ("xla", "cudnn"):
+    if cfg.attention != "auto":
         return cfg.attention
+    if jax.default_backend() == "tpu":
+        return "splash" if fits_splash(cfg, length) else "xla"
     fits = dtype in (jnp.bfloat16, jnp.float16) and cfg.head_dim % 8 == 0 and cfg.head_dim <= 128 and length % 2 == 0
     return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"

@@ -4,6 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from qatmoe.mesh import used
+
+GATHERED = "gathered weight"  # name of what is gathered again in the backward pass and not kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,16 +17,21 @@ class Param:
 
     It starts as std * normal, or constant at `fill` where std is 0. Initialisation, abstract shapes and shardings are
     all derived from one tree of these.
+
+    axes: how it lies where it is used. fsdp: the axis that is split further where it is kept; None if it is too small
+    for that. For a matrix that is the output axis: blocks of a grid run along the other, and none is then cut in two.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
+    fsdp: int | None = None
     std: float = 0.0
     fill: float = 0.0
 
     def stacked(self, n: int) -> "Param":
         """The same parameter for n layers, layers on axis 0."""
-        return dataclasses.replace(self, shape=(n, *self.shape), axes=("layers", *self.axes))
+        fsdp = None if self.fsdp is None else self.fsdp + 1
+        return dataclasses.replace(self, shape=(n, *self.shape), axes=("layers", *self.axes), fsdp=fsdp)
 
 
 def norm_param(width: int) -> Param:
@@ -62,12 +72,28 @@ def apply_rope(x_BLHDh: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([t.astype(x_BLHDh.dtype) for t in turned] + [x_BLHDh[..., 2 * half :]], axis=-1)
 
 
+def halves(gate_up: jax.Array, axis: int = -1) -> jax.Array:
+    """(..., 2F, ...) -> (..., 2, F, ...): gate and up on an axis of their own, so that F can be split over devices."""
+    axis %= gate_up.ndim
+    return gate_up.reshape(*gate_up.shape[:axis], 2, -1, *gate_up.shape[axis + 1 :])
+
+
+def used_halves(gate_up: jax.Array, *leading: str | None) -> jax.Array:
+    """A weight (..., 2F, D), as it is kept, as (..., 2, F, D) where it is used; `leading` names the axes before 2F.
+
+    Cut in two before it is gathered: each device holds some of both halves then, and no gathered weight, nor its
+    gradient, has to be reshaped across devices.
+    """
+    parts = used(halves(gate_up, axis=-2), (*leading, None, "mlp", None), len(leading) + 1)
+    return checkpoint_name(parts, GATHERED)
+
+
 def swiglu(gate_up: jax.Array, limit: float) -> jax.Array:
-    """silu(gate) * up over the last axis, (..., 2F) -> (..., F) f32; gate first, up second (Shazeer 2020).
+    """silu(gate) * up, (..., 2, F) -> (..., F) f32; gate first, up second (Shazeer 2020).
 
     limit > 0 clamps gate to at most limit and up to [-limit, limit] before the product (gpt-oss, DeepSeek-V4).
     """
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
+    gate, up = (gate_up[..., i, :].astype(jnp.float32) for i in (0, 1))
     if limit > 0:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return jax.nn.silu(gate) * up
@@ -76,12 +102,13 @@ def swiglu(gate_up: jax.Array, limit: float) -> jax.Array:
 def ffn_params(dim: int, width: int, std: float, out_std: float) -> dict[str, Param]:
     """A SwiGLU feed-forward net of the given width."""
     return {
-        "gate_up": Param((2 * width, dim), ("mlp", "embed"), std),
-        "down": Param((dim, width), ("embed", "mlp"), out_std),
+        "gate_up": Param((2 * width, dim), ("mlp", None), 0, std),
+        "down": Param((dim, width), (None, "mlp"), 0, out_std),
     }
 
 
 def ffn(params: dict, x: jax.Array, limit: float) -> jax.Array:
     """SwiGLU feed-forward net, (..., D) -> (..., D)."""
-    hidden = swiglu(linear(x, params["gate_up"]), limit).astype(x.dtype)
+    gate_up_2FD = used_halves(params["gate_up"].astype(x.dtype))
+    hidden = swiglu(jnp.einsum("...d,hfd->...hf", x, gate_up_2FD), limit).astype(x.dtype)
     return linear(hidden, params["down"])

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from qatmoe.config import ModelConfig
 from qatmoe.errors import UserError
 from qatmoe.mesh import constrain
-from qatmoe.model.layers import Param, swiglu
+from qatmoe.model.layers import Param, halves, swiglu, used_halves
 
 
 class Rows(NamedTuple):
@@ -37,8 +37,8 @@ def expert_params(cfg: ModelConfig, std: float, out_std: float) -> dict[str, Par
     """Declares the routed experts: gate_up (E, 2F, D), gate first, and down (E, D, F)."""
     E, F, D = cfg.n_experts, cfg.expert_dim, cfg.dim
     return {
-        "gate_up": Param((E, 2 * F, D), ("experts", "mlp", "embed"), std),
-        "down": Param((E, D, F), ("experts", "embed", "mlp"), out_std),
+        "gate_up": Param((E, 2 * F, D), ("experts", "mlp", None), 1, std),
+        "down": Param((E, D, F), ("experts", None, "mlp"), 1, out_std),
     }
 
 
@@ -116,16 +116,21 @@ def dispatch(
     # Pinning both sides makes the exchange one all-to-all over the expert axis. Experts lead, so that the matmul's
     # batch axis is already where the backends want it.
     x_EGCD = constrain(constrain(x_GECD, ("batch", None, None, None)).swapaxes(0, 1), ("experts", "group", None, None))
-    return x_EGCD, weights_GEC.swapaxes(0, 1), rows
+    weights_EGC = constrain(constrain(weights_GEC, ("batch", None, None)).swapaxes(0, 1), ("experts", "group", None))
+    return x_EGCD, weights_EGC, rows
 
 
 def expert_matmuls(
     x_EGCD: jax.Array, weights_EGC: jax.Array, gate_up_EFD: jax.Array, down_EDF: jax.Array, limit: float
 ) -> jax.Array:
     """Each expert's FFN on its own rows, times the rows' weights: (E, G, C, D) in the dtype of x."""
-    gate_up_EGCF = jnp.einsum("egcd,efd->egcf", x_EGCD, gate_up_EFD.astype(x_EGCD.dtype))
-    hidden_EGCF = _gated(gate_up_EGCF, weights_EGC, limit)
-    return jnp.einsum("egcf,edf->egcd", hidden_EGCF, down_EDF.astype(x_EGCD.dtype))
+    E, G, C, D = x_EGCD.shape
+    # One axis of rows: with two, XLA on a CPU transposes for the weights' gradient, a quarter of the whole time.
+    x_ERD = x_EGCD.reshape(E, G * C, D)
+    gate_up_E2FD = used_halves(gate_up_EFD.astype(x_EGCD.dtype), "experts")
+    gate_up_ER2F = jnp.einsum("erd,ehfd->erhf", x_ERD, gate_up_E2FD)
+    hidden_ERF = _gated(gate_up_ER2F, weights_EGC.reshape(E, G * C), limit)
+    return jnp.einsum("erf,edf->erd", hidden_ERF, down_EDF.astype(x_EGCD.dtype)).reshape(E, G, C, D)
 
 
 def combine(y_EGCD: jax.Array, rows: Rows) -> jax.Array:
@@ -145,6 +150,8 @@ def _blocked(
 ) -> tuple[jax.Array, jax.Array]:
     _, T, D = x_GTD.shape
     E, block = cfg.n_experts, cfg.expert_block
+    gate_up_EFD = constrain(gate_up_EFD.astype(x_GTD.dtype), (None, "mlp", None))
+    down_EDF = constrain(down_EDF.astype(x_GTD.dtype), (None, None, "mlp"))
     n_blocks = (T * cfg.top_k + E * (block - 1)) // block  # the most that E partly filled runs of blocks can need
 
     def one_group(x_TD: jax.Array, weights_Tk: jax.Array, indices_Tk: jax.Array) -> jax.Array:
@@ -154,9 +161,9 @@ def _blocked(
         expert_N = jnp.minimum(jnp.searchsorted(ends_E, jnp.arange(n_blocks), side="right"), E - 1)
         x_NCD = _to_rows(x_TD, rows).reshape(n_blocks, block, D)
         weights_NC = _weights_to_rows(weights_Tk, rows).reshape(n_blocks, block)
-        gate_up_NCF = jnp.einsum("ncd,nfd->ncf", x_NCD, gate_up_EFD.astype(x_TD.dtype)[expert_N])
-        hidden_NCF = _gated(gate_up_NCF, weights_NC, cfg.swiglu_limit)
-        y_NCD = jnp.einsum("ncf,ndf->ncd", hidden_NCF, down_EDF.astype(x_TD.dtype)[expert_N])
+        gate_up_NCF = jnp.einsum("ncd,nfd->ncf", x_NCD, gate_up_EFD[expert_N])
+        hidden_NCF = _gated(halves(gate_up_NCF), weights_NC, cfg.swiglu_limit)
+        y_NCD = jnp.einsum("ncf,ndf->ncd", hidden_NCF, down_EDF[expert_N])
         return _from_rows(y_NCD.reshape(-1, D), rows)
 
     return jax.vmap(one_group)(x_GTD, weights_GTk, indices_GTk), jnp.zeros((), jnp.float32)
@@ -176,7 +183,7 @@ def _ragged(
     gate_up_EDF = gate_up_EFD.astype(x_TD.dtype).swapaxes(1, 2)
     down_EFD = down_EDF.astype(x_TD.dtype).swapaxes(1, 2)
     gate_up_RF = jax.lax.ragged_dot(_to_rows(x_TD, rows), gate_up_EDF, counts_E)
-    hidden_RF = _gated(gate_up_RF, _weights_to_rows(weights_Tk, rows), cfg.swiglu_limit)
+    hidden_RF = _gated(halves(gate_up_RF), _weights_to_rows(weights_Tk, rows), cfg.swiglu_limit)
     return _from_rows(jax.lax.ragged_dot(hidden_RF, down_EFD, counts_E), rows)
 
 
@@ -189,7 +196,7 @@ def _gathered(
     cfg: ModelConfig,
 ) -> jax.Array:
     gate_up_TkF = jnp.einsum("td,tkfd->tkf", x_TD, gate_up_EFD[indices_Tk].astype(x_TD.dtype))
-    hidden_TkF = _gated(gate_up_TkF, weights_Tk, cfg.swiglu_limit)
+    hidden_TkF = _gated(halves(gate_up_TkF), weights_Tk, cfg.swiglu_limit)
     y_TkD = jnp.einsum("tkf,tkdf->tkd", hidden_TkF, down_EDF[indices_Tk].astype(x_TD.dtype))
     return jnp.sum(y_TkD, axis=1, dtype=jnp.float32).astype(x_TD.dtype)
 
@@ -206,14 +213,14 @@ def _reference(
     chosen_TkE = indices_Tk[..., None] == jnp.arange(cfg.n_experts)
     weights_TE = jnp.sum(jnp.where(chosen_TkE, weights_Tk[..., None], 0.0), axis=1)
     gate_up_TEF = jnp.einsum("td,efd->tef", x_TD, gate_up_EFD.astype(x_TD.dtype))
-    hidden_TEF = swiglu(gate_up_TEF, cfg.swiglu_limit).astype(x_TD.dtype)
+    hidden_TEF = swiglu(halves(gate_up_TEF), cfg.swiglu_limit).astype(x_TD.dtype)
     y_TED = jnp.einsum("tef,edf->ted", hidden_TEF, down_EDF.astype(x_TD.dtype))
     return jnp.einsum("ted,te->td", y_TED.astype(jnp.float32), weights_TE).astype(x_TD.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _gated(gate_up: jax.Array, weights: jax.Array, limit: float) -> jax.Array:
-    """swiglu(gate_up) * weights[..., None], (..., 2F) and (...,) -> (..., F), computed in f32, in the dtype of gate_up.
+    """swiglu(gate_up) * weights[..., None], (..., 2, F) and (...,) -> (..., F), computed in f32, in gate_up's dtype.
 
     Its backward pass is written out because it is bound by memory: it keeps gate_up and nothing in f32.
     """
@@ -228,16 +235,15 @@ def _gated_backward(limit: float, saved: tuple[jax.Array, jax.Array], g: jax.Arr
     gate_up, weights = saved
     d_weights = jnp.sum(g.astype(jnp.float32) * swiglu(gate_up, limit), axis=-1)
     # Both halves from one expression over (..., 2, F): two expressions and a concatenation are two passes on a GPU.
-    shape = (*gate_up.shape[:-1], 2, gate_up.shape[-1] // 2)
-    halves = gate_up.reshape(shape).astype(jnp.float32)
-    gate, up = (jnp.broadcast_to(halves[..., i : i + 1, :], shape) for i in (0, 1))
+    shape = gate_up.shape
+    gate, up = (jnp.broadcast_to(gate_up[..., i : i + 1, :].astype(jnp.float32), shape) for i in (0, 1))
     clamped_gate, clamped_up = (jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)) if limit > 0 else (gate, up)
     sigmoid = jax.nn.sigmoid(clamped_gate)
     d_gate = jnp.where(gate == clamped_gate, clamped_up * sigmoid * (1 + clamped_gate * (1 - sigmoid)), 0.0)
     d_up = jnp.where(up == clamped_up, clamped_gate * sigmoid, 0.0)
     slope = jnp.where(jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2) == 0, d_gate, d_up)
     d_gate_up = jnp.broadcast_to(g[..., None, :].astype(jnp.float32), shape) * weights[..., None, None] * slope
-    return d_gate_up.astype(gate_up.dtype).reshape(gate_up.shape), d_weights
+    return d_gate_up.astype(gate_up.dtype), d_weights
 
 
 _gated.defvjp(_gated_forward, _gated_backward)

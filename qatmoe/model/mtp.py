@@ -17,7 +17,7 @@ def mtp_params(cfg: ModelConfig, std: float, block: dict) -> dict:
     return {
         "enorm": norm_param(cfg.dim),
         "hnorm": norm_param(cfg.dim),
-        "eh_proj": Param((cfg.dim, 2 * cfg.dim), ("embed", None), std),
+        "eh_proj": Param((cfg.dim, 2 * cfg.dim), (None, None), 0, std),
         "norm": norm_param(cfg.dim),
         "block": block,
     }

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from qatmoe.config import ModelConfig
+from qatmoe.mesh import fitted, spec
 from qatmoe.model.layers import Param
 
 
@@ -22,7 +23,7 @@ class Routing(NamedTuple):
 
 def router_params(cfg: ModelConfig, std: float) -> dict[str, Param]:
     """Declares the router matrix (E, D) and, with router_bias, the selection bias (E,)."""
-    params = {"weight": Param((cfg.n_experts, cfg.dim), (None, "embed"), std)}
+    params = {"weight": Param((cfg.n_experts, cfg.dim), (None, None), 1, std)}
     if cfg.router_bias:
         params["bias"] = Param((cfg.n_experts,), (None,))
     return params
@@ -51,7 +52,7 @@ def route(params: dict, cfg: ModelConfig, x_TD: jax.Array, choices_Tk: jax.Array
     selection_TE = jax.lax.stop_gradient(scores_TE)
     if cfg.router_bias:
         selection_TE += jax.lax.stop_gradient(params["bias"])
-    indices_Tk = jax.lax.top_k(selection_TE, cfg.top_k)[1] if choices_Tk is None else choices_Tk
+    indices_Tk = _top_k(selection_TE, cfg.top_k) if choices_Tk is None else choices_Tk
     # A masked sum and not a gather: the gradient of a gather is a scatter, slow on GPU and TPU.
     chosen_TkE = indices_Tk[..., None] == jnp.arange(cfg.n_experts)
     weights_Tk = jnp.sum(jnp.where(chosen_TkE, scores_TE[:, None, :], 0.0), axis=-1)
@@ -67,6 +68,16 @@ def route(params: dict, cfg: ModelConfig, x_TD: jax.Array, choices_Tk: jax.Array
         balance=cfg.n_experts * jnp.sum(load_E * jnp.mean(probs_TE, axis=0)),
         z=jnp.mean(jnp.square(jax.nn.logsumexp(logits_TE, axis=-1))),
     )
+
+
+def _top_k(scores_TE: jax.Array, k: int) -> jax.Array:
+    """The k best experts of each token, best first. On its own device: XLA's partitioner would gather all scores."""
+    best = lambda scores_TE: jax.lax.top_k(scores_TE, k)[1]  # noqa: E731
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return best(scores_TE)
+    rows = fitted(mesh, spec(("batch", None)), scores_TE.shape)
+    return jax.shard_map(best, in_specs=rows, out_specs=rows)(scores_TE)
 
 
 def update_bias(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:

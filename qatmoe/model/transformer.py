@@ -15,17 +15,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from qatmoe.config import ModelConfig
-from qatmoe.mesh import constrain
+from qatmoe.mesh import constrain, gathers, kept, used
 from qatmoe.model.attention import attention, attention_params
 from qatmoe.model.cache import CacheType
-from qatmoe.model.layers import Param, ffn, ffn_params, norm_param, rms_norm, rope_angles
+from qatmoe.model.layers import GATHERED, Param, ffn, ffn_params, norm_param, rms_norm, rope_angles
 from qatmoe.model.moe import expert_ffn, expert_params
 from qatmoe.model.mtp import mtp_module, mtp_params
 from qatmoe.model.router import Routing, route, router_params
+from qatmoe.tree import path_of
 
 STACKED = ("dense_layers", "layers", "mtp")  # top-level keys whose trees are stacked over layers
+
+TABLE = ("vocab", None), 1  # how embeddings lie, see `layers.Param`: looked up as they are kept, in parts of D
+HEAD = ("vocab", None), 0  # the head is gathered
 
 
 class Output(NamedTuple):
@@ -46,9 +51,9 @@ def param_tree(cfg: ModelConfig) -> dict[str, Any]:
     std = cfg.init_std
     n_moe = cfg.n_layers - cfg.n_dense_layers
     moe_block = _block_params(cfg, moe=True)
-    tree: dict[str, Any] = {"embed": Param((cfg.vocab_size, cfg.dim), ("vocab", "embed"), std)}
+    tree: dict[str, Any] = {"embed": Param((cfg.vocab_size, cfg.dim), *TABLE, std)}
     if not cfg.tie_embeddings:
-        tree["head"] = Param((cfg.vocab_size, cfg.dim), ("vocab", "embed"), std)
+        tree["head"] = Param((cfg.vocab_size, cfg.dim), *HEAD, std)
     tree["norm"] = norm_param(cfg.dim)
     for name, count, one in (
         ("dense_layers", cfg.n_dense_layers, _block_params(cfg, moe=False)),
@@ -83,9 +88,9 @@ def abstract_params(cfg: ModelConfig) -> dict[str, Any]:
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), param_tree(cfg))
 
 
-def logical_axes(cfg: ModelConfig) -> dict[str, Any]:
-    """The parameter tree as tuples of logical axis names, one name (or None) per array axis; see `mesh.RULES`."""
-    return jax.tree.map(lambda p: p.axes, param_tree(cfg))
+def kept_specs(cfg: ModelConfig) -> dict[str, Any]:
+    """The parameter tree as `PartitionSpec`s: how each parameter, and all that has its shape, is kept."""
+    return jax.tree.map(lambda p: kept(p.axes, p.fsdp), param_tree(cfg))
 
 
 def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
@@ -181,7 +186,10 @@ def forward(
     implementation = cfg.experts if train else eval_experts(cfg, groups)
 
     def embed(ids_BL: jax.Array) -> jax.Array:
-        return constrain(params["embed"][ids_BL].astype(dtype), ("batch", None, None))
+        # The table stays as it is kept: a device looks up its part of D for the sequences of all that share the table,
+        # and the parts are exchanged. Gathering the table would move V * D numbers.
+        x_BLD = params["embed"][constrain(ids_BL, ("table_batch", None))].astype(dtype)
+        return constrain(constrain(x_BLD, ("table_batch", None, "table_embed")), ("batch", None, None))
 
     def attend(params: dict[str, Any], x_BLD: jax.Array) -> jax.Array:
         return attention(params, cfg, x_BLD, rope, segments_BL, cache)
@@ -190,10 +198,14 @@ def forward(
         layer: dict[str, Any], x_BLD: jax.Array, choices_Tk: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         x_BLD = constrain(x_BLD, ("batch", None, None))
+        layer = _gather(layer, _block_params(cfg, moe="router" in layer), dtype)
         return block(layer, cfg, x_BLD, attend, implementation, groups, choices_Tk, return_routing)
 
     if cfg.remat == "full":
         own_block = jax.checkpoint(own_block)
+    elif gathers():
+        keep_rest = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        own_block = jax.checkpoint(own_block, policy=keep_rest)
     x_BLD = embed(tokens_BL)
     x_BLD, _ = _run_layers(own_block, params.get("dense_layers"), x_BLD, cfg.scan_layers)
     n_moe = cfg.n_layers - cfg.n_dense_layers
@@ -206,12 +218,29 @@ def forward(
     for i, ids_BL in enumerate([] if mtp_tokens is None else mtp_tokens):
         previous_BLD = mtp_hidden[-1] if mtp_hidden else hidden_BLD
         module = _layer(params["mtp"], i, cfg.scan_layers)
+        module |= {"eh_proj": _gather(module["eh_proj"], mtp_params(cfg, cfg.init_std, {})["eh_proj"], dtype)}
         forced_Tk = None if choices_NTk is None else choices_NTk[n_moe + i]
         forced_block = functools.partial(own_block, choices_Tk=forced_Tk)
         module_BLD, module_aux = mtp_module(module, cfg, previous_BLD, embed(ids_BL), forced_block)
         mtp_hidden.append(module_BLD)
         rows.append(jax.tree.map(lambda a: a[None], module_aux))
     return Output(hidden_BLD, tuple(mtp_hidden), _collect_aux(rows))
+
+
+def _gather(layer: Any, declared: Any, dtype: jnp.dtype) -> Any:
+    """Parameters as they lie where they are used; matrices are cast before, so that half the bytes are moved.
+
+    All but gate_up: `layers.used_halves` gathers it.
+    """
+
+    def one(path: tuple[Any, ...], w: jax.Array, param: Param) -> jax.Array:
+        name = path_of(path)
+        if param.fsdp is None or name.endswith("gate_up"):
+            return w
+        w = w if name.startswith("router/") else w.astype(dtype)
+        return checkpoint_name(used(w, param.axes, param.fsdp), GATHERED)
+
+    return jax.tree_util.tree_map_with_path(one, layer, declared)
 
 
 def block(
@@ -242,6 +271,11 @@ def block(
 def head_weight(params: dict[str, Any], cfg: ModelConfig) -> jax.Array:
     """The matrix (V, D) that scores tokens: the head, or the embeddings where they are tied."""
     return params["embed" if cfg.tie_embeddings else "head"]
+
+
+def head_layout(cfg: ModelConfig) -> tuple[tuple[str | None, ...], int]:
+    """How `head_weight` is used and kept: axes and fsdp of its `Param`."""
+    return TABLE if cfg.tie_embeddings else HEAD
 
 
 def score(hidden: jax.Array, weight_VD: jax.Array) -> jax.Array:
