@@ -25,6 +25,7 @@ from qatmoe.benchmark import model_flops
 from qatmoe.config import Config
 from qatmoe.errors import UserError
 from qatmoe.mesh import AXES, batch_groups, make_mesh, spec
+from qatmoe.model.attention import implementation
 from qatmoe.run import abstract_state, check_mesh, quant_plan
 from qatmoe.text_table import aligned
 from qatmoe.topology import GIB, Topology
@@ -125,10 +126,10 @@ def make_job(cfg: Config, topology: Topology, phase: str = "") -> Job:
     except UserError as e:
         raise UserError(f"--topology={topology.name} ({topology.size} devices): {e}") from e
     check_mesh(cfg, mesh)
-    if topology.kind == "gpu":  # the step asks JAX's own backend, which is a CPU here
-        m = cfg.model
-        flash = m.attention == "auto" and m.dtype == "bfloat16" and m.head_dim % 8 == 0 and m.head_dim <= 128
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(m, attention="cudnn")) if flash else cfg
+    # The step would ask which backend JAX runs on, and that is a CPU here.
+    platform = mesh.devices.flat[0].platform
+    kernel = implementation(cfg.model, cfg.data.seq_len, "gpu" if platform == "cuda" else platform)
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=kernel))
     return Job(cfg, phase, topology, mesh)
 
 

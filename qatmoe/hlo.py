@@ -139,12 +139,12 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     """{name: computation} and the name of the entry. Raises ValueError."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _lines(text):
         if line.startswith(("%", "ENTRY")) and line.endswith("{"):
             name = line.removeprefix("ENTRY ").lstrip("%").split(" ", 1)[0]
             current = computations.setdefault(name, {})
             entry = name if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
+        elif line == "}":
             current = None
         elif current is not None and " = " in line:
             instruction = _instruction(line)
@@ -152,6 +152,18 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     if not entry:
         raise ValueError("not the text of a compiled program: it has no ENTRY computation")
     return computations, entry
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines, those joined that belong together: notes about a kernel may stand on lines of their own, not indented."""
+    whole = ""
+    for line in text.splitlines():
+        if whole.startswith("  ") and line and not line.startswith("  ") and line != "}":
+            whole += line
+        else:
+            yield whole
+            whole = line
+    yield whole
 
 
 def _instruction(line: str) -> Instruction:
@@ -248,7 +260,22 @@ def matmul_flops(i: Instruction, own: Computation) -> float:
         return 2.0 * math.prod(i.shapes[0].dims) * math.prod(lhs[d] for d in contracted)
     if i.opcode == "convolution":
         return _convolution_flops(i, own)
+    if i.opcode == "custom-call":
+        return _attention_flops(i, own)
     return 0.0
+
+
+def _attention_flops(i: Instruction, own: Computation) -> float:
+    """Of causal flash attention, half of all pairs: the kernels of `model.attention`, splash's and cuDNN's."""
+    if "__cudnn$fmha" in i.attributes:
+        matmuls = 5 if "Backward" in i.attributes else 2
+    else:
+        found = re.match(r"splash_m[qh]a_(fwd|dq|dkv)", i.name)
+        matmuls = {"fwd": 2, "dq": 3, "dkv": 4}[found.group(1)] if found else 0
+    queries = next((own[o].shapes[0].dims for o in i.operands if own[o].shapes[0].dtype == "bf16"), ())
+    if not matmuls or len(queries) < 3:
+        return 0.0
+    return float(matmuls * math.prod(queries) * max(queries[-3:-1]))
 
 
 def _convolution_flops(i: Instruction, own: Computation) -> float:

@@ -65,7 +65,7 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     shape = [sizes[a] for a in AXES]
     if devices[0].platform != "tpu":
         return Mesh(np.asarray(devices).reshape(shape), AXES)
-    slices = len({d.slice_index for d in devices})
+    slices = len({getattr(d, "slice_index", 0) for d in devices})  # described devices of a single slice lack it
     if shape[0] % slices:
         raise UserError(f"mesh={sizes}: the devices are {slices} slices; make data a multiple of {slices}")
     if slices == 1:
