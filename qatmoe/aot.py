@@ -256,7 +256,8 @@ def _memory_rows(memory: dict[str, int]) -> list[list[str]]:
 
 
 def _size(n: float) -> str:
-    return f"{n / GIB:.2f} GiB" if n >= GIB / 10 else f"{n / 2**20:.2f} MiB"
+    unit, name = (GIB, "GiB") if n >= GIB / 10 else (2**20, "MiB") if n >= 2**20 / 10 else (2**10, "KiB")
+    return f"{n / unit:.2f} {name}"
 
 
 def _time_rows(r: Report) -> list[list[str]]:

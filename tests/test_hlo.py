@@ -105,6 +105,36 @@ def test_a_call_of_cublas():
     assert cost.flops == 2 * 5 * 3 * 7
 
 
+def test_flash_attention_by_its_formula():
+    """Half of the pairs of 64 queries and keys, 3 heads of 16: two matmuls forward."""
+    queries = "  %q = bf16[1,3,64,16]{3,2,1,0} parameter(0)"
+    pair = 2 * 3 * 64 * 64 / 2 * 16
+    for name, matmuls in (("fwd_residuals.3", 2), ("dq_no_residuals", 3), ("dkv_no_residuals.1", 4)):
+        kernel = (
+            f'%splash_mqa_{name} = bf16[1,3,64,16]{{3,2,1,0}} custom-call(%q), custom_call_target="tpu_custom_call"'
+        )
+        assert one(kernel, queries).flops == matmuls * pair
+    for name, matmuls in (("fmhaSoftmax", 2), ("fmhaSoftmaxBackward", 5)):
+        kernel = f'%c.1 = bf16[1,3,64,16]{{3,2,1,0}} custom-call(%q), custom_call_target="__cudnn${name}"'
+        assert one(kernel, queries).flops == matmuls * pair
+    assert one('%c.1 = bf16[1,3,64,16] custom-call(%q), custom_call_target="other"', queries).flops == 0
+
+
+def test_notes_on_lines_of_their_own():
+    """A kernel's metadata is printed over several lines, the last of which begins with a brace."""
+    note = 'frontend_attributes={kernel_metadata={\n"block":"{8}"\n}}, metadata={op_name="x"}'
+    text = f"""
+ENTRY %main (p: f32[4,4]) -> f32[4,4] {{
+  %p = f32[4,4] parameter(0)
+  %k = f32[4,4] custom-call(%p), custom_call_target="k", {note}
+  ROOT %d = f32[4,4] dot(%k, %k), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+}}
+"""
+    cost = hlo.cost(text, AXES)
+    assert cost.flops == 2 * 4**3
+    assert [k.name for k in cost.kernels] == ["x", ""]
+
+
 def test_trip_count_from_the_condition():
     """A TPU's compiler does not note it; the counter's bound does."""
     text = """
