@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
@@ -33,13 +34,13 @@ def run(main: Callable[[], int]) -> int:
         return 128 + signal.SIGPIPE
 
 
-def parse(argv: Sequence[str], usage: str, options: Mapping[str, str]) -> tuple[Config, dict[str, str]]:
+def parse(argv: Sequence[str], usage: str, options: Mapping[str, str | bool]) -> tuple[Config, dict[str, Any]]:
     """Reads a command line.
 
     Args:
       argv: the program's name and its arguments.
       usage: printed by --help.
-      options: further options and their defaults.
+      options: further options and their defaults; one that is a bool is a switch, --name or --noname.
 
     Returns:
       The checked configuration and the options' values.
@@ -49,7 +50,12 @@ def parse(argv: Sequence[str], usage: str, options: Mapping[str, str]) -> tuple[
     """
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", help_string="file under configs/", flag_values=values)
-    found = {name: flags.DEFINE_string(name, default, "", flag_values=values) for name, default in options.items()}
+    found: dict[str, flags.FlagHolder] = {}
+    for name, default in options.items():
+        if isinstance(default, bool):
+            found[name] = flags.DEFINE_boolean(name, default, "", flag_values=values)
+        else:
+            found[name] = flags.DEFINE_string(name, default, "", flag_values=values)
     if {"--help", "-h"} & set(argv):
         print(usage)
         raise SystemExit(0)

@@ -9,6 +9,12 @@ The same command after any interruption continues from the last checkpoint. A ru
     checkpoints/PHASE/STEP/         weights, optimizer, data position, random key
     metrics.jsonl  tb/              every number, as JSON lines and for TensorBoard
     summary.json  curves.png        the comparison
+
+    python -m qatmoe.train --config C --compile_only --topology v5p:4x4x8 [--phase qat] [--nosuggest] [--json FILE]
+
+compiles a phase's training step for a machine that need not be there (the first phase that quantizes, unless one is
+named), and says what it takes: memory, FLOPs, collectives, time at the least, and, where it does not fit, the cheapest
+change that makes it fit. Machines: v4, v5e, v5p, v6e or tpu7x as v5p:4x4x8, or v5e:16x16*4 for 4 slices; gpu:N; cpu:N.
 """
 
 import json
@@ -20,7 +26,7 @@ from typing import Any
 
 import jax
 
-from qatmoe import cli, report
+from qatmoe import aot, cli, fit, report, topology
 from qatmoe.checkpoint import open_workdir
 from qatmoe.config import Config, to_json
 from qatmoe.convert import gguf_model, huggingface_model, names
@@ -29,12 +35,21 @@ from qatmoe.convert.weights import ORIGIN, Storage
 from qatmoe.data import batches
 from qatmoe.data.tokenizer import Tokenizer
 from qatmoe.errors import UserError
-from qatmoe.files import write_atomically
+from qatmoe.files import check_place, write_atomically
 from qatmoe.mesh import make_mesh
 from qatmoe.metrics import Metrics
 from qatmoe.phases import check_import, import_source, round_control, run_phase
 from qatmoe.quant.plan import Plan, format_coverage, totals
 from qatmoe.run import Interrupted, Run, Stop, check_mesh, quant_plan, train_iterator, valid_batches
+
+OPTIONS: dict[str, str | bool] = {
+    "workdir": "",
+    "compile_only": False,
+    "topology": "",
+    "phase": "",
+    "suggest": True,
+    "json": "",
+}
 
 
 def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
@@ -112,11 +127,40 @@ def keep_origin(cfg: Config, workdir: Path) -> None:
             write_atomically(workdir / ORIGIN, source.read_text(encoding="utf-8"))
 
 
+def compile_only(cfg: Config, given: dict[str, Any]) -> int:
+    """Compiles a phase's step for --topology, prints the report, writes --json. Returns 0 where it fits, else 1.
+
+    Raises:
+      UserError: no such machine or phase, a mesh or batch that does not fit it, or a compiler that is not installed.
+    """
+    machine = topology.parse(given["topology"])
+    if given["json"]:
+        check_place(given["json"], "--json")
+    topology.prepare(machine)
+    job = aot.make_job(cfg, machine, given["phase"])
+    result = aot.examine(job)
+    print(aot.table(result), flush=True)
+    if not result.get("fits", True) and given["suggest"]:
+        result["suggestion"] = fit.suggest(job, result)
+        print(result["suggestion"])
+    if given["json"]:
+        write_atomically(given["json"], json.dumps(result, indent=1) + "\n")
+    return 0 if result.get("fits", True) else 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done or stopped by a signal, 1 the run failed, 2 unusable input."""
+    """Entry point. Exit codes: 0 done or stopped by a signal, 1 the run failed, 2 unusable input.
+
+    With --compile_only: 0 the step fits, 1 it does not, 2 unusable input.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        cfg, given = cli.parse(sys.argv if argv is None else argv, __doc__, {"workdir": ""})
+        cfg, given = cli.parse(sys.argv if argv is None else argv, __doc__, OPTIONS)
+        if given["compile_only"]:
+            return compile_only(cfg, given)
+        for name in ("topology", "phase", "json"):
+            if given[name]:
+                raise UserError(f"--{name}={given[name]}: it belongs to --compile_only, which is not given")
         workdir = Path(given["workdir"] or f"runs/{cfg.name}")
         with Stop() as stop:
             summary = train(cfg, workdir, stop)

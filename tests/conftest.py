@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -135,10 +136,11 @@ def llama_numbers(models: Path, phase: str, rest: str):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests that need a GPU or llama.cpp's programs are left out, and counted as deselected, where there is none."""
+    """Tests that need a GPU, llama.cpp's programs or libtpu are left out, and counted as deselected, without them."""
     there = {
         "gpu": jax.default_backend() == "gpu",
         "llama_cpp": all(map(llama_program, ("llama-server", "llama-perplexity"))),
+        "tpu_compiler": importlib.util.find_spec("libtpu") is not None,
     }
     needing = [i for i in items if any(i.get_closest_marker(m) and not found for m, found in there.items())]
     if needing:

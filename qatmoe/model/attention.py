@@ -53,10 +53,10 @@ def attention(
     if cache is not None:
         k_BLKDh, v_BLKDh = round_kv(cache, k_BLKDh, v_BLKDh)
     scale = cfg.head_dim**-0.5
-    implementation = _implementation(cfg, x_BLD.shape[1], x_BLD.dtype)
-    if implementation == "splash":
+    kernel = implementation(cfg, x_BLD.shape[1], jax.default_backend())
+    if kernel == "splash":
         mixed_BLHDh = splash(q_BLHDh, k_BLKDh, v_BLKDh, segments_BL, scale)
-    elif implementation == "cudnn":
+    elif kernel == "cudnn":
         mask_B1LL = None if segments_BL is None else segments_BL[:, None, :, None] == segments_BL[:, None, None, :]
         mixed_BLHDh = jax.nn.dot_product_attention(
             q_BLHDh, k_BLKDh, v_BLKDh, mask=mask_B1LL, is_causal=True, scale=scale, implementation="cudnn"
@@ -176,11 +176,11 @@ def fits_splash(cfg: ModelConfig, length: int) -> bool:
     return cfg.head_dim % 128 == 0 and length % 128 == 0
 
 
-def _implementation(cfg: ModelConfig, length: int, dtype: jnp.dtype) -> str:
+def implementation(cfg: ModelConfig, length: int, platform: str) -> str:
     """Which kernel runs: cuDNN's flash attention takes 16-bit inputs, head dims 8..128 by 8, and even lengths."""
     if cfg.attention != "auto":
         return cfg.attention
-    if jax.default_backend() == "tpu":
+    if platform == "tpu":
         return "splash" if fits_splash(cfg, length) else "xla"
-    fits = dtype in (jnp.bfloat16, jnp.float16) and cfg.head_dim % 8 == 0 and cfg.head_dim <= 128 and length % 2 == 0
-    return "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+    fits = cfg.dtype == "bfloat16" and cfg.head_dim % 8 == 0 and cfg.head_dim <= 128 and length % 2 == 0
+    return "cudnn" if fits and platform == "gpu" else "xla"
