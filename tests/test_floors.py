@@ -9,7 +9,7 @@ import qatmoe
 
 FLOORS: list[set[str]] = [
     {"errors", "tree", "text_table"},
-    {"files"},
+    {"files", "distributed"},
     {"config"},
     {"mesh"},
     {"quant.grid"},
