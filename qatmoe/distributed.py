@@ -4,8 +4,8 @@ By hand, on any machines that reach each other, the same command in each and onl
 
     python -m qatmoe.train --config FILE --workdir DIR --coordinator HOST:PORT --processes 2 --process 0
 
-HOST is the machine of process 0, PORT any free one there. Under Slurm (srun), on Cloud TPU pods, in GKE jobs and under Open
-MPI no flag is needed: JAX finds all three numbers itself. `--processes 1` alone switches that off.
+HOST is the machine of process 0, PORT any free one there. Under Slurm (srun), on Cloud TPU pods, in GKE jobs and under
+Open MPI no flag is needed: JAX finds all three numbers itself. `--processes 1` alone switches that off.
 
 Devices work in lockstep, so whatever one process decides differently hangs all of them. Three rules keep them together:
 input that one process finds unusable is refused by all (`together`); what depends on files is decided by process 0
@@ -136,17 +136,18 @@ def joined(place: Place, *, detect: bool) -> Iterator[None]:
 
 
 def _start(place: Place, detect: bool) -> None:
-    timeouts = {
+    timeouts: dict[str, Any] = {
         "initialization_timeout": START_S,
         "heartbeat_timeout_seconds": HEARTBEAT_S,
         "shutdown_timeout_seconds": END_S,
     }
-    if place.coordinator is not None and place.processes != 1:
+    if place.coordinator is not None and place.processes is not None and place.processes > 1:
         if place.process:
             _await_coordinator(place.coordinator)
         with _last_words(
-            f"error: process {place.process} of {place.processes}: not all processes came to {place.coordinator} within "
-            f"{START_S} s, or two have the same number: start one for each --process from 0 to {(place.processes or 0) - 1}"
+            f"error: process {place.process} of {place.processes}: not all processes came to {place.coordinator} "
+            f"within {START_S} s, or two have the same number: give each its own --process, from 0 to "
+            f"{place.processes - 1}"
         ):
             try:
                 jax.distributed.initialize(

@@ -1,4 +1,4 @@
-"""Token streams cut into batches, with grain: shuffled, repeated, resumable exactly, each process reading its rows alone.
+"""Token streams cut into batches, with grain: shuffled, repeated, resumable exactly, each process reads its rows alone.
 
 The documents of a split are tokenized once, each followed by the end-of-text token, and laid end to end in
 one stream. Row i of the stream starts at token i*L and has R = L + 1 + n_mtp tokens: inputs row[:L], targets
