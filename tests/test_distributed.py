@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from qatmoe.config import default_config, phase
 
 def get_config():
     config = default_config()
-    config.model.update(dim=64, n_layers=2, dense_dim=64, n_heads=2, n_kv_heads=2, head_dim=16)
-    config.model.update(n_experts=4, expert_dim=64)
+    config.model.update(dim=64, n_layers=1, n_dense_layers=0, n_heads=2, n_kv_heads=2, head_dim=16)
+    config.model.update(n_experts=4, expert_dim=64, n_shared_experts=0, n_mtp=0)
     config.data.seq_len = 32
     config.train.update(log_every=1, checkpoint_every=5, tensorboard=False)
     config.eval.update(every=10, batches=2, final_batches=2)
@@ -64,14 +65,25 @@ def start(env, count, devices, args_of):
     return processes
 
 
+class Ended(NamedTuple):
+    codes: list[int]
+    out: list[str]
+    err: list[str]
+    apart: float  # seconds between the first end and the last
+
+
 def end(processes, timeout=200):
-    """Exit codes, and what was printed to each stream."""
+    """Waits for all."""
+    deadline = time.monotonic() + timeout
     try:
-        printed = [p.communicate(timeout=timeout) for p in processes]
+        while all(p.poll() is None for p in processes) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        first = time.monotonic()
+        out, err = zip(*[p.communicate(timeout=timeout) for p in processes], strict=True)
     finally:
         for p in processes:
             p.kill()
-    return [p.returncode for p in processes], [out for out, _ in printed], [err for _, err in printed]
+    return Ended([p.returncode for p in processes], out, err, time.monotonic() - first)
 
 
 @pytest.fixture(scope="module")
@@ -96,36 +108,28 @@ def job(child_env, config):
     return job
 
 
-def numbers(workdir):
-    """{(split, step): losses and gradient norm} of a run, each record once."""
-    records = metrics.read(workdir)
-    found = {(r["split"], r["step"]): r for r in records}
+def losses(workdir):
+    """{(split, step): loss} of a run, each record once."""
+    records = [r for r in metrics.read(workdir) if "loss" in r]
+    found = {(r["split"], r["step"]): r["loss"] for r in records}
     assert len(found) == len(records)
-    keys = ("loss", "grad_norm", "weight_error", "moe/load_max")
-    return {place: {k: r[k] for k in keys if k in r} for place, r in found.items()}
-
-
-def assert_same(got, want, rtol):
-    assert got.keys() == want.keys()
-    for place, values in want.items():
-        for key, value in values.items():
-            assert got[place][key] == pytest.approx(value, rel=rtol), (place, key)
+    return found
 
 
 @pytest.fixture(scope="module")
 def whole(job, tmp_path_factory):
-    """One process with four devices."""
+    """Losses of one process with four devices."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    codes, _, err = job(workdir, 1, 4)
-    assert codes == [0], err
-    assert len([s for s, _ in numbers(workdir) if s == "train"]) == 20
-    return numbers(workdir)
+    ended = job(workdir, 1, 4)
+    assert ended.codes == [0], ended.err
+    assert len([split for split, _ in losses(workdir) if split == "train"]) == 20
+    return losses(workdir)
 
 
 def test_two_processes_give_the_numbers_of_one(whole, job, tmp_path):
-    codes, out, err = job(tmp_path / "run", 2, 2)
+    codes, out, err, _ = job(tmp_path / "run", 2, 2)
     assert codes == [0, 0], err
-    assert_same(numbers(tmp_path / "run"), whole, 1e-6)
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
     assert "4 cpu in 2 processes (mesh data 4" in out[0]
     assert "valid loss" in out[0]
     assert out[1] == ""  # process 0 speaks for all
@@ -133,41 +137,30 @@ def test_two_processes_give_the_numbers_of_one(whole, job, tmp_path):
     assert "trunk" not in err[1]
 
 
-def test_processes_may_hold_the_same_rows(whole, job, tmp_path):
-    codes, _, err = job(tmp_path / "run", 2, 1, "--config.mesh.tensor=2")
-    assert codes == [0, 0], err
-    got = numbers(tmp_path / "run")
-    for place, values in whole.items():
-        assert got[place]["loss"] == pytest.approx(values["loss"], rel=1e-5), place
-
-
-def test_killed_stopped_and_continued_on_other_numbers_of_processes(whole, job, tmp_path):
+def test_killed_stopped_and_continued_on_other_processes_and_meshes(whole, job, tmp_path):
     workdir = tmp_path / "run"
-    began = time.monotonic()
-    codes, _, err = job(workdir, 2, 2, killer=(1, signal.SIGKILL, 8), pause=0.1)
-    assert codes[1] == -signal.SIGKILL
-    assert codes[0] != 0
-    assert "another process of the run has died" in err[0]
-    assert "goes on from the last checkpoint" in err[0]
-    assert time.monotonic() - began < 200  # compilation included; a missed heartbeat takes HEARTBEAT_S
+    ended = job(workdir, 2, 2, killer=(1, signal.SIGKILL, 8), pause=0.1)
+    assert ended.codes[1] == -signal.SIGKILL
+    assert ended.codes[0] != 0
+    assert "another process of the run has died" in ended.err[0]
+    assert "goes on from the last checkpoint" in ended.err[0]
+    assert ended.apart < 60
     with Checkpoints(workdir, "trunk") as checkpoints:
         assert checkpoints.steps() == [5]
 
-    codes, out, err = job(workdir, 4, 1, killer=(2, signal.SIGTERM, 3), pause=0.25)
+    # On this mesh two processes at a time hold the same rows.
+    codes, out, err, _ = job(workdir, 4, 1, "--config.mesh.tensor=2", killer=(2, signal.SIGTERM, 3), pause=0.25)
     assert codes == [0, 0, 0, 0], err
     assert all("SIGTERM: stopped after step" in e and "which is saved" in e for e in err)
+    assert "goes on from mesh {'data': 4" in out[0]
+    assert "other tokens may be dropped" in out[0]
     with Checkpoints(workdir, "trunk") as checkpoints:
         stopped = checkpoints.latest()
     assert 5 < stopped < 20
 
-    codes, out, err = job(workdir, 1, 2, "--config.mesh.expert=2", "--config.mesh.data=1")
+    codes, out, err, _ = job(workdir, 1, 4)
     assert codes == [0], err
-    assert "goes on from mesh {'data': 4" in out[0]
-    assert "other tokens may be dropped" in out[0]
-    got = numbers(workdir)
-    assert got.keys() == whole.keys()
-    for place, values in whole.items():
-        assert got[place]["loss"] == pytest.approx(values["loss"], rel=1e-5), place
+    assert losses(workdir) == pytest.approx(whole, rel=1e-5)  # no batch twice, none left out
 
 
 @pytest.mark.parametrize(
@@ -178,7 +171,7 @@ def test_killed_stopped_and_continued_on_other_numbers_of_processes(whole, job, 
     ],
 )
 def test_what_is_wrong_in_one_process_ends_both(wrong, message, job, tmp_path):
-    codes, _, err = job(tmp_path / "run", 2, 1, more_of=lambda i: [wrong] * i)
+    codes, _, err, _ = job(tmp_path / "run", 2, 1, more_of=lambda i: [wrong] * i)
     assert codes == [2, 2], err
     assert all(f"error: process 1: {message}" in e for e in err)
     assert not (tmp_path / "run").exists()
@@ -186,7 +179,7 @@ def test_what_is_wrong_in_one_process_ends_both(wrong, message, job, tmp_path):
 
 def test_a_folder_in_use_is_refused_by_both(job, config, tmp_path):
     with open_workdir(tmp_path, "{}"):
-        codes, _, err = job(tmp_path, 2, 1)
+        codes, _, err, _ = job(tmp_path, 2, 1)
     assert codes == [2, 2], err
     assert all(f"in use by process {os.getpid()}" in e for e in err)
 
@@ -228,7 +221,7 @@ with distributed.joined(place, detect=False):
 
 
 def test_rows_follow_from_the_mesh_and_a_lone_error_ends_all(child_env):
-    codes, _, err = end(start(child_env, 2, 2, lambda i: ["-c", PLACED]))
+    codes, _, err, _ = end(start(child_env, 2, 2, lambda i: ["-c", PLACED]))
     assert codes[1] == 2, err
     assert codes[0] not in (0, 2), err
     assert "error: process 1 of 2: alone" in err[1]
@@ -276,7 +269,7 @@ def test_processes_that_do_not_come_are_waited_for_a_while_only(child_env):
     code = "import sys; from qatmoe import distributed, train; distributed.START_S = 2; train.main(sys.argv)"
     args = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process", "0"]
     p = subprocess.Popen([sys.executable, "-c", code, *args], env=child_env, stderr=subprocess.PIPE, text=True)
-    codes, _, err = end([p])
+    codes, _, err, _ = end([p])
     assert codes != [0]
     assert "process 0 of 2: not all processes came to" in err[0]
     assert "within 2 s" in err[0]
