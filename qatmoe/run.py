@@ -38,13 +38,14 @@ class Stop:
     """Turns SIGTERM and SIGINT into a note that the loops read: `with Stop() as stop: ... stop.check("here")`.
 
     With several processes a signal to any of them stops all at the same place: JAX's preemption service, which listens
-    for SIGTERM itself once the processes are joined, chooses it, and a SIGINT is passed on to it. All processes must
-    ask equally often, with `reached` or `check`; asking is no communication.
+    for SIGTERM itself once the processes are joined, chooses it, and other signals are passed on to it. All processes
+    must ask equally often, with `reached` or `check`; asking is no communication.
     """
 
     def __init__(self) -> None:
         self.signal = 0
         self._asked = 0
+        self._passed_on = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -59,12 +60,13 @@ class Stop:
         self.signal = number
         signal.signal(number, self._before[number])  # a second one ends the process at once
         os.write(2, b"\nstopping at the next step; once more to stop at once\n")  # print is not safe in a handler
-        if jax.distributed.is_initialized() and number != signal.SIGTERM:
-            signal.raise_signal(signal.SIGTERM)
 
     def reached(self) -> bool:
         """Whether to stop here."""
         if jax.distributed.is_initialized():
+            if self.signal and not self._passed_on:
+                self._passed_on = True
+                signal.raise_signal(signal.SIGTERM)
             self._asked += 1
             if not multihost_utils.reached_preemption_sync_point(self._asked):
                 return False
