@@ -217,7 +217,7 @@ def measure_data(cfg: Config, rounds: int) -> Row:
     """Tokens per second of the full-precision loop over the config's own text, and over one batch again and again."""
     mesh = make_mesh(cfg.mesh)
     data = batches.load_data(cfg.data, cfg.model.vocab_size)
-    iterator = train_iterator(cfg, data)
+    iterator = train_iterator(cfg, mesh, data)
     rows = NamedSharding(mesh, spec(("batch", None)))
     real = ({k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()} for batch in iterator)
     first = next(real)

@@ -15,6 +15,7 @@ before a single array is read.
 """
 
 import concurrent.futures
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -34,8 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from jax.experimental import multihost_utils
 
+from qatmoe import distributed
+from qatmoe.config import MeshConfig
 from qatmoe.errors import RunError, UserError
 from qatmoe.files import write_atomically
 from qatmoe.tree import path_of
@@ -46,8 +48,10 @@ _MAPPED = ts.Context({"file_io_mode": {"mode": "memmap"}})
 
 Json = dict[str, Any]
 
-# May differ when a run is continued: no number depends on them.
-FREE_KEYS = {"data.cache_dir", "data.prefetch", "train.keep", "train.tensorboard"}
+# May differ when a run is continued: no number depends on them, or, on the mesh, only up to rounding.
+FREE_KEYS = {"data.cache_dir", "data.prefetch", "train.keep", "train.tensorboard"} | {
+    f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)
+}
 
 
 class DamagedCheckpoint(UserError):
@@ -57,8 +61,11 @@ class DamagedCheckpoint(UserError):
 class Checkpoints:
     """The checkpoints of one phase.
 
-    All processes of a multi-host run make one and call the same methods in the same order; the first process writes
-    the small files and does the renaming. Making one and restoring from it write nothing to the directory.
+    All processes of a multi-host run make one of a directory that they share and call the same methods in the same
+    order. Each writes and reads the parts of arrays that it holds; the first process alone writes the small files,
+    renames, and compares every byte before a restore. What is restored lies on the shardings that are asked for,
+    whatever devices and processes saved it. A save that fails in one process raises there, and not in the others.
+    Making one and restoring from it write nothing to the directory.
     """
 
     def __init__(self, workdir: str | Path, phase: str, keep: int = 2):
@@ -121,10 +128,10 @@ class Checkpoints:
         }
         staging = self.directory / f".saving-{step}"
         try:
-            if _first_process():
+            if distributed.first():
                 self._remove_leftovers()
                 staging.mkdir(parents=True)
-            _barrier(f"staged {staging}")
+            distributed.barrier(f"staged {staging}")
             self._orbax.save(staging / "state", args=ocp.args.PyTreeSave(arrays))
         except Exception as e:
             self._abandon(staging, e)
@@ -175,7 +182,7 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-            _barrier(f"saved {self.directory}")
+            distributed.barrier(f"saved {self.directory}")
 
     def close(self) -> None:
         """Waits, then ends the threads. Raises as `wait` does."""
@@ -188,7 +195,7 @@ class Checkpoints:
     def _commit(self, step: int, staging: Path, texts: dict[str, str]) -> None:
         try:
             self._orbax.wait_until_finished()
-            if not _first_process():
+            if not distributed.first():
                 return
             for name, text in texts.items():
                 write_atomically(staging / name, text)
@@ -204,7 +211,7 @@ class Checkpoints:
 
     def _abandon(self, staging: Path, error: Exception) -> None:
         """Frees the space of a save that failed, and raises what the user can act on."""
-        if _first_process():
+        if distributed.first():
             shutil.rmtree(staging, ignore_errors=True)
         reason = _disk_error(error)
         if reason is None:
@@ -257,8 +264,15 @@ class Checkpoints:
           DamagedCheckpoint: a file is missing, truncated or altered.
           UserError: there is no such step, or its arrays are of another architecture.
         """
+        with distributed.together():
+            if distributed.first():
+                self._verify_or_hint(step)
+        return self._read(step, abstract_state)
+
+    def _verify_or_hint(self, step: int) -> None:
+        self._require(step)
         try:
-            return self._read(step, abstract_state)
+            self._verify(step)
         except DamagedCheckpoint as e:
             older = self.latest_good(before=step)
             hint = (
@@ -271,16 +285,23 @@ class Checkpoints:
     def restore_latest(self, abstract_state: Any) -> tuple[Any, Json, Json] | None:
         """`restore` of the newest checkpoint that is undamaged; logs a warning for each one it passes over.
 
-        Returns None where nothing was saved yet.
+        Process 0 chooses it for all. Returns None where nothing was saved yet.
 
         Raises:
           DamagedCheckpoint: there are checkpoints, and none of them is complete.
           UserError: the newest complete one is of another architecture.
         """
+        with distributed.together():
+            step = self._newest_undamaged() if distributed.first() else None
+        step = distributed.from_first(step)
+        return None if step is None else self._read(step, abstract_state)
+
+    def _newest_undamaged(self) -> int | None:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return self._read(step, abstract_state)
+                self._verify(step)
+                return step
             except DamagedCheckpoint as e:
                 log.warning("skipping a damaged checkpoint: %s", e)
         if steps:
@@ -337,12 +358,11 @@ class Checkpoints:
                 raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name}: {is_}")
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, Json, Json]:
-        self._require(step)
-        self._verify(step)
         path = self.path(step)
-        meta = _load_json(path / "meta.json")
         wanted = _flatten(abstract_state)
-        _require_same(meta["tensors"], _shapes(wanted), path)
+        with distributed.together():
+            meta = _load_json(path / "meta.json")
+            _require_same(meta["tensors"], _shapes(wanted), path)
         arrays = self.arrays(meta, wanted)
         leaves = [arrays[name] for name in wanted]
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
@@ -473,15 +493,6 @@ def _version() -> str:
         return "source"
 
 
-def _first_process() -> bool:
-    return jax.process_index() == 0
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 # The run's directory.
 
 
@@ -517,7 +528,7 @@ def open_workdir(workdir: str | Path, config_json: str) -> RunLock:
         by another process. Nothing in it was changed.
     """
     workdir = Path(workdir)
-    if not _first_process():
+    if not distributed.first():
         return RunLock(None)
     try:
         names = {p.name for p in workdir.iterdir()} if workdir.exists() else set()

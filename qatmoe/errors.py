@@ -5,6 +5,7 @@ class UserError(ValueError):
     """A mistake in the user's input: names the value and the fix, in one line. Nothing was written over."""
 
     exit_code = 2
+    together = False  # whether all processes of the run raise it, see `distributed.together`
 
 
 class RunError(UserError):

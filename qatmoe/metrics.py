@@ -195,6 +195,7 @@ def _tag(name: str, split: str) -> str:
 class Progress:
     """The terminal's view of one phase: step, loss, tokens per second, time left.
 
+    Of several processes only the first shows it.
     On a terminal a bar; elsewhere (a log file, a batch job) one plain line every `every` seconds and at the end.
     """
 
@@ -209,6 +210,7 @@ class Progress:
         stream: TextIO | None = None,
     ):
         """Starts at step `start` of `steps`; `steps_after` are those of the phases that follow."""
+        self._active = jax.process_index() == 0
         self._phase, self._steps, self._steps_after = phase, steps, steps_after
         self._stream = stream or sys.stderr
         self._every = every
@@ -216,7 +218,7 @@ class Progress:
         self._line = ""
         self._printed = time.monotonic()
         self._bar = None
-        if self._stream.isatty():
+        if self._active and self._stream.isatty():
             form = "{desc} {n_fmt}/{total_fmt} |{bar:20}| {postfix}"
             self._bar = tqdm(total=steps, initial=start, desc=phase, file=self._stream, bar_format=form)
 
@@ -228,6 +230,8 @@ class Progress:
 
     def update(self, step: int, *, loss: float, tokens_per_s: float) -> None:
         """Reports that `step` is done."""
+        if not self._active:
+            return
         now = time.monotonic()
         self._first = self._first or (step, now)
         text = f"loss {loss:.4f}  {_short(tokens_per_s)} tokens/s"

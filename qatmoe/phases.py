@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qatmoe import distributed
 from qatmoe import metrics as metrics_lib
 from qatmoe import step as steps
 from qatmoe.checkpoint import Checkpoints
@@ -78,7 +80,10 @@ def round_control(run: Run) -> None:
 
 def evaluated(run: Run, name: str) -> bool:
     """Whether the final validation of a phase or a PTQ baseline is on record."""
-    return any(r["phase"] == name and r["split"] == "final" for r in metrics_lib.read(run.workdir))
+    first = distributed.first()  # which writes them: another process may see the file as it was
+    return distributed.from_first(
+        first and any(r["phase"] == name and r["split"] == "final" for r in metrics_lib.read(run.workdir))
+    )
 
 
 # ---- Where a phase starts --------------------------------------------------------------------------------------------
@@ -233,16 +238,19 @@ def loop(run: Run, name: str, state: TrainState, position: Position, checkpoints
     """Steps until the phase is done. Host work on step n happens while the device is already on step n + 1."""
     cfg, phase = run.cfg, run.cfg.train.phases[name]
     watch = Watch(run, name, state)
+    places = jax.tree.map(lambda s: s.sharding, run.abstract_state(phase))
     train_step = jax.jit(
-        functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=run.plan, groups=run.groups), donate_argnums=0
+        functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=run.plan, groups=run.groups),
+        donate_argnums=0,
+        out_shardings=(places, NamedSharding(run.mesh, PartitionSpec())),  # every process reads the metrics
     )
     run.train_iterator.set_state(position)
     log = Log(run, name, int(state.step), checkpoints)
     for n in range(int(state.step) + 1, phase.steps + 1):
-        if run.stop.signal:
+        if run.stop.reached():
             log.close()
             save(run, checkpoints, state, run.train_iterator.get_state(), wait=True)
-            run.stop.check(f"after step {n - 1} of {phase.steps} of phase {name}, which is saved")
+            raise run.stop.interrupted(f"after step {n - 1} of {phase.steps} of phase {name}, which is saved")
         batch = run.place(next(run.train_iterator))
         due = bool(cfg.eval.every) and (n % cfg.eval.every == 0 or n == phase.steps)
         before = watch.codes(state.params) if due else None
@@ -294,7 +302,8 @@ class Watch:
             return
         rule = cfg.quant.dynamic_rule
         self._codes = jax.jit(lambda p: fake.codes_of(run.plan, p["model"], p["scales"], rule=rule))
-        self._health = jax.jit(functools.partial(_health, run.plan, rule))
+        replicated = NamedSharding(run.mesh, PartitionSpec())
+        self._health = jax.jit(functools.partial(_health, run.plan, rule), out_shardings=replicated)
         # A resumed phase finds its beginning again by computing it again.
         first = state.params if int(state.step) == 0 else first_state(run, name)[0].params
         self._first = self._codes(first), jax.tree.map(jnp.copy, first["scales"])
@@ -351,7 +360,8 @@ class Log:
         (n, values), self.pending = self.pending, None
         loss, norm = float(values["loss"]), float(values["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self._not_finite(n, loss, norm)
+            with distributed.together():
+                raise self._not_finite(n, loss, norm)
         self._progress.update(n, loss=float(values["ce"]), tokens_per_s=self._speed or self._rate(n))
         if n % self.run.cfg.train.log_every == 0 or n == self.total:
             self._record(n, values)
@@ -368,7 +378,7 @@ class Log:
         record |= {
             "tokens": n * self._per_step,
             "tokens_per_s": self._speed,
-            "moe/dropped": float(jnp.mean(values["dropped_N"])),
+            "moe/dropped": float(np.mean(jax.device_get(values["dropped_N"]))),
             "moe/load_max": float(load_NE.max()),
             "moe/load_min": float(load_NE.min()),
         }

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qatmoe import loss as losses
@@ -31,12 +32,21 @@ Weights = dict[str, Any]
 class Interrupted(Exception):
     """A signal asked the run to end; everything worth saving is saved. Its text says where the run stands."""
 
+    together = True  # all processes stop at the same step, see `distributed.joined`
+
 
 class Stop:
-    """Turns SIGTERM and SIGINT into a note that the loops read: `with Stop() as stop: ... stop.check("here")`."""
+    """Turns SIGTERM and SIGINT into a note that the loops read: `with Stop() as stop: ... stop.check("here")`.
+
+    With several processes a signal to any of them stops all at the same place: JAX's preemption service, which listens
+    for SIGTERM itself once the processes are joined, chooses it, and other signals are passed on to it. All processes
+    must ask equally often, with `reached` or `check`; asking is no communication.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
+        self._asked = 0
+        self._passed_on = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -52,10 +62,26 @@ class Stop:
         signal.signal(number, self._before[number])  # a second one ends the process at once
         os.write(2, b"\nstopping at the next step; once more to stop at once\n")  # print is not safe in a handler
 
+    def reached(self) -> bool:
+        """Whether to stop here."""
+        if jax.distributed.is_initialized():
+            if self.signal and not self._passed_on:
+                self._passed_on = True
+                signal.raise_signal(signal.SIGTERM)
+            self._asked += 1
+            if not multihost_utils.reached_preemption_sync_point(self._asked):
+                return False
+            self.signal = self.signal or signal.SIGTERM
+        return bool(self.signal)
+
+    def interrupted(self, where: str) -> Interrupted:
+        """What to raise once `reached` was true and what is worth saving is saved."""
+        return Interrupted(f"{signal.Signals(self.signal).name}: stopped {where}")
+
     def check(self, where: str) -> None:
         """Raises `Interrupted` if a signal has come."""
-        if self.signal:
-            raise Interrupted(f"{signal.Signals(self.signal).name}: stopped {where}")
+        if self.reached():
+            raise self.interrupted(where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +102,24 @@ class Run:
         """Groups of tokens that are dispatched to experts on their own: one for each split of the batch."""
         return batch_groups(self.mesh)
 
+    @functools.cached_property
+    def _local_B(self) -> np.ndarray:
+        return local_rows(self.mesh, self.cfg.train.batch_size)
+
     def place(self, batch: batches.Batch) -> losses.Batch:
-        """Puts this process's rows of a batch on its devices."""
+        """Puts this process's rows of a batch, those of `local_rows`, on its devices."""
         rows = NamedSharding(self.mesh, spec(("batch", None)))
-        return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+        size = self.cfg.train.batch_size
+
+        def put(local: np.ndarray) -> jax.Array:
+            def shard(index: Any) -> np.ndarray:  # whose rows lie side by side, here too
+                start, stop, _ = index[0].indices(size)
+                at = int(np.searchsorted(self._local_B, start))
+                return local[at : at + stop - start]
+
+            return jax.make_array_from_callback((size, *local.shape[1:]), rows, shard)
+
+        return {k: put(v) for k, v in batch.items()}
 
     def checkpoints(self, phase: str) -> Checkpoints:
         """The checkpoints of one phase."""
@@ -120,7 +160,7 @@ class Run:
         losses.
         """
         nats, count = [], []
-        for batch in valid_batches(self.cfg, self.data, limit):
+        for batch in valid_batches(self.cfg, self.mesh, self.data, limit):
             if interruptible:
                 self.stop.check("while evaluating; all training so far is saved")
             sums = self._evaluate_batch(weights, self.place(batch))
@@ -140,27 +180,35 @@ class Run:
         return result | {f"mtp{i + 1}_loss": float(v) for i, v in enumerate(mtp)}
 
 
-def train_iterator(cfg: Config, data: batches.Data) -> batches.TrainIterator:
-    """This process's share of the training batches, from their beginning. Raises UserError."""
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch this process's devices hold, ascending, i64.
+
+    They follow from the mesh: processes whose devices differ only along `tensor` hold the same ones, and the rows of
+    one need not lie side by side.
+    """
+    held = NamedSharding(mesh, spec(("batch",))).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held.values()]))
+
+
+def train_iterator(cfg: Config, mesh: Mesh, data: batches.Data) -> batches.TrainIterator:
+    """This process's rows of the training batches, from their beginning. Raises UserError."""
     return batches.make_train_iterator(
         data,
         batch_size=cfg.train.batch_size,
         seed=cfg.train.seed,
         n_mtp=cfg.model.n_mtp,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        local_B=local_rows(mesh, cfg.train.batch_size),
     )
 
 
-def valid_batches(cfg: Config, data: batches.Data, limit: int) -> Iterator[batches.Batch]:
-    """This process's share of the validation batches. Raises UserError."""
+def valid_batches(cfg: Config, mesh: Mesh, data: batches.Data, limit: int) -> Iterator[batches.Batch]:
+    """This process's rows of the validation batches. Raises UserError."""
     return batches.valid_batches(
         data,
         batch_size=cfg.train.batch_size,
         n_mtp=cfg.model.n_mtp,
         limit=limit,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        local_B=local_rows(mesh, cfg.train.batch_size),
     )
 
 

@@ -1,8 +1,11 @@
 """The main job: train the trunk, branch into control and QAT, compare.
 
     python -m qatmoe.train --config configs/moe_2bit.py [--workdir DIR] [--config.key=value ...]
+                           [--coordinator HOST:PORT --processes N --process I]
 
-The same command after any interruption continues from the last checkpoint. A run's folder:
+The same command after any interruption continues from the last checkpoint, on other devices too. The last line of flags
+is for several processes that nobody else introduces to each other, see qatmoe/distributed.py; all need one folder.
+A run's folder:
 
     config.json  plan.json          what was asked for; which tensor lies on which grid
     tokenizer.json                  the tokenizer, for exports
@@ -19,6 +22,7 @@ change that makes it fit. Machines: v4, v5e, v5p, v6e or tpu7x as v5p:4x4x8, or 
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +30,7 @@ from typing import Any
 
 import jax
 
-from qatmoe import aot, cli, fit, report, topology
+from qatmoe import aot, cli, distributed, fit, report, topology
 from qatmoe.checkpoint import open_workdir
 from qatmoe.config import Config, to_json
 from qatmoe.convert import gguf_model, huggingface_model, names
@@ -36,7 +40,7 @@ from qatmoe.data import batches
 from qatmoe.data.tokenizer import Tokenizer
 from qatmoe.errors import UserError
 from qatmoe.files import check_place, write_atomically
-from qatmoe.mesh import make_mesh
+from qatmoe.mesh import RULES, make_mesh
 from qatmoe.metrics import Metrics
 from qatmoe.phases import check_import, import_source, round_control, run_phase
 from qatmoe.quant.plan import Plan, format_coverage, totals
@@ -61,16 +65,22 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
       Interrupted: a signal asked for an end; all is saved.
     """
     # Input: what can be wrong is found before the run writes anything.
-    mesh = make_mesh(cfg.mesh)
-    check_mesh(cfg, mesh)
-    plan, table = quant_plan(cfg)
-    data = batches.load_data(cfg.data, cfg.model.vocab_size)
+    with distributed.together():
+        mesh = make_mesh(cfg.mesh)
+        check_mesh(cfg, mesh)
+        plan, table = quant_plan(cfg)
+        data = batches.load_data(cfg.data, cfg.model.vocab_size)
+        iterator = train_iterator(cfg, mesh, data)
+        next(valid_batches(cfg, mesh, data, limit=1))
+    distributed.require_same("data", data.hash)
     stop.check("before anything was trained")
-    iterator = train_iterator(cfg, data)
-    next(valid_batches(cfg, data, limit=1))
-    if cfg.init_from and not (workdir / "checkpoints").exists():
-        check_import(cfg, mesh, plan, data)
-    with open_workdir(workdir, to_json(cfg)), jax.set_mesh(mesh):
+    new = distributed.from_first(not (workdir / "checkpoints").exists())
+    with distributed.together():
+        if cfg.init_from and new:
+            check_import(cfg, mesh, plan, data)
+    with distributed.together():
+        lock = open_workdir(workdir, to_json(cfg))
+    with lock, jax.set_mesh(mesh):
         with Metrics(workdir, tensorboard=cfg.train.tensorboard) as metrics:
             run = Run(cfg, workdir, mesh, data, iterator, plan, metrics, stop)
             announce(run, table)
@@ -81,24 +91,46 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
             # PTQ: the control, rounded.
             round_control(run)
         # Report.
-        return report.write(workdir)
+        return report.write(workdir) if distributed.first() else {}
 
 
 def announce(run: Run, table: list[dict[str, Any]]) -> None:
-    """Prints and stores what is about to be trained, where, on which text and grids."""
+    """Prints and stores what is about to be trained, where, on which text and grids. Process 0 does, for all."""
+    if not distributed.first():
+        return
     stats, mesh = run.data.stats, " x ".join(f"{k} {v}" for k, v in run.mesh.shape.items())
-    print(f"{run.cfg.name} in {run.workdir} on {jax.device_count()} {jax.devices()[0].device_kind} (mesh {mesh})")
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    kind = jax.devices()[0].device_kind
+    print(f"{run.cfg.name} in {run.workdir} on {jax.device_count()} {kind}{processes} (mesh {mesh})")
+    note_mesh(run)
     print(
         f"text: {stats['train_tokens']:,} tokens to train on, {stats['valid_tokens']:,} held out, "
         f"{stats['valid_bytes_per_token']:.2f} bytes per token"
     )
     print(format_coverage(table))
     print(deployment(run.cfg, run.plan, run.data.tokenizer), flush=True)
-    plan = {"totals": totals(table), "rows": table, "data": stats, "environment": report.environment()}
+    environment = report.environment() | {"processes": jax.process_count(), "mesh": dict(run.mesh.shape)}
+    plan = {"totals": totals(table), "rows": table, "data": stats, "environment": environment}
     write_atomically(run.workdir / "plan.json", json.dumps(plan, indent=1))
     write_atomically(run.workdir / "tokenizer.json", run.data.tokenizer.json)
     run.metrics.text("config", to_json(run.cfg))
     run.metrics.text("plan", format_coverage(table))
+
+
+def note_mesh(run: Run) -> None:
+    """Says what to expect where a run goes on in another mesh than it was in."""
+    file = run.workdir / "plan.json"
+    before = json.loads(file.read_text())["environment"].get("mesh") if file.exists() else None
+    if before in (None, dict(run.mesh.shape)):
+        return
+    print(f"goes on from mesh {before}: same batches, losses agree up to rounding", end="")
+    if run.cfg.model.experts == "dense" and math.prod(before[a] for a in RULES["batch"]) != run.groups:
+        print(
+            f"; each of {run.groups} groups of tokens now has its own capacity, so other tokens may be dropped "
+            "(moe/dropped in the metrics)",
+            end="",
+        )
+    print()
 
 
 def deployment(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> str:
@@ -121,7 +153,7 @@ def deployment(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> str:
 
 def keep_origin(cfg: Config, workdir: Path) -> None:
     """An imported model's context, chat template and ends of turn belong to what is trained from it."""
-    if cfg.init_from and not (workdir / ORIGIN).exists():
+    if distributed.first() and cfg.init_from and not (workdir / ORIGIN).exists():
         source = Path(import_source(cfg)[0]) / ORIGIN
         if source.is_file():
             write_atomically(workdir / ORIGIN, source.read_text(encoding="utf-8"))
@@ -151,19 +183,25 @@ def compile_only(cfg: Config, given: dict[str, Any]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done or stopped by a signal, 1 the run failed, 2 unusable input.
 
-    With --compile_only: 0 the step fits, 1 it does not, 2 unusable input.
+    Another process of the run that dies ends this one with 1 or by SIGABRT. With --compile_only: 0 the step fits, 1 it
+    does not, 2 unusable input.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        cfg, given = cli.parse(sys.argv if argv is None else argv, __doc__, OPTIONS)
-        if given["compile_only"]:
-            return compile_only(cfg, given)
-        for name in ("topology", "phase", "json"):
-            if given[name]:
-                raise UserError(f"--{name}={given[name]}: it belongs to --compile_only, which is not given")
-        workdir = Path(given["workdir"] or f"runs/{cfg.name}")
-        with Stop() as stop:
+        rest, place = distributed.flags(sys.argv if argv is None else argv)
+        if any(arg.lstrip("-").partition("=")[0] == "compile_only" for arg in rest):
+            return compile_only(*cli.parse(rest, __doc__, OPTIONS))
+        with Stop() as stop, distributed.joined(place, detect=argv is None):
+            with distributed.together():
+                cfg, given = cli.parse(rest, __doc__, OPTIONS)
+                for name in ("topology", "phase", "json"):
+                    if given[name]:
+                        raise UserError(f"--{name}={given[name]}: it belongs to --compile_only, which is not given")
+            distributed.require_same("configuration", to_json(cfg))
+            workdir = Path(given["workdir"] or f"runs/{cfg.name}")
             summary = train(cfg, workdir, stop)
+            if not distributed.first():
+                return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code

@@ -9,7 +9,7 @@ import qatmoe
 
 FLOORS: list[set[str]] = [
     {"errors", "tree", "text_table", "hlo"},
-    {"files", "topology"},
+    {"files", "topology", "distributed"},
     {"roofline"},
     {"config"},
     {"mesh"},

@@ -1,4 +1,4 @@
-"""Token streams cut into batches, with grain: shuffled, repeated, sharded by process, resumable exactly.
+"""Token streams cut into batches, with grain: shuffled, repeated, resumable exactly, each process reads its rows alone.
 
 The documents of a split are tokenized once, each followed by the end-of-text token, and laid end to end in
 one stream. Row i of the stream starts at token i*L and has R = L + 1 + n_mtp tokens: inputs row[:L], targets
@@ -159,7 +159,7 @@ def _read_stream(place: Path, name: str, text_bytes: int, dtype: np.dtype) -> St
 
 
 class Rows:
-    """Random access to the rows of a stream, as grain wants it: `len(rows)`, `rows[i] -> dict of arrays (R,)`.
+    """Random access to the rows of a stream, `len(rows)`, `rows[i] -> dict of arrays (R,)`.
 
     tokens_R int32. With packing "segments" also segments_R int32, the row's documents numbered from 1, and
     positions_R int32, counted from 0 in each of them; attention must not cross segments, nor may a target lie
@@ -243,25 +243,24 @@ class TrainIterator:
 
 
 def make_train_iterator(
-    data: Data, *, batch_size: int, seed: int, n_mtp: int, process_index: int = 0, process_count: int = 1
+    data: Data, *, batch_size: int, seed: int, n_mtp: int, local_B: np.ndarray | None = None
 ) -> TrainIterator:
-    """Endless batches of rows, this process's share: {"tokens": (B / process_count, R), ...}, see `Rows`.
+    """Endless batches of rows, those that this process holds: {"tokens": (len(local_B), R), ...}, see `Rows`.
 
-    Every row is in every epoch exactly once, each epoch in another order; a batch may span two epochs. Process
-    p of P has rows p*B/P to (p+1)*B/P of each batch of B. The same arguments give the same batches anywhere.
+    Every row is in every epoch exactly once, each epoch in another order; a batch may span two epochs. The same
+    arguments give the same batches anywhere: which batch comes when depends on neither processes nor devices, nor does
+    the position that is saved. Rows are cut from the whole stream, so packing is the same too.
 
     Args:
       data: from `load_data`.
       batch_size: B, over all processes.
       seed: of the order; any integer >= 0.
       n_mtp: MTP modules, each of which wants one more token at the end of a row.
-      process_index: p.
-      process_count: P.
+      local_B: which of the B rows of each batch are read; all without it.
 
     Raises:
-      UserError: less text than one row; B not divisible by P; a negative seed.
+      UserError: less text than one row; a negative seed.
     """
-    local_size = _local_size(batch_size, process_count)
     if seed < 0:
         raise UserError(f"train.seed={seed} is negative; give an integer >= 0")
     rows = Rows(data.train, data.cfg, n_mtp, data.tokenizer.end_id, pad=False)
@@ -272,8 +271,9 @@ def make_train_iterator(
         )
     # grain shuffles epoch e with seed + e: unmixed, run 1 would start with the second epoch of run 0.
     mixed_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    dataset = grain.MapDataset.source(rows).shuffle(seed=mixed_seed).repeat(_ENDLESS // len(rows)).batch(local_size)
-    dataset = dataset[process_index::process_count]
+    order = grain.MapDataset.range(len(rows)).shuffle(seed=mixed_seed).repeat(_ENDLESS // len(rows)).batch(batch_size)
+    local_B = np.arange(batch_size) if local_B is None else local_B
+    dataset = order.map(lambda indices_B: _stacked(rows, indices_B[local_B]))
     # One thread, and no processes: a row is a copy of a few kB out of mapped memory.
     options = grain.ReadOptions(num_threads=min(1, data.cfg.prefetch), prefetch_buffer_size=data.cfg.prefetch)
     stream_hash = _hash(f"{data.hash} {data.cfg.seq_len} {data.cfg.packing} {n_mtp} {batch_size} {seed}")
@@ -281,7 +281,7 @@ def make_train_iterator(
 
 
 def valid_batches(
-    data: Data, *, batch_size: int, n_mtp: int, limit: int = 0, process_index: int = 0, process_count: int = 1
+    data: Data, *, batch_size: int, n_mtp: int, limit: int = 0, local_B: np.ndarray | None = None
 ) -> Iterator[Batch]:
     """Validation batches in a fixed order, with "mask" (see `Rows`): target j of a row counts iff mask[j] is 1.
 
@@ -293,36 +293,28 @@ def valid_batches(
       batch_size: B, over all processes.
       n_mtp: as in `make_train_iterator`.
       limit: at most so many batches, their rows spread evenly over the text; 0 = all.
-      process_index: p of P; processes share each batch as in `make_train_iterator`.
-      process_count: P.
+      local_B: as in `make_train_iterator`.
 
     Raises:
-      UserError: less than two tokens of validation text; B not divisible by P.
+      UserError: less than two tokens of validation text.
     """
-    local_size = _local_size(batch_size, process_count)
     rows = Rows(data.valid, data.cfg, n_mtp, data.tokenizer.end_id, pad=True)
     if len(rows) == 0:
         raise UserError("the validation text is a single token; give more text in data.valid")
     n_rows = min(len(rows), limit * batch_size) if limit else len(rows)
     chosen = np.arange(n_rows) * len(rows) // n_rows
-    return _padded_batches(
-        rows, chosen, batch_size, slice(process_index * local_size, (process_index + 1) * local_size)
-    )
+    return _padded_batches(rows, chosen, batch_size, np.arange(batch_size) if local_B is None else local_B)
 
 
-def _padded_batches(rows: Rows, chosen: np.ndarray, batch_size: int, local: slice) -> Iterator[Batch]:
+def _padded_batches(rows: Rows, chosen: np.ndarray, batch_size: int, local_B: np.ndarray) -> Iterator[Batch]:
     past_the_end = len(rows) + 1  # a row of padding alone
     for start in range(0, len(chosen), batch_size):
         indices_B = np.full(batch_size, past_the_end)
         part = chosen[start : start + batch_size]
         indices_B[: len(part)] = part
-        picked = [rows[int(i)] for i in indices_B[local]]
-        yield {name: np.stack([row[name] for row in picked]) for name in picked[0]}
+        yield _stacked(rows, indices_B[local_B])
 
 
-def _local_size(batch_size: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"train.batch_size={batch_size} does not divide over {process_count} processes; make it a multiple of that"
-        )
-    return batch_size // process_count
+def _stacked(rows: Rows, indices: np.ndarray) -> Batch:
+    picked = [rows[int(i)] for i in indices]
+    return {name: np.stack([row[name] for row in picked]) for name in picked[0]}

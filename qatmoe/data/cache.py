@@ -50,7 +50,7 @@ def entry(cache_dir: str, key: str, build: Callable[[Path], dict[str, Any]]) -> 
     temporary = None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists():
+        if place.exists() and _intact(place) is None:  # another process may have made it since
             log.warning("the cache entry %s is damaged; making it again", place)
             shutil.rmtree(place)
         temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=place.parent))

@@ -1,0 +1,302 @@
+"""Several processes on this machine: the numbers of one, whatever dies, stops, or is started wrongly."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from qatmoe import distributed, metrics, train
+from qatmoe.checkpoint import Checkpoints, open_workdir
+from qatmoe.config import resolve, to_json
+from qatmoe.errors import UserError
+
+CONFIG = """
+from qatmoe.config import default_config, phase
+
+def get_config():
+    config = default_config()
+    config.model.update(dim=64, n_layers=1, n_dense_layers=0, n_heads=2, n_kv_heads=2, head_dim=16)
+    config.model.update(n_experts=4, expert_dim=64, n_shared_experts=0, n_mtp=0)
+    config.data.seq_len = 32
+    config.train.update(log_every=1, checkpoint_every=5, tensorboard=False)
+    config.eval.update(every=10, batches=2, final_batches=2)
+    config.train.phases.trunk = phase(steps=20, warmup=5, quantize=True)
+    return config
+"""
+
+# Trains, and before the n-th batch sends itself a signal; each batch takes as long as is asked for.
+TRAIN = """
+import os, sys, time
+from qatmoe import run, train
+number, at, pause, count, real = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), 0, run.Run.place
+def place(self, batch):
+    global count
+    count += 1
+    if count == at:
+        os.kill(os.getpid(), number)
+    time.sleep(pause)
+    return real(self, batch)
+run.Run.place = place
+sys.exit(train.main(["train", *sys.argv[4:]]))
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(env, count, devices, args_of, *, slurm=False):
+    """Starts `count` processes with so many devices each; `args_of(process)` are an interpreter's arguments.
+
+    They are introduced by flags, or by the variables that srun sets.
+    """
+    env = env | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    address = f"127.0.0.1:{free_port()}"
+    processes = []
+    for i in range(count):
+        place = ["--coordinator", address, "--processes", str(count), "--process", str(i)]
+        args = [sys.executable, *args_of(i), *(place if count > 1 and not slurm else [])]
+        more = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": str(count),
+            "SLURM_PROCID": str(i),
+            "SLURM_LOCALID": str(i),
+            "JAX_COORDINATOR_PORT": address.partition(":")[2],
+        }
+        task = env | (more if slurm else {})
+        processes.append(subprocess.Popen(args, env=task, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return processes
+
+
+class Ended(NamedTuple):
+    codes: list[int]
+    out: list[str]
+    err: list[str]
+    apart: float  # seconds between the first end and the last
+
+
+def end(processes, timeout=200):
+    """Waits for all."""
+    deadline = time.monotonic() + timeout
+    try:
+        while all(p.poll() is None for p in processes) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        first = time.monotonic()
+        out, err = zip(*[p.communicate(timeout=timeout) for p in processes], strict=True)
+    finally:
+        for p in processes:
+            p.kill()
+    return Ended([p.returncode for p in processes], out, err, time.monotonic() - first)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    file = tmp_path_factory.mktemp("config") / "small.py"
+    file.write_text(CONFIG)
+    return file
+
+
+@pytest.fixture(scope="module")
+def job(child_env, config):
+    """Trains on processes x devices; `killer=(process, signal, before which batch)`."""
+
+    def job(workdir, count, devices, *more, killer=(-1, 0, 0), pause=0.0):
+        def args(i):
+            number, at = killer[1:] if i == killer[0] else (0, 0)
+            job = [f"--config={config}", f"--workdir={workdir}", *more]
+            return ["-c", TRAIN, str(int(number)), str(at), str(pause), *job]
+
+        return end(start(child_env, count, devices, args))
+
+    return job
+
+
+def losses(workdir):
+    """{(split, step): loss} of a run, each record once."""
+    records = [r for r in metrics.read(workdir) if "loss" in r]
+    found = {(r["split"], r["step"]): r["loss"] for r in records}
+    assert len(found) == len(records)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(job, tmp_path_factory):
+    """Losses of one process with four devices."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    ended = job(workdir, 1, 4)
+    assert ended.codes == [0], ended.err
+    assert len([split for split, _ in losses(workdir) if split == "train"]) == 20
+    return losses(workdir)
+
+
+def test_two_processes_give_the_numbers_of_one(whole, job, tmp_path):
+    codes, out, err, _ = job(tmp_path / "run", 2, 2)
+    assert codes == [0, 0], err
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
+    assert "4 cpu in 2 processes (mesh data 4" in out[0]
+    assert "valid loss" in out[0]
+    assert "trunk" not in out[1]  # process 0 speaks for all
+    assert "trunk 20/20" in err[0]
+    assert "trunk" not in err[1]
+
+
+def test_killed_stopped_and_continued_on_other_processes_and_meshes(whole, job, tmp_path):
+    workdir = tmp_path / "run"
+    ended = job(workdir, 2, 2, killer=(1, signal.SIGKILL, 8), pause=0.1)
+    assert ended.codes[1] == -signal.SIGKILL
+    assert ended.codes[0] != 0
+    assert "another process of the run has died" in ended.err[0]
+    assert "goes on from the last checkpoint" in ended.err[0]
+    assert ended.apart < 60
+    with Checkpoints(workdir, "trunk") as checkpoints:
+        assert checkpoints.steps() == [5]
+
+    # On this mesh two processes at a time hold the same rows.
+    codes, out, err, _ = job(workdir, 4, 1, "--config.mesh.tensor=2", killer=(2, signal.SIGTERM, 3), pause=0.25)
+    assert codes == [0, 0, 0, 0], err
+    assert all("SIGTERM: stopped after step" in e and "which is saved" in e for e in err)
+    assert "goes on from mesh {'data': 4" in out[0]
+    assert "other tokens may be dropped" in out[0]
+    with Checkpoints(workdir, "trunk") as checkpoints:
+        stopped = checkpoints.latest()
+    assert 5 < stopped < 20
+
+    codes, out, err, _ = job(workdir, 1, 4)
+    assert codes == [0], err
+    assert losses(workdir) == pytest.approx(whole, rel=1e-5)  # no batch twice, none left out
+
+
+@pytest.mark.parametrize(
+    ("slurm", "wrong", "message"),
+    [
+        (True, "--config.model.dimm=3", "--config.*: no such key 'dimm'"),
+        (False, "--config.train.seed=5", 'another configuration than process 0: "seed": 5, here, "seed": 0, there'),
+    ],
+)
+def test_what_is_wrong_in_one_process_ends_both(slurm, wrong, message, config, child_env, tmp_path):
+    job = ["-m", "qatmoe.train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    codes, _, err, _ = end(start(child_env, 2, 1, lambda i: [*job, *[wrong] * i], slurm=slurm))
+    assert codes == [2, 2], err
+    assert all(f"error: process 1: {message}" in e for e in err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_refused_by_both(job, config, tmp_path):
+    with open_workdir(tmp_path, "{}"):
+        codes, _, err, _ = job(tmp_path, 2, 1)
+    assert codes == [2, 2], err
+    assert all(f"in use by process {os.getpid()}" in e for e in err)
+
+
+# Places a batch whose rows lie in no order on the processes, and agrees.
+PLACED = """
+import sys, types, numpy as np, jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from qatmoe import distributed, mesh, run
+from qatmoe.errors import UserError
+rest, place = distributed.flags(sys.argv)
+with distributed.joined(place, detect=False):
+    me = jax.process_index()
+    d = jax.devices()
+    for order, shape, held in (
+        ([0, 2, 1, 3], (4, 1, 1, 1), [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ([3, 1, 2, 0], (2, 1, 2, 1), [[2, 3, 6, 7], [0, 1, 4, 5]]),
+        ([0, 2, 1, 3], (2, 1, 1, 2), [list(range(8))] * 2),
+    ):
+        m = Mesh(np.asarray([d[i] for i in order]).reshape(shape), mesh.AXES)
+        rows = run.local_rows(m, 8)
+        assert rows.tolist() == held[me], rows
+        whole = np.arange(24).reshape(8, 3)
+        cfg = types.SimpleNamespace(train=types.SimpleNamespace(batch_size=8))
+        r = run.Run(cfg, None, m, None, None, {}, None, None)
+        got = multihost_utils.process_allgather(r.place({"tokens": whole[rows]})["tokens"], tiled=True)
+        assert (got == whole).all(), got
+    assert distributed.from_first({"a": me}) == {"a": 0}
+    distributed.require_same("text", "equal")
+    try:
+        distributed.require_same("text", f"same\\n{me}")
+    except UserError as e:
+        sys.stderr.write(str(e))
+    if me == 1:
+        raise UserError("alone")
+    distributed.barrier("never")
+"""
+
+
+def test_rows_follow_from_the_mesh_and_a_lone_error_ends_all(child_env):
+    codes, _, err, _ = end(start(child_env, 2, 2, lambda i: ["-c", PLACED]))
+    assert codes[1] == 2, err
+    assert codes[0] not in (0, 2), err
+    assert "error: process 1 of 2: alone" in err[1]
+    assert "another process of the run has died" in err[0]
+    assert all("process 1: another text than process 0: 1 here, 0 there" in e for e in err)
+
+
+# ---- How processes are introduced ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--coordinator", "a:1"], "--processes and --process missing"),
+        (["--processes", "2"], "--coordinator and --process missing"),
+        (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "--process 2: must be from 0 to 1"),
+        (["--coordinator", "a:1", "--processes", "0", "--process", "0"], "--processes 0"),
+        (["--coordinator", "a", "--processes", "2", "--process", "0"], "must be HOST:PORT"),
+        (["--coordinator", "a:99999", "--processes", "2", "--process", "0"], "must be HOST:PORT"),
+        (["--coordinator", "a:1", "--processes", "two", "--process", "0"], "--processes: invalid int value: 'two'"),
+    ],
+)
+def test_flags_that_cannot_be(args, message, capsys):
+    assert train.main(["train", *args]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_flags_are_taken_out_of_the_command_line():
+    line = ["train", "--config", "a.py", "--process=1", "--config.mesh.data=2", "--processes", "2"]
+    rest, place = distributed.flags([*line, "--coordinator", "[::1]:80"])
+    assert rest == ["train", "--config", "a.py", "--config.mesh.data=2"]
+    assert place == distributed.Place("[::1]:80", 2, 1)
+    assert distributed.flags(["train", "--processes", "1"])[1] == distributed.Place(processes=1)
+
+
+def test_a_coordinator_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "START_S", 0.5)
+    address = f"127.0.0.1:{free_port()}"
+    assert train.main(["train", "--coordinator", address, "--processes", "2", "--process", "1"]) == 2
+    err = capsys.readouterr().err
+    assert f"--coordinator {address} cannot be reached (Connection refused): start process 0 there" in err
+
+
+def test_processes_that_do_not_come_are_waited_for_a_while_only(child_env):
+    code = "import sys; from qatmoe import distributed, train; distributed.START_S = 2; train.main(sys.argv)"
+    args = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process", "0"]
+    p = subprocess.Popen([sys.executable, "-c", code, *args], env=child_env, stderr=subprocess.PIPE, text=True)
+    codes, _, err, _ = end([p])
+    assert codes != [0]
+    assert "process 0 of 2: not all processes came to" in err[0]
+    assert "within 2 s" in err[0]
+
+
+def test_one_process_agrees_with_itself():
+    with pytest.raises(UserError, match="mine"), distributed.together():
+        raise UserError("mine")
+    assert distributed.first()
+    assert distributed.from_first(np.pi) == np.pi
+    distributed.require_same("text", "a")
+    distributed.barrier("here")
+
+
+def test_the_mesh_may_change_when_a_run_goes_on(tmp_path):
+    open_workdir(tmp_path, to_json(resolve({"train": {"phases": {"a": {"steps": 1}}}, "mesh": {"data": 2}}))).close()
+    open_workdir(tmp_path, to_json(resolve({"train": {"phases": {"a": {"steps": 1}}}, "mesh": {"fsdp": 2}}))).close()
