@@ -59,7 +59,7 @@ def launch(env, *args):
 
 def numbers(workdir):
     """Every record of a run, without what a clock put there."""
-    return [{k: v for k, v in r.items() if k not in ("time", "tokens_per_s")} for r in metrics.read(workdir)]
+    return [{k: v for k, v in r.items() if k not in ("time", "tokens_per_s", "step_s")} for r in metrics.read(workdir)]
 
 
 def by_place(records):
