@@ -1,8 +1,8 @@
 """Sweeps as data: lists of points, each a dict {dotted config key: value}, put together by four functions.
 
-    product(values("quant.experts", ["q2_0", "mxfp4"]), values("train.seed", [0, 1, 2]))     6 points
-    zip_(values("model.dim", [64, 128]), values("optim.lr", [0.01, 0.005]))                  2 points
-    chain(..., ...)                                                                          one after the other
+product(values("quant.experts", ["q2_0", "mxfp4"]), values("train.seed", [0, 1, 2]))     6 points
+zip_(values("model.dim", [64, 128]), values("optim.lr", [0.01, 0.005]))                  2 points
+chain(..., ...)                                                                          one after the other
 """
 
 import itertools

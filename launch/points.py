@@ -37,6 +37,7 @@ from qatmoe.quant.grid import RULES
 from qatmoe.run import quant_plan
 
 LONGEST = 150  # characters of a name's readable part
+DIGITS = 6  # of a name's end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,20 +59,25 @@ class Run:
     file: str  # the config file
     folder: Path
 
-    @property
-    def arguments(self) -> list[str]:
-        """Of `python -m qatmoe.train`, to be run from the repository's root."""
+    def arguments(self, folder: str | Path) -> list[str]:
+        """Of `python -m qatmoe.train`, to be run from the repository's root, for a run in `folder`."""
         settings = {"name": self.config.name} | self.overrides
         return [
             f"--config={self.file}",
-            f"--workdir={self.folder}",
+            f"--workdir={folder}",
             *(f"--config.{key}={_on_command_line(value)}" for key, value in settings.items()),
         ]
 
     @property
     def command(self) -> list[str]:
         """What trains it, and goes on with it, on this machine."""
-        return [sys.executable, "-m", "qatmoe.train", *self.arguments]
+        return [sys.executable, "-m", "qatmoe.train", *self.arguments(self.folder)]
+
+    @property
+    def short(self) -> str:
+        """A name of lower-case letters, digits and '-' that tells it apart: the sweep's, and the run's digits."""
+        text = f"{self.config.name.partition('/')[0]}-{self.name[-DIGITS:]}"
+        return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
     @property
     def log(self) -> Path:
@@ -128,9 +134,9 @@ def runs_of(sweep: Sweep, folder: Path) -> list[Run]:
       UserError: names the point and the key that is wrong, or two points that are the same run.
     """
     base = _base(sweep.config)
-    varied = _varied(sweep.points)
-    labels = _labels(varied)
-    ignored = {"name"} | (FREE_KEYS - set(varied))
+    different = varied(sweep.points)
+    labels = _labels(different)
+    ignored = {"name"} | (FREE_KEYS - set(different))
     runs: dict[str, Run] = {}
     plans: dict[str, None] = {}
     for n, point in enumerate(sweep.points, start=1):
@@ -209,6 +215,8 @@ def _resolved(base: Mapping[str, Any], point: Point, where: str) -> Config:
     config = copy.deepcopy(dict(base))
     known = leaves(base)
     for key, value in point.items():
+        if key == "name":
+            raise UserError(f"{where}: name: runs are named by the sweep; leave it out")
         if key not in known:
             inside = [k for k in known if k.startswith(f"{key}.")]
             close = difflib.get_close_matches(key, known, n=1)
@@ -242,7 +250,7 @@ def _words(point: Point) -> str:
 # ---- Names -----------------------------------------------------------------------------------------------------------
 
 
-def _varied(points: Points) -> list[str]:
+def varied(points: Points) -> list[str]:
     """Keys that tell points apart, sorted."""
     keys = {key for point in points for key in point}
     return sorted(k for k in keys if any(k not in p or repr(p[k]) != repr(points[0].get(k)) for p in points))
@@ -280,7 +288,7 @@ def _digits(cfg: Config, ignored: set[str]) -> str:
     there = leaves(json.loads(to_json(cfg)))
     usual = {key: json.loads(json.dumps(default(key))) for key in there}
     special = {key: v for key, v in there.items() if key not in ignored and v != usual[key]}
-    return hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:6]
+    return hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
 # ---- How far a run is ------------------------------------------------------------------------------------------------
