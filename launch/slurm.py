@@ -54,12 +54,9 @@ class Train:
         from submitit import JobEnvironment
 
         requeue = JobEnvironment._usr_sig()
-        # Slurm sends its signals to all processes of a step: this one is submitit's, and would end training unsaved.
-        child = subprocess.Popen(
-            self.command,
-            cwd=self.root,
-            preexec_fn=lambda: signal.signal(requeue, signal.SIG_IGN),
-        )
+        # Slurm sends its signals to all processes of a step. This one is submitit's, and would end training unsaved.
+        ignoring = f"trap '' {requeue.name.removeprefix('SIG')}; exec \"$@\""
+        child = subprocess.Popen(["sh", "-c", ignoring, "sh", *self.command], cwd=self.root)
         self._child = child
         while child.poll() is None:
             time.sleep(0.2)  # and not wait(): its lock would still be held in checkpoint(), which a signal calls
