@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -135,9 +136,10 @@ def llama_numbers(models: Path, phase: str, rest: str):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests that need a GPU or llama.cpp's programs are left out, and counted as deselected, where there is none."""
+    """Tests that need a GPU, llama.cpp's programs or SkyPilot are left out, and counted as deselected, without them."""
     there = {
         "gpu": jax.default_backend() == "gpu",
+        "skypilot": importlib.util.find_spec("sky") is not None,
         "llama_cpp": all(map(llama_program, ("llama-server", "llama-perplexity"))),
     }
     needing = [i for i in items if any(i.get_closest_marker(m) and not found for m, found in there.items())]
