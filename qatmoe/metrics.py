@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import SummaryWriter, summary
 from tqdm import tqdm
 
 from qatmoe.errors import UserError
@@ -205,8 +205,14 @@ def hparams(workdir: str | Path, settings: Mapping[str, Any], results: Mapping[s
     folder = Path(workdir) / "tb" / "hparams"
     shutil.rmtree(folder, ignore_errors=True)
     plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
-    with SummaryWriter(str(folder), filename_suffix=".hparams") as writer:
-        writer.add_hparams(plain, dict(results), name=".", global_step=0)  # the name is of a folder inside
+    # Without the summary of an experiment, which `add_hparams` writes too: TensorBoard would take one run's for the
+    # list of all settings. So it makes the list from all runs, and puts first the settings in which they differ.
+    _, start, end = summary.hparams(plain, dict(results))
+    with SummaryWriter(str(folder)) as writer:
+        writer.file_writer.add_summary(start)
+        writer.file_writer.add_summary(end)
+        for name, value in results.items():
+            writer.add_scalar(name, value, 0)
 
 
 def device_memory(devices: Sequence[jax.Device] | None = None) -> dict[str, float]:
