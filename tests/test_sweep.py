@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 
 import pytest
@@ -11,6 +12,7 @@ from launch import points, sweep
 from launch.algebra import chain, product, values, zip_
 from launch.points import Sweep
 from qatmoe import cli
+from qatmoe.checkpoint import open_workdir
 from qatmoe.config import to_json
 from qatmoe.errors import UserError
 
@@ -279,6 +281,19 @@ def test_states_and_dry_run(file, tmp_path, capsys):
     assert lines[1].strip() == "train.seed=0"
     assert shlex.split(lines[2]) == ["python", *first.command[1:]]
     assert lines[3] == f"{second.name}  partial: qat at step 2 of 20"
+
+
+def test_a_run_that_another_process_trains_is_left_alone(file, tmp_path, capsys):
+    folder = tmp_path / "d"
+    first, second = runs_of(values("train.seed", [0, 1]), folder, "mine")
+    leave(first, steps=3)
+    leave(second, steps=20, losses=LOSSES)
+    (folder / "sweep.json").write_text(json.dumps({"name": "mine", "config": TOY, "runs": []}))
+    with open_workdir(first.folder, to_json(first.config)):
+        assert points.state(first) == points.State("running", f"running (process {os.getpid()})")
+        assert sweep.main([str(file), f"--dir={folder}"]) == 0
+    assert "nothing to start" in capsys.readouterr().out
+    assert points.state(first).kind == "partial"
 
 
 def test_a_folder_with_another_run_is_not_that_run(tmp_path):
