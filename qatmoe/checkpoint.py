@@ -37,7 +37,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from qatmoe import distributed
-from qatmoe.config import MeshConfig
+from qatmoe.config import MeshConfig, leaves
 from qatmoe.errors import RunError, UserError
 from qatmoe.files import write_atomically
 from qatmoe.tree import path_of
@@ -49,8 +49,10 @@ _MAPPED = ts.Context({"file_io_mode": {"mode": "memmap"}})
 Json = dict[str, Any]
 
 # May differ when a run is continued: no number depends on them, or, on the mesh, only up to rounding.
-FREE_KEYS = {"data.cache_dir", "data.prefetch", "train.keep", "train.tensorboard"} | {
-    f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)
+FREE_KEYS = {
+    *("data.cache_dir", "data.prefetch"),
+    *("train.keep", "train.tensorboard", "train.profile_step", "train.profile_steps"),
+    *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
 }
 
 
@@ -567,10 +569,10 @@ def _check_config(file: Path, config_json: str) -> None:
         write_atomically(file, config_json)
         return
     try:
-        there = _leaves(json.loads(file.read_text()))
+        there = leaves(json.loads(file.read_text()))
     except ValueError as e:
         raise UserError(f"{file} is not JSON: restore it, or choose another workdir") from e
-    here = _leaves(json.loads(config_json))
+    here = leaves(json.loads(config_json))
     differ = [key for key in there | here if there.get(key) != here.get(key) and key not in FREE_KEYS]
     if differ:
         shown = "; ".join(f"{k}: {there.get(k, 'absent')!r} there, {here.get(k, 'absent')!r} here" for k in differ[:8])
@@ -579,10 +581,3 @@ def _check_config(file: Path, config_json: str) -> None:
             f"workdir {file.parent} holds a run with another config ({shown}{more}): give this one another --workdir, "
             "or set those keys as they were"
         )
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{dotted key: value} of nested JSON objects."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    return {k: v for name in tree for k, v in _leaves(tree[name], f"{prefix}.{name}" if prefix else name).items()}

@@ -152,6 +152,8 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep: int = 2  # checkpoints kept per phase; a phase's last is always kept
     tensorboard: bool = True
+    profile_step: int = 0  # step of each phase from which on the profiler traces; 0 = off
+    profile_steps: int = 3  # steps that it traces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +214,8 @@ RANGES: dict[str, tuple[float, float]] = {
     **{f"optim.{name}": (0, _INF) for name in ("weight_decay", "clip")},
     **{f"optim.{name}": (0, 1) for name in ("final_lr", "ema")},
     **{f"train.{name}": (1, _INF) for name in ("batch_size", "grad_accum", "log_every", "checkpoint_every", "keep")},
-    **{f"train.{name}": (0, _INF) for name in ("seed", "loss_chunk", *_WEIGHTS)},
+    "train.profile_steps": (1, _INF),
+    **{f"train.{name}": (0, _INF) for name in ("seed", "loss_chunk", "profile_step", *_WEIGHTS)},
     **{f"eval.{name}": (0, _INF) for name in ("every", "batches", "final_batches")},
 }
 
@@ -261,6 +264,13 @@ def resolve(raw: Mapping[str, Any]) -> Config:
 def to_json(cfg: Config) -> str:
     """The whole configuration as JSON; `resolve(json.loads(...))` gives the same `Config` back."""
     return json.dumps(dataclasses.asdict(cfg), indent=1)
+
+
+def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested groups, e.g. of a configuration read from JSON."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    return {k: v for name in tree for k, v in leaves(tree[name], f"{prefix}.{name}" if prefix else name).items()}
 
 
 def _build(cls: type, raw: Mapping[str, Any], path: str) -> Any:
@@ -346,6 +356,12 @@ def _check_training(cfg: Config) -> None:
         _require(
             not p.decay or cfg.optim.schedule == "wsd",
             f"{where}.decay={p.decay} belongs to optim.schedule='wsd'; cosine falls over the whole phase: set it to 0",
+        )
+        last = t.profile_step + t.profile_steps - 1
+        _require(
+            not t.profile_step or last <= p.steps,
+            f"config.train.profile_step={t.profile_step}: its {t.profile_steps} profile_steps end at step {last}, and "
+            f"{where} has steps={p.steps}",
         )
         _require(0 <= p.distill <= 1, f"{where}.distill={p.distill}: must be between 0 and 1")
         _require(not p.distill or bool(p.start), f"{where}.distill={p.distill} needs a teacher: set {where}.start")

@@ -10,15 +10,16 @@ phase, or of a PTQ baseline). Losses are nats per token. A value that is not fin
 
 import json
 import math
+import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import SummaryWriter, summary
 from tqdm import tqdm
 
 from qatmoe.errors import UserError
@@ -30,7 +31,7 @@ FIELDS = ("phase", "step", "split", "time")
 GROUPS = {
     **dict.fromkeys(("ce", "kl", "mtp", "balance", "z"), "loss"),
     **dict.fromkeys(("lr", "grad_norm"), "optim"),
-    **dict.fromkeys(("tokens", "tokens_per_s"), "speed"),
+    **dict.fromkeys(("tokens", "tokens_per_s", "step_s"), "speed"),
 }
 
 Record = dict[str, Any]
@@ -190,6 +191,74 @@ def _tag(name: str, split: str) -> str:
     if split != "train":
         return f"{split}/{name}"
     return name if "/" in name else f"{GROUPS.get(name, split)}/{name}"
+
+
+def hparams(workdir: str | Path, settings: Mapping[str, Any], results: Mapping[str, float]) -> None:
+    """Writes a run's settings and results for TensorBoard's HPARAMS tab, in place of what it wrote before.
+
+    They are a subrun, WORKDIR/tb/hparams, so `tensorboard --logdir` of a folder of runs has a row for each of them.
+
+    Args:
+      settings: {dotted key: text, number or truth value}; anything else is written as text.
+      results: numbers of the finished run.
+    """
+    folder = Path(workdir) / "tb" / "hparams"
+    shutil.rmtree(folder, ignore_errors=True)
+    plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+    # Without the summary of an experiment, which `add_hparams` writes too: TensorBoard would take one run's for the
+    # list of all settings. So it makes the list from all runs, and puts first the settings in which they differ.
+    _, start, end = summary.hparams(plain, dict(results))
+    with SummaryWriter(str(folder)) as writer:
+        writer.file_writer.add_summary(start)
+        writer.file_writer.add_summary(end)
+        for name, value in results.items():
+            writer.add_scalar(name, value, 0)
+
+
+def device_memory(devices: Sequence[jax.Device] | None = None) -> dict[str, float]:
+    """GiB in use, now and at most since the process began, of the fullest of this process's devices.
+
+    Empty where the devices do not count, as CPUs do not.
+    """
+    stats = [d.memory_stats() for d in devices or jax.local_devices()]
+    keys = {"memory/peak_gib": "peak_bytes_in_use", "memory/in_use_gib": "bytes_in_use"}
+    found = {name: [s[key] for s in stats if s and key in s] for name, key in keys.items()}
+    return {name: max(values) / 2**30 for name, values in found.items() if values}
+
+
+class Trace:
+    """The profiler over a few steps of a phase, for the profile plugin of TensorBoard.
+
+    Writes WORKDIR/tb/PHASE/plugins/profile/TIME/. A phase that goes on after its first traced step is not traced.
+    In a multi-host run each process traces its own devices. Tracing counts in the speed of those steps.
+    """
+
+    def __init__(self, workdir: str | Path, phase: str, first: int, steps: int):
+        """Traces `steps` steps from step `first` on; nothing where `first` is 0."""
+        self._folder = Path(workdir) / "tb" / phase
+        self._first, self._last = first, first + steps - 1
+        self._on = False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:
+            self._on = False
+            jax.profiler.stop_trace()
+
+    def before(self, step: int, state: Any) -> None:
+        """Begins where `step` is the first one, when all that came before is done."""
+        if self._first and step == self._first:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(self._folder)
+            self._on = True
+
+    def after(self, step: int, state: Any) -> None:
+        """Ends where `step` is the last one, when it is done."""
+        if self._on and step == self._last:
+            jax.block_until_ready(state)
+            self.__exit__()
 
 
 class Progress:

@@ -52,7 +52,8 @@ def run_phase(run: Run, name: str) -> None:
             for rule in RULES:
                 run.metrics.rewind(f"ptq:{name}:{rule}", -1)
         if not done:
-            state = loop(run, name, state, position, checkpoints)
+            with metrics_lib.Trace(run.workdir, name, cfg.train.profile_step, cfg.train.profile_steps) as trace:
+                state = loop(run, name, state, position, checkpoints, trace)
     if not evaluated(run, name):
         result = run.evaluate(run.eval_weights(phase, state), cfg.eval.final_batches, interruptible=True)
         run.metrics.write(name, int(state.step), "final", result)
@@ -234,7 +235,14 @@ def _layer_arrays(
 # ---- The loop --------------------------------------------------------------------------------------------------------
 
 
-def loop(run: Run, name: str, state: TrainState, position: Position, checkpoints: Checkpoints) -> TrainState:
+def loop(
+    run: Run,
+    name: str,
+    state: TrainState,
+    position: Position,
+    checkpoints: Checkpoints,
+    trace: metrics_lib.Trace,
+) -> TrainState:
     """Steps until the phase is done. Host work on step n happens while the device is already on step n + 1."""
     cfg, phase = run.cfg, run.cfg.train.phases[name]
     watch = Watch(run, name, state)
@@ -254,7 +262,10 @@ def loop(run: Run, name: str, state: TrainState, position: Position, checkpoints
         batch = run.place(next(run.train_iterator))
         due = bool(cfg.eval.every) and (n % cfg.eval.every == 0 or n == phase.steps)
         before = watch.codes(state.params) if due else None
-        state, values = train_step(state, batch, watch.teacher)
+        trace.before(n, state)
+        with jax.profiler.StepTraceAnnotation("train", step_num=n):
+            state, values = train_step(state, batch, watch.teacher)
+        trace.after(n, state)
         log.flush()
         log.pending = (n, values)
         if due:
@@ -378,10 +389,11 @@ class Log:
         record |= {
             "tokens": n * self._per_step,
             "tokens_per_s": self._speed,
+            "step_s": self._per_step / self._speed,
             "moe/dropped": float(np.mean(jax.device_get(values["dropped_N"]))),
             "moe/load_max": float(load_NE.max()),
             "moe/load_min": float(load_NE.min()),
-        }
+        } | metrics_lib.device_memory()
         for row, load_E in enumerate(load_NE):
             self.run.metrics.histogram(self.name, n, f"moe/load/layer_{row}", load_E)
             record |= {f"moe/load/layer_{row}/expert_{e}": float(load) for e, load in enumerate(load_E)}

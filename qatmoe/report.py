@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qatmoe import metrics
+from qatmoe.config import leaves
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.text_table import aligned
@@ -37,9 +38,18 @@ def environment() -> dict[str, Any]:
 
 
 def write(workdir: str | Path) -> Summary:
-    """Makes WORKDIR/summary.json and WORKDIR/curves.png; returns the summary. Raises as `summarize` and `curves` do."""
+    """Makes WORKDIR/summary.json, WORKDIR/curves.png and, where the run keeps TensorBoard's files, its row of HPARAMS.
+
+    Returns the summary. Raises as `summarize` and `curves` do.
+    """
     summary = summarize(workdir)
     curves(workdir, Path(workdir) / "curves.png")
+    config = _load(Path(workdir) / "config.json")
+    if config.get("train", {}).get("tensorboard"):
+        results = {f"final/loss_{branch}": v for branch, v in summary["loss"].items() if v is not None}
+        if summary["recovered"] is not None:
+            results["final/recovered"] = summary["recovered"]
+        metrics.hparams(workdir, leaves(config), results)
     return summary
 
 

@@ -136,9 +136,10 @@ def llama_numbers(models: Path, phase: str, rest: str):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests that need a GPU, llama.cpp's programs or libtpu are left out, and counted as deselected, without them."""
+    """Tests that need a GPU, llama.cpp, libtpu or SkyPilot are left out, and counted as deselected, without them."""
     there = {
         "gpu": jax.default_backend() == "gpu",
+        "skypilot": importlib.util.find_spec("sky") is not None,
         "llama_cpp": all(map(llama_program, ("llama-server", "llama-perplexity"))),
         "tpu_compiler": importlib.util.find_spec("libtpu") is not None,
     }

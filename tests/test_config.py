@@ -3,7 +3,7 @@ import json
 import pytest
 
 from qatmoe import cli
-from qatmoe.config import Config, default_config, phase, resolve, to_json
+from qatmoe.config import Config, default_config, leaves, phase, resolve, to_json
 from qatmoe.errors import UserError
 
 
@@ -22,6 +22,11 @@ def small(**changes):
 def test_json_round_trip():
     cfg = resolve(small(optim__betas=(0.8, 0.9)))
     assert resolve(json.loads(to_json(cfg))) == cfg
+
+
+def test_leaves():
+    assert leaves({"a": {"b": 1, "c": {"d": [2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [2], "e": {}}
+    assert resolve(small(train__profile_step=8)).train.profile_step == 8  # steps 8, 9 and 10 of 10
 
 
 def test_every_config_file_resolves(config_files):
@@ -52,6 +57,9 @@ def test_every_config_file_resolves(config_files):
         ({"train__loss_chunk": -1}, "loss_chunk=-1"),
         ({"train__seed": -1}, "seed=-1"),
         ({"train__phases": {}}, "name at least one"),
+        ({"train__profile_step": -1}, "profile_step=-1: must be at least 0"),
+        ({"train__profile_step": 5, "train__profile_steps": 0}, "profile_steps=0: must be at least 1"),
+        ({"train__profile_step": 9}, r"profile_step=9: its 3 profile_steps end at step 11, and .*trunk has steps=10"),
         ({"model": 3}, "expected a group of keys"),
     ],
 )

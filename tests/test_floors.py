@@ -68,3 +68,12 @@ def test_imports_go_down(module):
     floor = next(i for i, names in enumerate(FLOORS) if module in names)
     below = set().union(*FLOORS[:floor])
     assert imports(MODULES[module]) <= below
+
+
+def test_nothing_in_the_package_needs_the_checkouts_other_folders():
+    """`launch` and `experiments` stand on the package; they are not installed with it."""
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {n.split(".")[0] for n in names} & {"launch", "experiments", "configs"}, path

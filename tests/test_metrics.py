@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata as hparams_metadata
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from qatmoe import metrics
 from qatmoe.errors import UserError
-from qatmoe.metrics import Metrics, Progress
+from qatmoe.metrics import Metrics, Progress, Trace
 
 
 def write_steps(workdir, phase, steps, tensorboard=False):
@@ -126,6 +128,55 @@ def test_tensorboard_forgets_what_was_rewound(tmp_path):
         m.write("qat", 3, "train", {"loss": 50.0})
     scalars = tensorboard_of(tmp_path, "qat").Scalars("loss/train")
     assert [(s.step, s.value) for s in scalars] == [(1, 2.0), (2, 3.0), (3, 50.0)]
+
+
+def test_hparams_are_a_subrun_that_is_written_anew(tmp_path):
+    settings = {"optim.lr": 0.1, "quant.experts": "q2_0", "train.tensorboard": True, "optim.betas": [0.9, 0.95]}
+    for loss in (3.0, 2.0):
+        metrics.hparams(tmp_path, settings, {"final/loss_qat": loss})
+    events = EventAccumulator(str(tmp_path / "tb" / "hparams")).Reload()
+    content = events.PluginTagToContent(hparams_metadata.PLUGIN_NAME)
+    start = plugin_data_pb2.HParamsPluginData.FromString(content[hparams_metadata.SESSION_START_INFO_TAG])
+    found = start.session_start_info.hparams
+    assert found["optim.lr"].number_value == 0.1
+    assert found["quant.experts"].string_value == "q2_0"
+    assert found["train.tensorboard"].bool_value is True
+    assert found["optim.betas"].string_value == "[0.9, 0.95]"
+    assert set(content) == {hparams_metadata.SESSION_START_INFO_TAG, hparams_metadata.SESSION_END_INFO_TAG}
+    assert [s.value for s in events.Scalars("final/loss_qat")] == [2.0]
+
+
+class Device:
+    def __init__(self, **stats):
+        self.stats = stats
+
+    def memory_stats(self):
+        return self.stats or None
+
+
+def test_memory_of_the_fullest_device():
+    full = Device(bytes_in_use=2**30, peak_bytes_in_use=3 * 2**30, num_allocs=1)
+    other = Device(bytes_in_use=2**31, peak_bytes_in_use=5 * 2**29)
+    assert metrics.device_memory([full, other]) == {"memory/peak_gib": 3.0, "memory/in_use_gib": 2.0}
+    assert metrics.device_memory([Device()]) == {}  # a CPU
+    assert metrics.device_memory([Device(bytes_in_use=0)]) == {"memory/in_use_gib": 0.0}
+
+
+def cut_short(workdir):
+    with Trace(workdir, "qat", 2, 2) as trace:
+        for n in (1, 2):
+            trace.before(n, np.zeros(3))
+        raise KeyboardInterrupt
+
+
+def test_a_trace_that_is_cut_short_is_ended(tmp_path):
+    for _ in range(2):  # a profiler that was left on could not be started again
+        with pytest.raises(KeyboardInterrupt):
+            cut_short(tmp_path)
+    assert list((tmp_path / "tb" / "qat" / "plugins" / "profile").glob("*/*.xplane.pb"))
+    with Trace(tmp_path, "trunk", 0, 3) as trace:
+        trace.before(0, np.zeros(3))
+    assert not (tmp_path / "tb" / "trunk").exists()
 
 
 class Terminal(io.StringIO):

@@ -1,5 +1,6 @@
 """The main job as a user meets it: finished, killed anywhere, stopped, continued, and given bad input."""
 
+import gzip
 import json
 import os
 import signal
@@ -59,7 +60,7 @@ def launch(env, *args):
 
 def numbers(workdir):
     """Every record of a run, without what a clock put there."""
-    return [{k: v for k, v in r.items() if k not in ("time", "tokens_per_s")} for r in metrics.read(workdir)]
+    return [{k: v for k, v in r.items() if k not in ("time", "tokens_per_s", "step_s")} for r in metrics.read(workdir)]
 
 
 def by_place(records):
@@ -93,6 +94,10 @@ def test_a_run_leaves_what_it_promises(whole):
     assert "layers/experts/gate_up" in done.stdout  # the coverage table
     for row in ("trunk", "control", "PTQ", "qat"):
         assert row in done.stdout.split("valid loss")[1]
+    for record in metrics.read(workdir):
+        if record["split"] == "train":
+            assert record["step_s"] * record["tokens_per_s"] == pytest.approx(4 * 64)
+            assert not any(name.startswith("memory/") for name in record)  # a CPU does not count
     health = [r for r in metrics.read(workdir) if r["split"] == "health"]
     assert health
     assert all(r["weight_error"] > 0 for r in health)
@@ -132,10 +137,16 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_0(whole, child_env, tmp_path)
     assert "SIGTERM" in err
     assert "The same command continues" in err
     reached = len(metrics.read(workdir))
-    done = launch(child_env, *args[1:])
+    # What goes on is traced, which changes no number.
+    done = launch(child_env, *args[1:], "--config.train.profile_step=2", "--config.train.profile_steps=2")
     assert done.returncode == 0, done.stderr
     assert len(metrics.read(workdir)) > reached
     assert by_place(numbers(workdir)) == by_place(numbers(whole[0]))
+    for phase in ("control", "qat"):
+        (trace,) = (workdir / "tb" / phase / "plugins" / "profile").glob("*/*.trace.json.gz")
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        steps = {e["args"]["step_num"] for e in events if e.get("name") == "train"}
+        assert set(map(int, steps)) == {2, 3}
 
 
 def test_a_signal_in_the_middle_of_a_validation_loses_nothing(whole, child_env, tmp_path):

@@ -1,0 +1,187 @@
+"""Runs of a sweep as files for other launchers: SkyPilot tasks (clouds) and Kubernetes JobSets (GKE's TPU slices).
+
+Only text is made here; neither SkyPilot nor kubectl is needed for it. A run's folder lies in a bucket or on a volume
+that is mounted at /runs, and every start is the same command, which goes on from the last checkpoint.
+
+Training that a signal stops saves and exits 0. To the launchers that would be success, so process 0 ends with a look
+for summary.json, and where there is none fails, which makes them start it again.
+"""
+
+import dataclasses
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.points import Run, Sweep
+from qatmoe.errors import UserError
+from qatmoe.files import write_atomically
+
+MOUNT = "/runs"
+PORT = 8476  # of jax.distributed's coordinator, where SkyPilot starts several nodes
+
+
+@dataclasses.dataclass(frozen=True)
+class SkyOptions:
+    """`--option` of the skypilot backend."""
+
+    accelerators: str  # as SkyPilot names them: "tpu-v5e-16", "H100:8"
+    bucket: str  # gs://... or s3://..., mounted at /runs
+    infra: str = ""  # "gcp", "aws/us-east-1", "k8s"; "" = the cheapest that has them
+    nodes: int = 1  # GPU machines that train one run together; a TPU slice of several hosts is one node
+    spot: bool = True
+    restarts: int = 3  # after an exit that was no preemption; preemptions are always recovered from
+    setup: str = ""  # instead of pip install
+
+
+@dataclasses.dataclass(frozen=True)
+class JobSetOptions:
+    """`--option` of the jobset backend."""
+
+    image: str  # a container with the repository in its working directory and the extra `tpu` installed
+    claim: str  # a PersistentVolumeClaim (ReadWriteMany) for the runs
+    accelerator: str = "tpu-v5-lite-podslice"  # label cloud.google.com/gke-tpu-accelerator
+    topology: str = "4x4"  # chips of a slice
+    chips: int = 4  # of one host
+    slices: int = 1
+    restarts: int = 100
+    spot: bool = False
+
+
+def sky_task(run: Run, sweep: Sweep, options: SkyOptions) -> dict[str, Any]:
+    """A SkyPilot task as a dict, in the form of its YAML. Raises UserError where the run needs files from elsewhere."""
+    tpu = options.accelerators.startswith("tpu")
+    if not re.fullmatch(r"[a-z0-9]+://.+", options.bucket):
+        raise UserError(f"--option bucket={options.bucket}: expected a bucket's address, as gs://NAME")
+    if tpu and options.nodes > 1:
+        raise UserError(f"--option nodes={options.nodes}: a TPU slice is one node; choose a larger slice")
+    there = f"{MOUNT}/{sweep.name}/{run.name}"
+    command = _command(run, there)
+    if options.nodes > 1:
+        address = f'"$(echo "$SKYPILOT_NODE_IPS" | head -n1):{PORT}"'
+        command += f' --coordinator={address} --processes="$SKYPILOT_NUM_NODES" --process="$SKYPILOT_NODE_RANK"'
+    resources: dict[str, Any] = {"accelerators": options.accelerators, "use_spot": options.spot}
+    if options.infra:
+        resources["infra"] = options.infra
+    resources["job_recovery"] = {"max_restarts_on_errors": options.restarts}
+    return {
+        "name": run.short,
+        "resources": resources,
+        "num_nodes": options.nodes,
+        "workdir": ".",
+        "file_mounts": {MOUNT: {"source": options.bucket, "mode": "MOUNT"}},
+        "setup": options.setup or f"pip install -e '.[{'tpu' if tpu else 'gpu'}]'",
+        "run": f'set -e\n{command}\ntest "$SKYPILOT_NODE_RANK" != 0 || {_has_ended(there)}\n',
+    }
+
+
+def jobset(run: Run, sweep: Sweep, options: JobSetOptions) -> dict[str, Any]:
+    """A JobSet as a dict, in the form of its YAML.
+
+    GKE tells the pods of a slice about each other (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES), from which jax.distributed
+    finds its processes; MEGASCALE_* does so for several slices. Any failed pod restarts the whole set.
+
+    Raises:
+      UserError: the topology is no product of chips, or not of whole hosts.
+    """
+    if not re.fullmatch(r"\d+(x\d+){1,2}", options.topology):
+        raise UserError(f"--option topology={options.topology}: expected chips along each axis, as 4x4 or 2x2x4")
+    count = math.prod(map(int, options.topology.split("x")))
+    if options.chips < 1 or count % options.chips:
+        raise UserError(f"--option chips={options.chips}: does not divide the {count} of topology={options.topology}")
+    there = f"{MOUNT}/{sweep.name}/{run.name}"
+    selector = {
+        "cloud.google.com/gke-tpu-accelerator": options.accelerator,
+        "cloud.google.com/gke-tpu-topology": options.topology,
+    }
+    if options.spot:
+        selector["cloud.google.com/gke-spot"] = "true"
+    container = {
+        "name": "train",
+        "image": options.image,
+        "command": ["bash", "-ec"],
+        "args": [f'{_command(run, there)}\ntest "$JOB_COMPLETION_INDEX" != 0 || {_has_ended(there)}\n'],
+        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
+        "resources": {"limits": {"google.com/tpu": options.chips}},
+        "volumeMounts": [{"name": "runs", "mountPath": MOUNT}],
+    }
+    pod = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": 300,  # to save in
+        "nodeSelector": selector,
+        "containers": [container],
+        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": options.claim}}],
+    }
+    hosts = count // options.chips
+    job = {"parallelism": hosts, "completions": hosts, "backoffLimit": 0, "template": {"spec": pod}}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {
+            "name": run.short,
+            "annotations": {
+                "qatmoe/run": f"{sweep.name}/{run.name}",
+                "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool",
+            },
+        },
+        "spec": {
+            "failurePolicy": {"maxRestarts": options.restarts},
+            "replicatedJobs": [{"name": "slice", "replicas": options.slices, "template": {"spec": job}}],
+        },
+    }
+
+
+def write_sky(runs: Sequence[Run], sweep: Sweep, folder: Path, options: SkyOptions) -> list[str]:
+    """Writes FOLDER/skypilot/RUN.yaml for each run; returns the commands that start them."""
+    return [
+        f"sky jobs launch -y -n {run.short} {shlex.quote(str(_write(folder / 'skypilot', run, task)))}"
+        for run, task in [(run, sky_task(run, sweep, options)) for run in runs]
+    ]
+
+
+def write_jobsets(runs: Sequence[Run], sweep: Sweep, folder: Path, options: JobSetOptions) -> list[str]:
+    """Writes FOLDER/jobset/RUN.yaml for each run; returns the commands that start them."""
+    return [
+        f"kubectl apply -f {shlex.quote(str(_write(folder / 'jobset', run, spec)))}"
+        for run, spec in [(run, jobset(run, sweep, options)) for run in runs]
+    ]
+
+
+def _command(run: Run, there: str) -> str:
+    if Path(run.file).is_absolute():
+        raise UserError(f"sweep's config {run.file}: must lie inside the repository, named from its root")
+    return shlex.join(["python", "-m", "qatmoe.train", *run.arguments(there)])
+
+
+def _has_ended(there: str) -> str:
+    return f"test -e {shlex.quote(f'{there}/summary.json')}"
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML with shell scripts as they are, and not in quotes."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Never `&id001`."""
+        return True
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def to_yaml(content: dict[str, Any]) -> str:
+    """As YAML, keys in their order."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=10_000)
+
+
+def _write(folder: Path, run: Run, content: dict[str, Any]) -> Path:
+    file = folder / f"{run.name}.yaml"
+    write_atomically(file, to_yaml(content))
+    return file

@@ -1,0 +1,44 @@
+"""Options of a backend: `--option key=value` into the fields of a frozen dataclass."""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from qatmoe.errors import UserError
+
+T = TypeVar("T")
+
+
+def read(cls: type[T], given: Sequence[str]) -> T:
+    """Makes a `cls` of texts "key=value".
+
+    Raises:
+      UserError: an unknown key, a value of another type, or a missing one of a field without a default.
+    """
+    fields = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--option {text}: expected key=value")
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"
+            raise UserError(f"--option {text}: no such option; {hint}")
+        values[key] = _convert(hints[key], value, text)
+    for name, f in fields.items():
+        if f.default is dataclasses.MISSING and name not in values:
+            raise UserError(f"this backend needs --option {name}=...")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: str, text: str) -> Any:
+    try:
+        if hint is bool:
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.lower()]
+        return hint(value)
+    except (ValueError, KeyError) as e:
+        raise UserError(f"--option {text}: expected {'true or false' if hint is bool else hint.__name__}") from e

@@ -1,0 +1,356 @@
+"""From a sweep file to its runs: every point resolved and named, and how far each run is.
+
+A sweep file is Python and returns data:
+
+    from launch.algebra import product, values
+    from launch.points import Sweep
+
+    def get_sweep():
+        points = product(values("quant.experts", ["q2_0", "mxfp4"]), values("train.seed", [0, 1]))
+        return Sweep(name="grids", config="configs/moe_2bit.py", points=points)
+
+A sweep's folder holds `sweep.json`, what was asked for, a folder for each run (a `--workdir` of qatmoe.train) and
+`logs/`. Whether a run is finished is read from its own folder and nowhere else.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import fcntl
+import hashlib
+import json
+import re
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.algebra import Point, Points
+from qatmoe import metrics
+from qatmoe.checkpoint import FREE_KEYS
+from qatmoe.config import Config, PhaseConfig, leaves, resolve, to_json
+from qatmoe.errors import UserError
+from qatmoe.files import write_atomically
+from qatmoe.quant.grid import RULES
+from qatmoe.run import quant_plan
+
+LONGEST = 150  # characters of a name's readable part
+DIGITS = 6  # of a name's end
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What a sweep file's `get_sweep()` returns: a name, the config file that is varied, and the points."""
+
+    name: str
+    config: str
+    points: Points
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One point of a sweep, resolved."""
+
+    name: str
+    overrides: Point
+    config: Config
+    file: str  # the config file
+    folder: Path
+
+    def arguments(self, folder: str | Path) -> list[str]:
+        """Of `python -m qatmoe.train`, to be run from the repository's root, for a run in `folder`."""
+        settings = {"name": self.config.name} | self.overrides
+        return [
+            f"--config={self.file}",
+            f"--workdir={folder}",
+            *(f"--config.{key}={_on_command_line(value)}" for key, value in settings.items()),
+        ]
+
+    @property
+    def command(self) -> list[str]:
+        """What trains it, and goes on with it, on this machine."""
+        return [sys.executable, "-m", "qatmoe.train", *self.arguments(self.folder)]
+
+    @property
+    def short(self) -> str:
+        """A name of lower-case letters, digits and '-' that tells it apart: the sweep's, and the run's digits."""
+        text = f"{self.config.name.partition('/')[0]}-{self.name[-DIGITS:]}"
+        return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+    @property
+    def log(self) -> Path:
+        """What it prints, where it is run on this machine."""
+        return self.folder.parent / "logs" / f"{self.name}.log"
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """How far a run is: "done", "running", "partial" or "missing", and in words."""
+
+    kind: str
+    text: str
+
+
+# ---- The file --------------------------------------------------------------------------------------------------------
+
+
+def load(file: str | Path) -> Sweep:
+    """Reads a sweep file.
+
+    Raises:
+      UserError: there is no such file, it fails, or it does not return a sweep.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"sweep {file}: no such file")
+    try:
+        sweep = runpy.run_path(str(file))["get_sweep"]()
+    except UserError:
+        raise
+    except KeyError as e:
+        if e.args != ("get_sweep",):
+            raise UserError(f"sweep {file}: KeyError: {e}") from e
+        raise UserError(f"sweep {file}: has no get_sweep(); launch/sweeps/toy.py shows one") from e
+    except Exception as e:  # whatever the file's own code raised
+        raise UserError(f"sweep {file}: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    if not isinstance(sweep, Sweep):
+        raise UserError(f"sweep {file}: get_sweep() returns a {type(sweep).__name__}; return a launch.points.Sweep")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", sweep.name):
+        raise UserError(f"sweep {file}: name={sweep.name!r}: letters, digits, '_', '.' and '-' make a folder's name")
+    if not sweep.points:
+        raise UserError(f"sweep {file}: has no points")
+    return sweep
+
+
+def runs_of(sweep: Sweep, folder: Path) -> list[Run]:
+    """Resolves every point; nothing is written.
+
+    A run's name is made of the keys that vary, sorted, and six hex digits of its configuration, so neither the order
+    of points nor that of factors changes it, nor a key that the configuration gains with a default later. A run that
+    is in the folder under the digits keeps its name when more keys begin to vary.
+
+    Raises:
+      UserError: names the point and the key that is wrong, or two points that are the same run.
+    """
+    base = _base(sweep.config)
+    different = varied(sweep.points)
+    labels = _labels(different)
+    ignored = {"name"} | (FREE_KEYS - set(different))
+    runs: dict[str, Run] = {}
+    plans: dict[str, None] = {}
+    for n, point in enumerate(sweep.points, start=1):
+        where = f"sweep {sweep.name}, point {n} ({_words(point)})"
+        cfg = _resolved(base, point, where)
+        digits = _digits(cfg, ignored)
+        if digits in runs:
+            same = next(i for i, p in enumerate(sweep.points, start=1) if p is runs[digits].overrides)
+            raise UserError(f"{where}: the same run as point {same} ({_words(runs[digits].overrides)}); remove one")
+        key = repr((cfg.model, cfg.quant, [p.quantize for p in cfg.train.phases.values()]))
+        if key not in plans:  # a grid whose blocks do not divide a row is found here
+            _explained(where, lambda cfg=cfg: quant_plan(cfg))
+            plans[key] = None
+        there = next((p.name for p in sorted(folder.glob(f"*-{digits}")) if p.is_dir()), None)
+        name = there or _name(point, labels, digits)
+        cfg = dataclasses.replace(cfg, name=f"{sweep.name}/{name}")
+        runs[digits] = Run(name, point, cfg, sweep.config, folder / name)
+    return list(runs.values())
+
+
+def open_folder(sweep: Sweep, runs: Sequence[Run], folder: Path) -> None:
+    """Makes the sweep's folder, or enters it again, and writes what is asked for into it.
+
+    Raises:
+      UserError: as `check_folder`; or the folder cannot be written.
+    """
+    check_folder(sweep, folder)
+    asked = {
+        "name": sweep.name,
+        "config": sweep.config,
+        "runs": [{"name": run.name, "overrides": run.overrides} for run in runs],
+    }
+    write_atomically(folder / "sweep.json", json.dumps(asked, indent=1) + "\n")
+
+
+def check_folder(sweep: Sweep, folder: Path) -> None:
+    """Raises UserError where a folder is not empty and holds another sweep, or none."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --dir")
+    if not (folder / "sweep.json").exists():
+        if any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no sweep: choose another --dir")
+        return
+    there = read_folder(folder)["name"]
+    if there != sweep.name:
+        raise UserError(f"{folder} belongs to sweep {there!r}, not {sweep.name!r}: choose another --dir")
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """What FOLDER/sweep.json says. Raises UserError where there is none, or no sweep in it."""
+    file = folder / "sweep.json"
+    try:
+        asked = json.loads(file.read_text(encoding="utf-8"))
+        return {"name": asked["name"], "config": asked["config"], "runs": asked["runs"]}
+    except OSError as e:
+        raise UserError(f"{folder} holds no sweep (sweep.json: {e.strerror}): name the folder of one") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{file} is damaged: remove it and start the sweep again; finished runs stay finished") from e
+
+
+# ---- A point ---------------------------------------------------------------------------------------------------------
+
+
+def _base(file: str) -> dict[str, Any]:
+    if not Path(file).is_file():
+        raise UserError(f"sweep's config {file!r}: no such file (paths are from the repository's root)")
+    try:
+        return runpy.run_path(file)["get_config"]().to_dict()
+    except Exception as e:
+        raise UserError(f"sweep's config {file}: {type(e).__name__}: {' '.join(str(e).split())}") from e
+
+
+def _resolved(base: Mapping[str, Any], point: Point, where: str) -> Config:
+    config = copy.deepcopy(dict(base))
+    known = leaves(base)
+    for key, value in point.items():
+        if key == "name":
+            raise UserError(f"{where}: name: runs are named by the sweep; leave it out")
+        if key not in known:
+            inside = [k for k in known if k.startswith(f"{key}.")]
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"a group of keys; name one, as {inside[0]}" if inside else "no such key"
+            hint += f"; did you mean {close[0]}?" if close and not inside else ""
+            raise UserError(f"{where}: {key}: {hint}")
+        *groups, last = key.split(".")
+        node = config
+        for group in groups:
+            node = node[group]
+        node[last] = value
+    return _explained(where, lambda: resolve(config))
+
+
+def _explained(where: str, check: Any) -> Any:
+    try:
+        return check()
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
+
+
+def _on_command_line(value: Any) -> str:
+    """As ml_collections reads an override back: text as it is, anything else as Python writes it."""
+    return value if isinstance(value, str) else repr(tuple(value) if isinstance(value, list) else value)
+
+
+def _words(point: Point) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in point.items())
+
+
+# ---- Names -----------------------------------------------------------------------------------------------------------
+
+
+def varied(points: Points) -> list[str]:
+    """Keys that tell points apart, sorted."""
+    keys = {key for point in points for key in point}
+    return sorted(k for k in keys if any(k not in p or repr(p[k]) != repr(points[0].get(k)) for p in points))
+
+
+def _labels(keys: Sequence[str]) -> dict[str, str]:
+    """For each key its shortest dotted ending that no other has."""
+
+    def endings(key: str) -> list[str]:
+        parts = key.split(".")
+        return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+    return {key: next(e for e in endings(key) if sum(e in endings(k) for k in keys) == 1) for key in keys}
+
+
+def _name(point: Point, labels: Mapping[str, str], digits: str) -> str:
+    text = ",".join(f"{labels[key]}={_in_a_name(point[key])}" for key in labels if key in point)
+    return f"{text[:LONGEST] or 'run'}-{digits}"
+
+
+def _in_a_name(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", text).strip("_")
+
+
+def _digits(cfg: Config, ignored: set[str]) -> str:
+    """Six hex digits of the keys that have another value than their default."""
+    defaults = leaves(dataclasses.asdict(Config()))
+    of_a_phase = leaves(dataclasses.asdict(PhaseConfig()))
+
+    def default(key: str) -> Any:
+        group, phases, rest = key.partition("train.phases.")
+        return of_a_phase.get(rest.partition(".")[2]) if phases and not group else defaults.get(key)
+
+    there = leaves(json.loads(to_json(cfg)))
+    usual = {key: json.loads(json.dumps(default(key))) for key in there}
+    special = {key: v for key, v in there.items() if key not in ignored and v != usual[key]}
+    return hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:DIGITS]
+
+
+# ---- How far a run is ------------------------------------------------------------------------------------------------
+
+
+def state(run: Run) -> State:
+    """How far a run is.
+
+    Raises:
+      UserError: its folder holds a run with another configuration.
+    """
+    file = run.folder / "config.json"
+    if not file.exists():
+        return State("missing", "missing")
+    there, here = leaves(_json(file)), leaves(json.loads(to_json(run.config)))
+    differ = sorted(k for k in there | here if k not in FREE_KEYS and there.get(k) != here.get(k))
+    if differ:
+        key = differ[0]
+        raise UserError(
+            f"{run.folder} holds a run with {key}={there.get(key)!r}, and the sweep asks for {here.get(key)!r}: "
+            "move that folder away, or choose another --dir"
+        )
+    return state_of(run.folder)
+
+
+def state_of(folder: Path) -> State:
+    """How far the run in a folder is, by its own configuration."""
+    if finished(folder):
+        return State("done", "done")
+    if pid := _holder(folder):
+        return State("running", f"running (process {pid})")
+    records = [r for r in metrics.read(folder) if not r["phase"].startswith("ptq:")]
+    if not records:
+        return State("partial", "started") if (folder / "config.json").exists() else State("missing", "missing")
+    last = records[-1]
+    steps = _json(folder / "config.json")["train"]["phases"].get(last["phase"], {}).get("steps", "?")
+    return State("partial", f"partial: {last['phase']} at step {last['step']} of {steps}")
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has its summary, with every phase and every rounding of the control in it."""
+    if not ((folder / "summary.json").exists() and (folder / "config.json").exists()):
+        return False
+    summary, phases = _json(folder / "summary.json"), _json(folder / "config.json")["train"]["phases"]
+    if any(summary["loss"].get(phase) is None for phase in phases):
+        return False
+    quantized = {bool(p["quantize"]) for p in phases.values()}
+    return len(quantized) < 2 or any(set(RULES) <= set(rules) for rules in summary["ptq_rules"].values())
+
+
+def _holder(folder: Path) -> str:
+    """The process that trains a run on this machine; "" if none does."""
+    with contextlib.suppress(FileNotFoundError), open(folder / "lock", encoding="utf-8") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f.read().strip() or "unknown"
+    return ""
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{file} is not JSON: restore it, or move that run's folder away") from e

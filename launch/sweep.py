@@ -1,0 +1,135 @@
+"""Starts a sweep, or goes on with it: only the runs that are not finished are run.
+
+    python -m launch.sweep launch/sweeps/toy.py [--dir runs/NAME] [--dry_run]
+    python -m launch.sweep launch/sweeps/toy.py --slots 2 --restarts 3                   on this machine
+    python -m launch.sweep launch/sweeps/toy.py --backend slurm --option partition=a100 --option gpus_per_node=8
+    python -m launch.sweep launch/sweeps/toy.py --backend skypilot --option accelerators=tpu-v5e-16 --option bucket=gs://B
+    python -m launch.sweep launch/sweeps/toy.py --backend jobset --option image=I --option claim=C --option topology=4x4
+
+Run it from the repository's root. Every point is resolved before anything starts. docs/launch.md tells the rest;
+results come from `python -m launch.collect runs/NAME`.
+"""
+
+import argparse
+import functools
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from launch import cloud, local, options, points, slurm
+from launch.points import Run, Sweep
+from qatmoe import cli
+from qatmoe.errors import UserError
+
+BACKENDS = ("local", "slurm", "skypilot", "jobset")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Raises UserError for an option that belongs to another backend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", help="the sweep: a Python file with get_sweep()")
+    parser.add_argument("--dir", help="the sweep's folder; runs/NAME unless given")
+    parser.add_argument("--backend", default="local", choices=BACKENDS)
+    parser.add_argument("--dry_run", action="store_true", help="list the runs, and do nothing")
+    parser.add_argument("--slots", type=int, help="local: runs at a time (1)")
+    parser.add_argument("--restarts", type=int, help="local: how often a run that was stopped or killed goes on (3)")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the other backends")
+    args = parser.parse_args(argv)
+    if args.backend == "local" and args.option:
+        raise UserError(f"--option {args.option[0]}: the local backend has none, but --slots and --restarts")
+    for name in ("slots", "restarts"):
+        if args.backend != "local" and getattr(args, name) is not None:
+            raise UserError(f"--{name} belongs to the local backend; {args.backend} has --option restarts or parallel")
+    if (args.restarts or 0) < 0:
+        raise UserError(f"--restarts {args.restarts}: must be at least 0")
+    return args
+
+
+def describe(runs: Sequence[Run]) -> str:
+    """Name, state, overrides and command of every run."""
+    lines = []
+    for run in runs:
+        lines.append(f"{run.name}  {points.state(run).text}")
+        lines.append("    " + "  ".join(f"{key}={value!r}" for key, value in run.overrides.items()))
+        lines.append("    " + shlex.join(["python", *run.command[1:]]))
+    return "\n".join(lines)
+
+
+def run_locally(runs: Sequence[Run], folder: Path, places: Sequence[local.Slot], restarts: int) -> int:
+    """Runs on this machine; returns the exit code: 0 all done, 1 some failed, 128 + 15 stopped by a signal."""
+    tasks = [local.Task(r.name, r.command, r.log, functools.partial(points.finished, r.folder)) for r in runs]
+    with local.locked(folder):
+        queue = local.Queue(tasks, places, restarts=restarts)
+        outcomes = queue.run()
+    failed = [o for o in outcomes if o.kind == "failed"]
+    for o in failed:
+        print(f"failed: {o.task.name}: {o.why}  ({o.task.log})", file=sys.stderr)
+    if queue.stopped:
+        print("stopped. The same command continues.", file=sys.stderr)
+        return 128 + 15
+    return 1 if failed else 0
+
+
+def launch(args: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
+    """Starts what is not finished, with the backend that was asked for."""
+    # Input: everything that can be wrong is found before the folder is made.
+    points.check_folder(sweep, folder)
+    runs = points.runs_of(sweep, folder)
+    if args.dry_run:
+        print(describe(runs))
+        return 0
+    states = {run.name: points.state(run) for run in runs}
+    todo = [r for r in runs if states[r.name].kind not in ("done", "running")]
+    places = local.slots(1 if args.slots is None else args.slots)
+    if args.backend == "slurm":
+        slurm_options = options.read(slurm.Options, args.option)
+        slurm.executor(folder, slurm_options, sweep.name)
+    elif args.backend == "skypilot":
+        sky_options = options.read(cloud.SkyOptions, args.option)
+        _ = [cloud.sky_task(run, sweep, sky_options) for run in runs]
+    elif args.backend == "jobset":
+        jobset_options = options.read(cloud.JobSetOptions, args.option)
+        _ = [cloud.jobset(run, sweep, jobset_options) for run in runs]
+    # What there is to do.
+    points.open_folder(sweep, runs, folder)
+    for run in runs:
+        if run not in todo:
+            print(f"{states[run.name].text:8s} {run.name}")
+    if not todo:
+        print(f"nothing to start. Results: python -m launch.collect {folder}")
+        return 0
+    # Backends.
+    if args.backend == "local":
+        code = run_locally(todo, folder, places, 3 if args.restarts is None else args.restarts)
+        print(f"results: python -m launch.collect {folder}")
+        return code
+    if args.backend == "slurm":
+        for name, job in slurm.submit(todo, folder, slurm_options, sweep.name).items():
+            print(f"queued   {name}  (job {job})")
+        return 0
+    if args.backend == "skypilot":
+        print("\n".join(cloud.write_sky(todo, sweep, folder, sky_options)))
+    else:
+        print("\n".join(cloud.write_jobsets(todo, sweep, folder, jobset_options)))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 1 runs failed, 2 unusable input, 143 stopped by a signal."""
+    try:
+        args = parse(argv)
+        jax.config.update("jax_platforms", "cpu")  # only shapes are computed here; accelerators belong to the runs
+        sweep = points.load(args.file)
+        return launch(args, sweep, Path(args.dir or f"runs/{sweep.name}"))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

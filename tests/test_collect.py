@@ -1,0 +1,73 @@
+"""The table and the plot of a sweep."""
+
+import csv
+import json
+
+import pytest
+from conftest import ROOT
+from test_sweep import LOSSES, leave
+
+from launch import collect, points
+from launch.algebra import chain, product, values
+from launch.points import Sweep
+
+POINTS = chain(
+    product(values("optim.lr", [0.01, 1e-4]), values("train.seed", [0, 1])),
+    values("optim.weight_decay", [0.5]),
+)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Five runs: two are finished, one is under way, two are missing."""
+    of = Sweep("s", str(ROOT / "configs" / "toy.py"), POINTS)
+    runs = points.runs_of(of, tmp_path)
+    points.open_folder(of, runs, tmp_path)
+    leave(runs[0], steps=20, losses=LOSSES | {"extra": 3.9})
+    leave(runs[1], steps=7)
+    leave(runs[4], steps=20, losses=LOSSES | {"ptq": None})
+    return runs
+
+
+def test_table_and_missing_runs(runs, tmp_path, capsys):
+    assert collect.main([str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "2 of 5 runs are finished" in out
+    assert f"partial: qat at step 7 of 20: {runs[1].name}\n" in out
+    assert f"missing: {runs[2].name}\nmissing: {runs[3].name}\n" in out
+
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    heading = "optim.lr | train.seed | loss_trunk | loss_control | loss_qat | loss_ptq | loss_extra | recovered | "
+    heading += "bits_per_weight | tokens | wall_s | optim.weight_decay"
+    assert lines[0] == f"| {heading} |"
+    assert lines[2] == "| 0.01 | 0 | 4.2000 | 4.0000 | 4.1000 | 4.3000 | 3.9000 | 50.0% | 2.25 | 1,000 | 12 | - |"
+    assert lines[3] == "| - | - | 4.2000 | 4.0000 | 4.1000 | - | - | 50.0% | 2.25 | 1,000 | 12 | 0.5 |"
+    assert len(lines) == 4
+
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [r["run"] for r in rows] == [runs[0].name, runs[4].name]
+    assert rows[0]["loss_extra"] == 3.9
+    with open(tmp_path / "results.csv") as f:
+        table = list(csv.DictReader(f))
+    assert (table[0]["optim.lr"], table[0]["loss_ptq"], table[1]["loss_ptq"]) == ("0.01", "4.3", "")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_again_when_all_are_finished(runs, tmp_path):
+    for run in runs:
+        leave(run, steps=20, losses=LOSSES)
+    assert collect.main([str(tmp_path)]) == 0
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 5
+
+
+def test_nothing_is_finished_yet(tmp_path, capsys):
+    of = Sweep("s", str(ROOT / "configs" / "toy.py"), POINTS)
+    points.open_folder(of, points.runs_of(of, tmp_path), tmp_path)
+    assert collect.main([str(tmp_path)]) == 1
+    assert "0 of 5 runs are finished" in capsys.readouterr().out
+    assert not (tmp_path / "results.csv").exists()
+
+
+def test_a_folder_that_is_no_sweep(tmp_path, capsys):
+    assert collect.main([str(tmp_path / "nowhere")]) == 2
+    assert "nowhere holds no sweep (sweep.json: No such file or directory)" in capsys.readouterr().err

@@ -1,0 +1,314 @@
+"""Sweeps as data: their algebra, the names of runs, how far they are, and mistakes."""
+
+import dataclasses
+import json
+import os
+import shlex
+
+import pytest
+from conftest import ROOT
+
+from launch import points, sweep
+from launch.algebra import chain, product, values, zip_
+from launch.points import Sweep
+from qatmoe import cli
+from qatmoe.checkpoint import open_workdir
+from qatmoe.config import to_json
+from qatmoe.errors import UserError
+
+TOY = str(ROOT / "configs" / "toy.py")
+FILE = """
+from launch.algebra import *
+from launch.points import Sweep
+def get_sweep():
+    return Sweep(name={name!r}, config={config!r}, points={points})
+"""
+
+
+def runs_of(of, folder, name="s"):
+    return points.runs_of(Sweep(name, TOY, of), folder)
+
+
+def names(of, folder):
+    return {run.name for run in runs_of(of, folder)}
+
+
+# ---- The algebra -----------------------------------------------------------------------------------------------------
+
+
+def test_algebra():
+    a, b = values("a", [1, 2]), values("b", [3, 4])
+    assert product(a, b) == [{"a": 1, "b": 3}, {"a": 1, "b": 4}, {"a": 2, "b": 3}, {"a": 2, "b": 4}]
+    assert zip_(a, b) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
+    assert chain(a, b) == [{"a": 1}, {"a": 2}, {"b": 3}, {"b": 4}]
+    assert product(chain(zip_(a, b), values("c", [0])), values("d", [7])) == [
+        {"a": 1, "b": 3, "d": 7},
+        {"a": 2, "b": 4, "d": 7},
+        {"c": 0, "d": 7},
+    ]
+    assert product() == [{}]
+    assert (a, b) == (values("a", [1, 2]), values("b", [3, 4]))  # nothing was changed
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        (lambda: zip_(values("a", [1]), values("b", [1, 2])), "zip_ of unequal lengths: a has 1, b has 2"),
+        (lambda: values("a", []), r"values\('a', \[\]\): a sweep over no values"),
+        (lambda: product(values("a", [1]), values("a", [2])), "product: a is in two factors"),
+        (lambda: zip_(values("a", [1]), values("a", [2])), "zip_: a is in two factors"),
+    ],
+)
+def test_mistakes_in_the_algebra(expression, message):
+    with pytest.raises(UserError, match=message):
+        expression()
+
+
+# ---- Names -----------------------------------------------------------------------------------------------------------
+
+GRID = product(values("optim.lr", [0.01, 1e-4]), values("quant.experts", ["q2_0", "mxfp4"]))
+
+
+def test_names_are_these(tmp_path):
+    """A change here gives every sweep that is under way new names: its runs would be trained again."""
+    assert names(GRID, tmp_path) == {
+        "lr=0.01,experts=q2_0-d0ed31",
+        "lr=0.01,experts=mxfp4-d963bf",
+        "lr=0.0001,experts=q2_0-3bfe14",
+        "lr=0.0001,experts=mxfp4-cbb4e6",
+    }
+
+
+def test_order_does_not_change_names(tmp_path):
+    other = product(values("quant.experts", ["mxfp4", "q2_0"]), values("optim.lr", [1e-4, 0.01]))
+    assert names(other[::-1], tmp_path) == names(GRID, tmp_path)
+
+
+def test_what_does_not_vary_is_not_in_the_name_but_in_the_digits(tmp_path):
+    (one,) = names([{"optim.lr": 0.01, "train.seed": 3}], tmp_path)
+    (other,) = names([{"optim.lr": 0.01, "train.seed": 4}], tmp_path)
+    assert one.startswith("run-")
+    assert one != other
+
+
+def test_where_data_is_cached_does_not_change_names_unless_it_varies(tmp_path):
+    seeds = values("train.seed", [0, 1])
+    assert names(product(seeds, values("data.cache_dir", ["/x"])), tmp_path) == names(seeds, tmp_path)
+    assert len(names(values("train.profile_step", [0, 1]), tmp_path)) == 2
+
+
+def test_keys_with_one_last_part_are_told_apart(tmp_path):
+    phases = ("train.phases.control.lr", "train.phases.qat.lr")
+    (name, *_) = runs_of(product(*(values(key, [0.001, 0.002]) for key in phases)), tmp_path)
+    assert name.name.startswith("control.lr=0.001,qat.lr=0.001-")
+
+
+def test_values_become_parts_of_file_names(tmp_path):
+    (run, _) = runs_of(values("data.source", ["../a text/*.txt", "x"]), tmp_path)
+    assert run.name.startswith("source=.._a_text_.txt-")
+    (run, _) = runs_of(values("data.source", ["long/" * 100, "x"]), tmp_path)
+    assert len(run.name) < 200
+
+
+def test_a_run_keeps_its_name_when_more_keys_vary(tmp_path):
+    (first, _) = runs_of(values("train.seed", [0, 1]), tmp_path)
+    first.folder.mkdir()
+    grown = runs_of(product(values("train.seed", [0, 1]), values("optim.lr", [0.002, 0.003])), tmp_path)
+    assert first.name in {run.name for run in grown}  # 0.002 is the default
+    assert any("lr=0.003" in run.name for run in grown)
+
+
+def test_the_command_is_the_resolved_run(tmp_path):
+    of = [
+        {
+            "quant.experts": "mxfp4",
+            "optim.betas": [0.8, 0.9],
+            "optim.lr": 1e-05,
+            "train.tensorboard": False,
+            "train.phases.qat.steps": 17,
+            "data.source": "a b,c=d/*.txt",
+            "optim.clip": 2,
+        }
+    ]
+    (run,) = runs_of(of, tmp_path)
+    words = shlex.split(shlex.join(run.command))[3:]
+    cfg, given = cli.parse(["x", *words], "", {"workdir": ""})
+    assert cfg == run.config
+    assert given["workdir"] == str(tmp_path / run.name)
+    assert cfg.name == f"s/{run.name}"
+
+
+# ---- Mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("of", "message"),
+    [
+        (
+            [{"quant.expert": "q2_0"}],
+            r"point 1 \(quant.expert='q2_0'\): quant.expert: no such key; did you mean quant.ex",
+        ),
+        ([{"optim": 3}], "optim: a group of keys; name one, as optim\\."),
+        ([{"train.phases.tunk.steps": 3}], "no such key; did you mean train.phases.trunk.steps"),
+        ([{}, {"optim.lr": "fast"}], r"point 2 \(optim.lr='fast'\): config.optim.lr='fast': expected float, got str"),
+        ([{"model.n_kv_heads": 3}], "n_kv_heads=3 must divide"),
+        ([{"model.dim": 48}], r"point 1 \(model.dim=48\): .*block"),
+        ([{"optim.lr": 0.002}, {}], r"point 2 \(\): the same run as point 1 \(optim.lr=0.002\)"),
+        ([{"name": "x"}], "runs are named by the sweep"),
+    ],
+)
+def test_a_wrong_point_is_named(of, message, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        runs_of(of, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file"),
+        ("def get_sweep(:\n", "SyntaxError"),
+        ("x = 1", r"has no get_sweep\(\)"),
+        ("def get_sweep():\n    return {}['nothing']", "KeyError: 'nothing'"),
+        ("def get_sweep():\n    return []", "returns a list; return a launch.points.Sweep"),
+        (FILE.format(name="a b", config=TOY, points=[{}]), "name='a b': letters, digits"),
+        (FILE.format(name="a", config=TOY, points=[]), "has no points"),
+        (FILE.format(name="a", config="nowhere.py", points=[{}]), "sweep's config 'nowhere.py': no such file"),
+        (FILE.format(name="a", config=TOY, points="zip_(values('a', [1]), values('b', []))"), "over no values"),
+    ],
+)
+def test_a_wrong_file_is_one_line(text, message, tmp_path, capsys):
+    file = tmp_path / "sweep.py"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        points.runs_of(points.load(file), tmp_path)
+    assert "\n" not in str(error.value)
+    assert sweep.main([str(file), f"--dir={tmp_path / 'd'}"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "sweep.py"
+    path.write_text(FILE.format(name="mine", config=TOY, points="values('train.seed', [0, 1])"))
+    return path
+
+
+def test_a_folder_of_another_sweep_is_refused(file, tmp_path, capsys):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "notes").write_text("")
+    assert sweep.main([str(file), f"--dir={folder}"]) == 2
+    assert "is not empty and holds no sweep: choose another --dir" in capsys.readouterr().err
+    (folder / "sweep.json").write_text(json.dumps({"name": "other", "config": TOY, "runs": []}))
+    assert sweep.main([str(file), f"--dir={folder}", "--dry_run"]) == 2
+    assert "belongs to sweep 'other', not 'mine'" in capsys.readouterr().err
+    (folder / "sweep.json").write_text("{")
+    assert sweep.main([str(file), f"--dir={folder}"]) == 2
+    assert "sweep.json is damaged" in capsys.readouterr().err
+    assert sweep.main([str(file), f"--dir={file}"]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--slots=0"], "--slots 0: at least 1"),
+        (["--restarts=-1"], "--restarts -1: must be at least 0"),
+        (["--backend=slurm", "--slots=2"], "--slots belongs to the local backend"),
+        (["--option=x=1"], "--option x=1: the local backend has none"),
+        (["--backend=slurm", "--option=node=2"], "--option node=2: no such option; did you mean nodes?"),
+        (["--backend=slurm", "--option=nodes=two"], "--option nodes=two: expected int"),
+        (["--backend=slurm", "--option=nodes"], "--option nodes: expected key=value"),
+        (["--backend=skypilot", "--option=bucket=gs://b"], "this backend needs --option accelerators="),
+    ],
+)
+def test_wrong_options_are_named_and_nothing_is_written(options, message, file, tmp_path, capsys):
+    assert sweep.main([str(file), f"--dir={tmp_path / 'd'}", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
+# ---- How far runs are ------------------------------------------------------------------------------------------------
+
+
+def leave(run, *, steps=0, losses=None, rules=("absmax", "search")):
+    """What a run of the toy that came so far leaves in its folder."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.json").write_text(to_json(run.config))
+    lines = [{"phase": "qat", "step": n, "split": "train", "time": 0.0} for n in range(1, steps + 1)]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if losses:
+        summary = {
+            "loss": losses,
+            "ptq_rules": {"control": dict.fromkeys(rules, 4.0)},
+            "recovered": 0.5,
+            "bits_per_weight": {"quantized": 2.25},
+            "tokens": {"total": 1000},
+            "wall_s": 12.0,
+        }
+        (run.folder / "summary.json").write_text(json.dumps(summary))
+
+
+LOSSES = {"trunk": 4.2, "control": 4.0, "qat": 4.1, "ptq": 4.3}
+
+
+def test_states_and_dry_run(file, tmp_path, capsys):
+    folder = tmp_path / "d"
+    first, second = runs_of(values("train.seed", [0, 1]), folder, "mine")
+    assert points.state(first).text == "missing"
+    assert sweep.main([str(file), f"--dir={folder}", "--dry_run"]) == 0
+    assert capsys.readouterr().out.count("missing") == 2
+    assert not folder.exists()
+
+    leave(first)
+    assert points.state(first) == points.State("partial", "started")
+    leave(first, steps=3)
+    assert points.state(first) == points.State("partial", "partial: qat at step 3 of 20")
+    leave(first, steps=20, losses=LOSSES | {"qat": None})  # a report that was asked for in the middle
+    assert points.state(first).kind == "partial"
+    leave(first, steps=20, losses=LOSSES, rules=["absmax"])
+    assert points.state(first).kind == "partial"
+    leave(first, steps=20, losses=LOSSES)
+    assert points.state(first).kind == "done"
+    leave(second, steps=2)
+    (folder / "sweep.json").write_text(json.dumps({"name": "mine", "config": TOY, "runs": []}))
+    assert sweep.main([str(file), f"--dir={folder}", "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{first.name}  done"
+    assert lines[1].strip() == "train.seed=0"
+    assert shlex.split(lines[2]) == ["python", *first.command[1:]]
+    assert lines[3] == f"{second.name}  partial: qat at step 2 of 20"
+
+
+def test_a_run_that_another_process_trains_is_left_alone(file, tmp_path, capsys):
+    folder = tmp_path / "d"
+    first, second = runs_of(values("train.seed", [0, 1]), folder, "mine")
+    leave(first, steps=3)
+    leave(second, steps=20, losses=LOSSES)
+    (folder / "sweep.json").write_text(json.dumps({"name": "mine", "config": TOY, "runs": []}))
+    with open_workdir(first.folder, to_json(first.config)):
+        assert points.state(first) == points.State("running", f"running (process {os.getpid()})")
+        assert sweep.main([str(file), f"--dir={folder}"]) == 0
+    assert "nothing to start" in capsys.readouterr().out
+    assert points.state(first).kind == "partial"
+
+
+def test_a_folder_with_another_run_is_not_that_run(tmp_path):
+    first, second = runs_of(values("train.seed", [0, 1]), tmp_path)
+    leave(dataclasses.replace(first, config=second.config), losses=LOSSES)
+    with pytest.raises(UserError, match="holds a run with name="):
+        points.state(first)
+    leave(dataclasses.replace(first, config=dataclasses.replace(second.config, name=first.config.name)))
+    with pytest.raises(UserError, match="holds a run with train.seed=1, and the sweep asks for 0"):
+        points.state(first)
+
+
+def test_the_sweeps_that_are_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for path in sorted((ROOT / "launch" / "sweeps").glob("[a-z]*.py")):
+        found = points.load(path)
+        assert found.name == path.stem
+        assert len(points.runs_of(found, tmp_path)) == len(found.points)
