@@ -13,6 +13,7 @@ where it is used (gathered over fsdp). `used` goes from the one to the other, an
 
 import functools
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -127,6 +128,18 @@ def gathers() -> bool:
     return not mesh.empty and math.prod(mesh.shape[a] for a in FSDP) > 1
 
 
+def not_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Policy of `jax.checkpoint`: keep everything for the backward pass but gathered weights, which are gathered again.
+
+    Known by their layout: of all that is pinned, weights alone are not split along data, neither where they are used nor
+    where they are kept. Both pins are made again, so that what is kept lies as the weight does. (Giving gathered weights
+    a name would not do: what the name is put on would be kept.)
+    """
+    if primitive.name != "sharding_constraint":
+        return True
+    return any("data" in _names(part) for part in params["sharding"].spec)
+
+
 def batch_groups(mesh: Mesh) -> int:
     """Into how many parts the mesh splits a batch."""
     return math.prod(mesh.shape[a] for a in RULES["batch"])
@@ -143,6 +156,10 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def used(w: jax.Array, axes: tuple[str | None, ...], fsdp: int | None) -> jax.Array:
     """A parameter as it lies where it is used, gathered; its gradient is summed into the layout it is kept in."""
+    return _gathered(w, axes, fsdp)
+
+
+def _gathered(w: jax.Array, axes: tuple[str | None, ...], fsdp: int | None) -> jax.Array:
     # Both ends are pinned: otherwise the compiler may gather before a cast.
     return constrain(put_back(w, axes, fsdp), axes)
 
@@ -156,6 +173,6 @@ def put_back(w: jax.Array, axes: tuple[str | None, ...], fsdp: int | None) -> ja
 
 
 used.defvjp(
-    lambda w, axes, fsdp: (used(w, axes, fsdp), None),
+    lambda w, axes, fsdp: (_gathered(w, axes, fsdp), None),  # not `used`: `not_gathered` would not see into it
     lambda axes, fsdp, _, g: (put_back(g, axes, fsdp),),
 )

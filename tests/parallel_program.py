@@ -26,7 +26,7 @@ QAT = PhaseConfig(steps=20, quantize=True, warmup=5)
 # Eight experts with room for every token (no drop, whatever the groups), dims that all axes divide.
 CFG = Config(
     model=ModelConfig(
-        vocab_size=256, dim=64, n_layers=2, dense_dim=128, init_std=0.1, n_heads=8, n_kv_heads=8, head_dim=8,
+        vocab_size=256, dim=64, n_layers=3, dense_dim=128, init_std=0.1, n_heads=8, n_kv_heads=8, head_dim=8,
         n_experts=8, top_k=2, expert_dim=64, capacity_factor=4.0,
     ),
     quant=QuantConfig(experts="q4_0", attention="none"),

@@ -99,16 +99,17 @@ def test_only_the_axis_that_is_there_is_used(collectives, axis):
 def test_data_parallel_only_sums_gradients(collectives):
     rows = of(collectives, PURE["data"])
     assert {row.kind for row in rows} == {"all-reduce"}
-    everything = weights(experts=True) + weights(experts=False)
-    np.testing.assert_allclose(sent(rows, "all-reduce"), 2 * RING * everything, rtol=0.03)
+    tables = 2 * 4 * CFG.model.vocab_size * CFG.model.dim  # embeddings and head: once more for the MTP module
+    expected = 2 * RING * (weights(experts=True) + weights(experts=False) + tables)
+    np.testing.assert_allclose(sent(rows, "all-reduce"), expected, rtol=0.02)
 
 
 def test_fsdp_gathers_weights_forward_and_backward_and_sums_gradients_once(collectives):
     rows = of(collectives, PURE["fsdp"])
-    everything = weights(experts=True) + weights(experts=False)
-    assert RING * everything < sent(rows, "all-gather") < 2.1 * RING * everything
-    assert sent(rows, "all-reduce", "reduce-scatter") < 2.1 * RING * everything  # a CPU has no reduce-scatter
-    assert sent(rows, "all-to-all", "collective-permute") < 0.3 * sent(rows, "all-gather")  # embeddings, halves
+    everything = RING * (weights(experts=True) + weights(experts=False))
+    assert 1.2 * everything < sent(rows, "all-gather") < 2 * everything  # the module's need not be gathered again
+    assert sent(rows, "all-reduce", "reduce-scatter") < 2.1 * everything  # a CPU has no reduce-scatter
+    assert sent(rows, "all-to-all", "collective-permute") < 0.3 * everything  # embeddings, halves
 
 
 def test_experts_stay_and_their_rows_travel(collectives):
@@ -116,8 +117,11 @@ def test_experts_stay_and_their_rows_travel(collectives):
     model = CFG.model
     tokens = 8 * L // 8  # of a device
     row_bytes = 4 * model.n_experts * moe.capacity(tokens, model) * model.dim
-    travels = [row for row in rows if row.kind == "all-to-all" and np.isclose(row.sent, RING * row_bytes)]
-    assert len(travels) == 2 * 4  # a layer and an MTP module: there and back, forward and backward
+    travels = [
+        row for row in rows if row.kind == "all-to-all" and row.name.endswith("transpose") and row.sent > row_bytes / 2
+    ]
+    blocks = model.n_layers - model.n_dense_layers + model.n_mtp
+    np.testing.assert_allclose(sent(travels, "all-to-all"), blocks * 4 * RING * row_bytes)  # there, back, twice
     assert sent(rows, "all-gather") < 2.1 * RING * weights(experts=False)
 
 

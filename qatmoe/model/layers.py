@@ -4,11 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from qatmoe.mesh import used
-
-GATHERED = "gathered weight"  # name of what is gathered again in the backward pass and not kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +81,7 @@ def used_halves(gate_up: jax.Array, *leading: str | None) -> jax.Array:
     Cut in two before it is gathered: each device holds some of both halves then, and no gathered weight, nor its
     gradient, has to be reshaped across devices.
     """
-    parts = used(halves(gate_up, axis=-2), (*leading, None, "mlp", None), len(leading) + 1)
-    return checkpoint_name(parts, GATHERED)
+    return used(halves(gate_up, axis=-2), (*leading, None, "mlp", None), len(leading) + 1)
 
 
 def swiglu(gate_up: jax.Array, limit: float) -> jax.Array:

@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from qatmoe.config import ModelConfig
-from qatmoe.mesh import constrain, gathers, kept, used
+from qatmoe.mesh import constrain, gathers, kept, not_gathered, used
 from qatmoe.model.attention import attention, attention_params
 from qatmoe.model.cache import CacheType
-from qatmoe.model.layers import GATHERED, Param, ffn, ffn_params, norm_param, rms_norm, rope_angles
+from qatmoe.model.layers import Param, ffn, ffn_params, norm_param, rms_norm, rope_angles
 from qatmoe.model.moe import expert_ffn, expert_params
 from qatmoe.model.mtp import mtp_module, mtp_params
 from qatmoe.model.router import Routing, route, router_params
@@ -204,8 +203,7 @@ def forward(
     if cfg.remat == "full":
         own_block = jax.checkpoint(own_block)
     elif gathers():
-        keep_rest = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        own_block = jax.checkpoint(own_block, policy=keep_rest)
+        own_block = jax.checkpoint(own_block, policy=not_gathered)
     x_BLD = embed(tokens_BL)
     x_BLD, _ = _run_layers(own_block, params.get("dense_layers"), x_BLD, cfg.scan_layers)
     n_moe = cfg.n_layers - cfg.n_dense_layers
@@ -238,7 +236,7 @@ def _gather(layer: Any, declared: Any, dtype: jnp.dtype) -> Any:
         if param.fsdp is None or name.endswith("gate_up"):
             return w
         w = w if name.startswith("router/") else w.astype(dtype)
-        return checkpoint_name(used(w, param.axes, param.fsdp), GATHERED)
+        return used(w, param.axes, param.fsdp)
 
     return jax.tree_util.tree_map_with_path(one, layer, declared)
 
