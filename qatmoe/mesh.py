@@ -131,9 +131,9 @@ def gathers() -> bool:
 def not_gathered(primitive: Any, *_: Any, **params: Any) -> bool:
     """Policy of `jax.checkpoint`: keep everything for the backward pass but gathered weights, which are gathered again.
 
-    Known by their layout: of all that is pinned, weights alone are not split along data, neither where they are used nor
-    where they are kept. Both pins are made again, so that what is kept lies as the weight does. (Giving gathered weights
-    a name would not do: what the name is put on would be kept.)
+    Known by their layout: of all that is pinned, weights alone are not split along data, neither where they are used
+    nor where they are kept. Both pins are made again, so that what is kept lies as the weight does. (Giving gathered
+    weights a name would not do: what the name is put on would be kept.)
     """
     if primitive.name != "sharding_constraint":
         return True
