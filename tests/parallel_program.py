@@ -4,15 +4,19 @@ losses MESH ...       losses of 20 steps on each mesh (data,fsdp,expert,tensor)
 collectives MESH ...  the collectives of the compiled step on each mesh
 """
 
+import contextlib
 import functools
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
+from qatmoe import hlo
 from qatmoe import step as steps
 from qatmoe.config import Config, MeshConfig, ModelConfig, OptimConfig, PhaseConfig, QuantConfig, TrainConfig
 from qatmoe.mesh import batch_groups, make_mesh, spec
@@ -39,24 +43,39 @@ def batch_of(step: int) -> dict[str, np.ndarray]:
     return {"tokens": ((start + stride * np.arange(L + 2)) % 256).astype(np.int32)}
 
 
-def losses(sizes: tuple[int, ...]) -> list[float]:
-    """Losses of 20 steps."""
+@contextlib.contextmanager
+def program(sizes: tuple[int, ...]) -> Iterator[tuple[Mesh, Any, Callable[..., Any]]]:
+    """The mesh, the abstract first state and the jitted step."""
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
     plan, _ = quant_plan(CFG)
+    step = functools.partial(steps.train_step, cfg=CFG, phase=QAT, plan=plan, groups=batch_groups(mesh))
     with jax.set_mesh(mesh):
-        places = jax.tree.map(lambda s: s.sharding, abstract_state(CFG, QAT, plan, mesh))
-        first = lambda key: steps.branch(CFG, QAT, plan, steps.init_state(CFG, key))  # noqa: E731
-        state = jax.jit(first, out_shardings=places)(jax.random.key(0))
-        groups = batch_groups(mesh)
-        step = jax.jit(functools.partial(steps.train_step, cfg=CFG, phase=QAT, plan=plan, groups=groups))
+        yield mesh, abstract_state(CFG, QAT, plan, mesh), jax.jit(step)
+
+
+def losses(sizes: tuple[int, ...]) -> list[float]:
+    """Losses of 20 steps."""
+    with program(sizes) as (mesh, abstract, step):
+        first = lambda key: steps.branch(CFG, QAT, quant_plan(CFG)[0], steps.init_state(CFG, key))  # noqa: E731
+        state = jax.jit(first, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))(jax.random.key(0))
+        rows = NamedSharding(mesh, spec(("batch", None)))
         found = []
         for i in range(QAT.steps):
-            state, metrics = step(state, jax.device_put(batch_of(i), NamedSharding(mesh, spec(("batch", None)))), None)
+            state, metrics = step(state, jax.device_put(batch_of(i), rows), None)
             assert float(metrics["dropped_N"].max()) == 0
             found.append(float(metrics["loss"]))
     return found
 
 
+def collectives(sizes: tuple[int, ...]) -> list[tuple[str, tuple[str, ...], float, str]]:
+    """Every collective, its bytes times how often it runs."""
+    with program(sizes) as (mesh, state, step):
+        rows = NamedSharding(mesh, spec(("batch", None)))
+        batch = {"tokens": jax.ShapeDtypeStruct((8, L + 2), np.int32, sharding=rows)}
+        text = step.lower(state, batch, None).compile().as_text()
+    return [(c.kind, c.axes, c.sent * c.runs, c.name) for c in hlo.cost(text, mesh.shape).collectives]
+
+
 if __name__ == "__main__":
-    what = {"losses": losses}[sys.argv[1]]
+    what = {"losses": losses, "collectives": collectives}[sys.argv[1]]
     print(json.dumps({mesh: what(tuple(map(int, mesh.split(",")))) for mesh in sys.argv[2:]}))

@@ -3,34 +3,47 @@
 Eight forced CPU devices, in processes of their own.
 """
 
+import functools
 import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
+from parallel_program import CFG, L
+
+from qatmoe.model import moe, transformer
+from qatmoe.tree import path_of
 
 PROGRAM = Path(__file__).parent / "parallel_program.py"
 FACTORIZATIONS = sorted(s for s in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s) == 8)
 
 
-def run(child_env, *args):
+def run(child_env, what, meshes):
+    """Results by mesh, from two processes at a time: compiling takes the time, one core of each."""
     env = child_env | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # its time is compiling
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    done = subprocess.run([sys.executable, str(PROGRAM), *args], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    names = [",".join(map(str, sizes)) for sizes in meshes]
+    start = functools.partial(subprocess.Popen, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    halves = [start([sys.executable, str(PROGRAM), what, *names[i::2]]) for i in (0, 1)]
+    found = {}
+    for child in halves:
+        out, err = child.communicate()
+        assert child.returncode == 0, out[-2000:] + err[-3000:]
+        found |= json.loads(out.splitlines()[-1])
+    return found
 
 
 @pytest.fixture(scope="module")
 def losses(child_env):
-    """Of 20 steps, by mesh; one device first."""
-    meshes = [(1, 1, 1, 1), *FACTORIZATIONS]
-    return run(child_env, "losses", *(",".join(map(str, m)) for m in meshes))
+    """Of 20 steps, by mesh."""
+    return run(child_env, "losses", [(1, 1, 1, 1), *FACTORIZATIONS])
 
 
 def test_one_device_learns(losses):
@@ -44,3 +57,78 @@ def test_one_device_learns(losses):
 def test_losses_are_those_of_one_device(losses, sizes):
     """Data, fsdp, expert and tensor axes and every mixture: 20 steps of QAT with learned scales and an MTP module."""
     np.testing.assert_allclose(losses[",".join(map(str, sizes))], losses["1,1,1,1"], rtol=1e-5)
+
+
+# ---- collectives of the compiled step, all in f32; bytes are what a device sends -------------------------------------
+
+RING = 7 / 8  # of an array, that one of eight devices sends when it is gathered or scattered
+PURE = {"data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "expert": (1, 1, 8, 1), "tensor": (1, 1, 1, 8)}
+
+
+@pytest.fixture(scope="module")
+def collectives(child_env):
+    return run(child_env, "collectives", [*PURE.values(), (1, 2, 2, 2)])
+
+
+def of(collectives, sizes):
+    return [Collective(*row) for row in collectives[",".join(map(str, sizes))]]
+
+
+class Collective(NamedTuple):
+    kind: str
+    axes: list[str]
+    sent: float
+    name: str
+
+
+def sent(rows, *kinds):
+    return sum(row.sent for row in rows if row.kind in kinds)
+
+
+def weights(*, experts):
+    """Bytes of the parameters, of routed experts or of all others."""
+    leaves = jax.tree_util.tree_leaves_with_path(transformer.abstract_params(CFG.model))
+    return sum(4 * leaf.size for path, leaf in leaves if ("experts/" in path_of(path)) == experts)
+
+
+@pytest.mark.parametrize("axis", PURE)
+def test_only_the_axis_that_is_there_is_used(collectives, axis):
+    assert all(row.axes == [axis] for row in of(collectives, PURE[axis]))
+
+
+def test_data_parallel_only_sums_gradients(collectives):
+    rows = of(collectives, PURE["data"])
+    assert {row.kind for row in rows} == {"all-reduce"}
+    everything = weights(experts=True) + weights(experts=False)
+    np.testing.assert_allclose(sent(rows, "all-reduce"), 2 * RING * everything, rtol=0.03)
+
+
+def test_fsdp_gathers_weights_forward_and_backward_and_sums_gradients_once(collectives):
+    rows = of(collectives, PURE["fsdp"])
+    everything = weights(experts=True) + weights(experts=False)
+    assert RING * everything < sent(rows, "all-gather") < 2.1 * RING * everything
+    assert sent(rows, "all-reduce", "reduce-scatter") < 2.1 * RING * everything  # a CPU has no reduce-scatter
+    assert sent(rows, "all-to-all", "collective-permute") < 0.3 * sent(rows, "all-gather")  # embeddings, halves
+
+
+def test_experts_stay_and_their_rows_travel(collectives):
+    rows = of(collectives, PURE["expert"])
+    model = CFG.model
+    tokens = 8 * L // 8  # of a device
+    row_bytes = 4 * model.n_experts * moe.capacity(tokens, model) * model.dim
+    travels = [row for row in rows if row.kind == "all-to-all" and np.isclose(row.sent, RING * row_bytes)]
+    assert len(travels) == 2 * 4  # a layer and an MTP module: there and back, forward and backward
+    assert sent(rows, "all-gather") < 2.1 * RING * weights(experts=False)
+
+
+def test_tensor_parallel_gathers_neither_activations_nor_scores(collectives):
+    rows = of(collectives, PURE["tensor"])
+    assert sent(rows, "all-gather") < 0.01 * sent(rows, "all-reduce")
+
+
+@pytest.mark.parametrize("sizes", [*PURE.values(), (1, 2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
+def test_neither_the_router_nor_the_chunks_of_the_head_wait_for_other_sequences(collectives, sizes):
+    for row in of(collectives, sizes):
+        assert "top_k" not in row.name, row
+        if "gcv" in row.name:  # scores of a chunk: only parts of V meet
+            assert set(row.axes) <= {"tensor"}, row
