@@ -121,8 +121,9 @@ def make_job(cfg: Config, topology: Topology, phase: str = "") -> Job:
     phase = phase or (quantizing or list(phases))[0]
     if phase not in phases:
         raise UserError(f"--phase={phase!r}: no such phase; the config has {', '.join(phases)}")
+    described = machines.devices(topology)
     try:
-        mesh = make_mesh(cfg.mesh, machines.devices(topology))
+        mesh = make_mesh(cfg.mesh, described)
     except UserError as e:
         raise UserError(f"--topology={topology.name} ({topology.size} devices): {e}") from e
     check_mesh(cfg, mesh)

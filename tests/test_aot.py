@@ -207,7 +207,7 @@ def test_a_step_for_a_tpu(child_env, tmp_path):
 
 @pytest.mark.tpu_compiler
 def test_a_step_that_does_not_fit_a_tpu(child_env, tmp_path):
-    """Half a million tokens in one row of one device: the compiler refuses, and says how much it would have taken."""
+    """Scores of 65,536 x 65,536 on one device: the compiler refuses, and says how much it would have taken."""
     long = ["--config.data.seq_len=65536", "--config.train.batch_size=4", "--config.model.n_mtp=0"]
     code, found, text = plan(child_env, tmp_path, "--topology=v5e:2x2", "--nosuggest", *long)
     assert code == 1

@@ -32,23 +32,9 @@ from qatmoe.benchmark import model_flops, on_grid
 from qatmoe.config import Config, PhaseConfig, resolve
 from qatmoe.report import fill_tables
 from qatmoe.run import quant_plan
+from qatmoe.topology import H100
 
 HERE = Path(__file__).parent
-H100 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  device_memory_size: 84929347584 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 7 }
-runtime_version { major: 12 minor: 8 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 def compiled(cfg: Config, quantize: bool, device: jax.Device) -> dict[str, Any]:
