@@ -23,14 +23,15 @@ from qatmoe.mesh import batch_groups, make_mesh, spec
 from qatmoe.run import abstract_state, quant_plan
 
 QAT = PhaseConfig(steps=20, quantize=True, warmup=5)
-# Eight experts with room for every token (no drop, whatever the groups), dims that all axes divide.
+# Eight experts with room for every token (no drop, whatever the groups), dims that all axes divide. A large eps: where
+# a gradient is nothing but rounding, Adam would divide it by itself, and a choice of experts that hangs on it flips.
 CFG = Config(
     model=ModelConfig(
         vocab_size=256, dim=64, n_layers=3, dense_dim=128, init_std=0.1, n_heads=8, n_kv_heads=8, head_dim=8,
         n_experts=8, top_k=2, expert_dim=64, capacity_factor=4.0,
     ),
     quant=QuantConfig(experts="q4_0", attention="none"),
-    optim=OptimConfig(lr=5e-4),
+    optim=OptimConfig(lr=5e-4, eps=1e-5),
     train=TrainConfig(batch_size=8, loss_chunk=64, phases={"qat": QAT}),
 )  # fmt: skip
 L = 16
