@@ -98,7 +98,8 @@ def test_the_figures_tell_the_rows_apart(audited):
     control, q4, q2 = (rows[n] for n in ("control", "control/Q4_0/imatrix", "control/q2_0/search"))
     bf16 = rows["control/BF16/stock"]
     assert abs(control["kld"]) < 1e-6 and control["same_top1"] == 1 and control["expert_agreement"] == 1
-    assert control["kld"] < 0.1 * bf16["kld"] < bf16["kld"] < 0.1 * q4["kld"] < q4["kld"] < q2["kld"]
+    # After two steps of training, what bfloat16 changes is smaller than what float32 can tell of a KLD, of either sign.
+    assert bf16["loss"] != control["loss"] and abs(bf16["kld"]) < 0.1 * q4["kld"] < q4["kld"] < 0.1 * q2["kld"]
     assert q2["kld_routing"] == pytest.approx(q2["kld"] - q2["kld_experts"], abs=1e-9)
     assert q2["kld_median"] <= q2["kld_p99"] <= q2["kld_p999"]
     assert q2["kld_se"] > 0 and q2["loss_se"] > 0

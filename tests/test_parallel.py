@@ -46,6 +46,7 @@ def losses(child_env):
     return run(child_env, "losses", [(1, 1, 1, 1), *FACTORIZATIONS])
 
 
+@pytest.mark.slow
 def test_one_device_learns(losses):
     alone = losses["1,1,1,1"]
     assert len(alone) == 20
