@@ -88,6 +88,10 @@ def _check(place: Place) -> None:
     if not 0 <= index < count:
         raise UserError(f"--process {index}: must be from 0 to {count - 1}, one less than --processes {count}")
     host, _, port = address.rpartition(":")
+    try:
+        host.encode("idna")  # as connecting does; it refuses a..b
+    except UnicodeError:
+        host = ""
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise UserError(f"--coordinator {address!r}: must be HOST:PORT of process 0, e.g. 10.0.0.1:1234")
 

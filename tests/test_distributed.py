@@ -253,6 +253,7 @@ def test_rows_follow_from_the_mesh_and_a_lone_error_ends_all(child_env):
         (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "--process 2: must be from 0 to 1"),
         (["--coordinator", "a:1", "--processes", "0", "--process", "0"], "--processes 0"),
         (["--coordinator", "a", "--processes", "2", "--process", "0"], "must be HOST:PORT"),
+        (["--coordinator", "a..b:123", "--processes", "2", "--process", "1"], "'a..b:123': must be HOST:PORT"),
         (["--coordinator", "a:99999", "--processes", "2", "--process", "0"], "must be HOST:PORT"),
         (["--coordinator", "a:1", "--processes", "two", "--process", "0"], "--processes: invalid int value: 'two'"),
     ],
