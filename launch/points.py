@@ -118,8 +118,13 @@ def load(file: str | Path) -> Sweep:
         raise UserError(f"sweep {file}: get_sweep() returns a {type(sweep).__name__}; return a launch.points.Sweep")
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", sweep.name):
         raise UserError(f"sweep {file}: name={sweep.name!r}: letters, digits, '_', '.' and '-' make a folder's name")
+    if not isinstance(sweep.points, list):
+        raise UserError(f"sweep {file}: points is a {type(sweep.points).__name__}: make it a list of points")
     if not sweep.points:
         raise UserError(f"sweep {file}: has no points")
+    for n, point in enumerate(sweep.points, start=1):
+        if not isinstance(point, dict) or not all(isinstance(key, str) for key in point):
+            raise UserError(f"sweep {file}: point {n} is no dict of values under names: write {{'dotted.key': value}}")
     return sweep
 
 
