@@ -13,6 +13,7 @@ input that one process finds unusable is refused by all (`together`); what depen
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -110,7 +111,7 @@ def joined(place: Place, *, detect: bool) -> Iterator[None]:
       detect: where no flags were given, ask Slurm, the TPU pod, Kubernetes or Open MPI.
 
     Raises:
-      UserError: the others were not found within `START_S`.
+      UserError: the others were not found within `START_S`, or do not have as many devices each.
     """
     _start(place, detect)
     if not jax.distributed.is_initialized():
@@ -126,6 +127,7 @@ def joined(place: Place, *, detect: bool) -> Iterator[None]:
     try:
         with words:
             try:
+                _check_devices()
                 yield
                 barrier("end")  # process 0 writes the report; leaving has a time limit
             except BaseException as e:
@@ -172,11 +174,18 @@ def _start(place: Place, detect: bool) -> None:
                 f"a cluster was found and cannot be joined: {_line(e)}; give --coordinator, --processes and --process, "
                 "or --processes 1 for a run on this machine alone"
             ) from e
-    if jax.distributed.is_initialized() and jax.device_count() != jax.process_count() * jax.local_device_count():
-        raise UserError(
-            f"process {jax.process_index()} has {jax.local_device_count()} devices of {jax.device_count()} in "
-            f"{jax.process_count()} processes: give each process the same number of devices"
+
+
+def _check_devices() -> None:
+    """Raises UserError in all processes where one has more devices than another; each knows the devices of all."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        (most, count), *_, (least, fewer) = counts.most_common()
+        error = UserError(
+            f"process {most} has {count} devices and process {least} {fewer}: give each process the same number"
         )
+        error.together = True
+        raise error
 
 
 def _await_coordinator(address: str) -> None:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from typing import NamedTuple
 
 import numpy as np
@@ -287,6 +288,16 @@ def test_processes_that_do_not_come_are_waited_for_a_while_only(child_env):
     assert codes != [0]
     assert "process 0 of 2: not all processes came to" in err[0]
     assert "within 2 s" in err[0]
+
+
+def test_every_process_sees_that_one_has_fewer_devices(monkeypatch):
+    owners = [0, 1, 1, 2, 2, 2]  # process 1 has a third of them, as it should
+    monkeypatch.setattr(distributed.jax, "devices", lambda: [types.SimpleNamespace(process_index=i) for i in owners])
+    with pytest.raises(UserError, match="process 2 has 3 devices and process 0 1: give each") as error:
+        distributed._check_devices()
+    assert error.value.together
+    owners[:] = [0, 0, 1, 1]
+    distributed._check_devices()
 
 
 def test_one_process_agrees_with_itself():
