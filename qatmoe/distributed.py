@@ -128,6 +128,7 @@ def joined(place: Place, *, detect: bool) -> Iterator[None]:
         with words:
             try:
                 _check_devices()
+                barrier("begin")  # CPUs connect in their first collective, which waits 30 s only
                 yield
                 barrier("end")  # process 0 writes the report; leaving has a time limit
             except BaseException as e:
@@ -228,7 +229,8 @@ def _leave(error: BaseException, me: str) -> NoReturn:
     if isinstance(error, UserError):
         print(f"error: {me}: {error}", file=sys.stderr)
     elif "Gloo" in str(error):  # what collectives on CPUs raise; GPUs and TPUs wait for the missed heartbeat
-        print(f"error: {me}: another process of the run has died ({_line(error)}); {CONTINUE}", file=sys.stderr)
+        what = "did not come in time" if "DEADLINE" in str(error) else "has died"
+        print(f"error: {me}: another process of the run {what} ({_line(error)}); {CONTINUE}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     sys.stderr.flush()

@@ -290,6 +290,20 @@ def test_processes_that_do_not_come_are_waited_for_a_while_only(child_env):
     assert "within 2 s" in err[0]
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("Gloo context initialization failed: DEADLINE_EXCEEDED: GetKeyValue() timed out", "did not come in time"),
+        ("Gloo all-reduce failed: Connection reset by peer", "has died"),
+    ],
+)
+def test_a_slow_process_is_not_called_dead(error, message, monkeypatch, capsys):
+    monkeypatch.setattr(distributed.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        distributed._leave(RuntimeError(error), "process 0 of 2")
+    assert f"error: process 0 of 2: another process of the run {message} ({error})" in capsys.readouterr().err
+
+
 def test_every_process_sees_that_one_has_fewer_devices(monkeypatch):
     owners = [0, 1, 1, 2, 2, 2]  # process 1 has a third of them, as it should
     monkeypatch.setattr(distributed.jax, "devices", lambda: [types.SimpleNamespace(process_index=i) for i in owners])
