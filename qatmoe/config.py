@@ -358,8 +358,9 @@ def _check_training(cfg: Config) -> None:
             f"{where}.decay={p.decay} belongs to optim.schedule='wsd'; cosine falls over the whole phase: set it to 0",
         )
         last = t.profile_step + t.profile_steps - 1
+        imported = bool(cfg.init_from) and name == next(iter(t.phases))  # it has no step to trace
         _require(
-            not t.profile_step or last <= p.steps,
+            not t.profile_step or imported or last <= p.steps,
             f"config.train.profile_step={t.profile_step}: its {t.profile_steps} profile_steps end at step {last}, and "
             f"{where} has steps={p.steps}",
         )

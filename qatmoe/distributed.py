@@ -13,6 +13,7 @@ input that one process finds unusable is refused by all (`together`); what depen
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -88,6 +89,10 @@ def _check(place: Place) -> None:
     if not 0 <= index < count:
         raise UserError(f"--process {index}: must be from 0 to {count - 1}, one less than --processes {count}")
     host, _, port = address.rpartition(":")
+    try:
+        host.encode("idna")  # as connecting does; it refuses a..b
+    except UnicodeError:
+        host = ""
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise UserError(f"--coordinator {address!r}: must be HOST:PORT of process 0, e.g. 10.0.0.1:1234")
 
@@ -106,7 +111,7 @@ def joined(place: Place, *, detect: bool) -> Iterator[None]:
       detect: where no flags were given, ask Slurm, the TPU pod, Kubernetes or Open MPI.
 
     Raises:
-      UserError: the others were not found within `START_S`.
+      UserError: the others were not found within `START_S`, or do not have as many devices each.
     """
     _start(place, detect)
     if not jax.distributed.is_initialized():
@@ -122,6 +127,8 @@ def joined(place: Place, *, detect: bool) -> Iterator[None]:
     try:
         with words:
             try:
+                _check_devices()
+                barrier("begin")  # CPUs connect in their first collective, which waits 30 s only
                 yield
                 barrier("end")  # process 0 writes the report; leaving has a time limit
             except BaseException as e:
@@ -168,11 +175,18 @@ def _start(place: Place, detect: bool) -> None:
                 f"a cluster was found and cannot be joined: {_line(e)}; give --coordinator, --processes and --process, "
                 "or --processes 1 for a run on this machine alone"
             ) from e
-    if jax.distributed.is_initialized() and jax.device_count() != jax.process_count() * jax.local_device_count():
-        raise UserError(
-            f"process {jax.process_index()} has {jax.local_device_count()} devices of {jax.device_count()} in "
-            f"{jax.process_count()} processes: give each process the same number of devices"
+
+
+def _check_devices() -> None:
+    """Raises UserError in all processes where one has more devices than another; each knows the devices of all."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        (most, count), *_, (least, fewer) = counts.most_common()
+        error = UserError(
+            f"process {most} has {count} devices and process {least} {fewer}: give each process the same number"
         )
+        error.together = True
+        raise error
 
 
 def _await_coordinator(address: str) -> None:
@@ -215,7 +229,8 @@ def _leave(error: BaseException, me: str) -> NoReturn:
     if isinstance(error, UserError):
         print(f"error: {me}: {error}", file=sys.stderr)
     elif "Gloo" in str(error):  # what collectives on CPUs raise; GPUs and TPUs wait for the missed heartbeat
-        print(f"error: {me}: another process of the run has died ({_line(error)}); {CONTINUE}", file=sys.stderr)
+        what = "did not come in time" if "DEADLINE" in str(error) else "has died"
+        print(f"error: {me}: another process of the run {what} ({_line(error)}); {CONTINUE}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     sys.stderr.flush()

@@ -229,8 +229,10 @@ def device_memory(devices: Sequence[jax.Device] | None = None) -> dict[str, floa
 class Trace:
     """The profiler over a few steps of a phase, for the profile plugin of TensorBoard.
 
-    Writes WORKDIR/tb/PHASE/plugins/profile/TIME/. A phase that goes on after its first traced step is not traced.
-    In a multi-host run each process traces its own devices. Tracing counts in the speed of those steps.
+    Writes WORKDIR/tb/PHASE/plugins/profile/TIME_pPROCESS/. A phase that goes on after its first traced step is not
+    traced. Of several processes each traces its own devices into a folder of its own, which the plugin lists as a run:
+    files there are named after the host, so in one folder processes of one host would write over each other.
+    Tracing counts in the speed of those steps.
     """
 
     def __init__(self, workdir: str | Path, phase: str, first: int, steps: int):
@@ -251,7 +253,9 @@ class Trace:
         """Begins where `step` is the first one, when all that came before is done."""
         if self._first and step == self._first:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self._folder)
+            options = jax.profiler.ProfileOptions()
+            options.session_id = time.strftime(f"%Y_%m_%d_%H_%M_%S_p{jax.process_index()}")
+            jax.profiler.start_trace(self._folder, profiler_options=options)
             self._on = True
 
     def after(self, step: int, state: Any) -> None:

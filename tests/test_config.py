@@ -29,6 +29,16 @@ def test_leaves():
     assert resolve(small(train__profile_step=8)).train.profile_step == 8  # steps 8, 9 and 10 of 10
 
 
+def test_an_imported_phase_has_no_steps_to_trace():
+    phases = {"trunk": {"steps": 1}, "qat": {"steps": 10, "start": "trunk"}}
+    changes = {"train__phases": phases, "train__profile_step": 8}
+    assert resolve(small(init_from="run", **changes)).train.profile_step == 8
+    with pytest.raises(UserError, match="trunk has steps=1"):
+        resolve(small(**changes))
+    with pytest.raises(UserError, match="qat has steps=10"):
+        resolve(small(init_from="run", **changes | {"train__profile_step": 9}))
+
+
 def test_every_config_file_resolves(config_files):
     for file in config_files:
         cfg, _ = cli.parse(["x", f"--config={file}"], "", {})

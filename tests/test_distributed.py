@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from typing import NamedTuple
 
 import numpy as np
@@ -253,6 +254,7 @@ def test_rows_follow_from_the_mesh_and_a_lone_error_ends_all(child_env):
         (["--coordinator", "a:1", "--processes", "2", "--process", "2"], "--process 2: must be from 0 to 1"),
         (["--coordinator", "a:1", "--processes", "0", "--process", "0"], "--processes 0"),
         (["--coordinator", "a", "--processes", "2", "--process", "0"], "must be HOST:PORT"),
+        (["--coordinator", "a..b:123", "--processes", "2", "--process", "1"], "'a..b:123': must be HOST:PORT"),
         (["--coordinator", "a:99999", "--processes", "2", "--process", "0"], "must be HOST:PORT"),
         (["--coordinator", "a:1", "--processes", "two", "--process", "0"], "--processes: invalid int value: 'two'"),
     ],
@@ -286,6 +288,30 @@ def test_processes_that_do_not_come_are_waited_for_a_while_only(child_env):
     assert codes != [0]
     assert "process 0 of 2: not all processes came to" in err[0]
     assert "within 2 s" in err[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("Gloo context initialization failed: DEADLINE_EXCEEDED: GetKeyValue() timed out", "did not come in time"),
+        ("Gloo all-reduce failed: Connection reset by peer", "has died"),
+    ],
+)
+def test_a_slow_process_is_not_called_dead(error, message, monkeypatch, capsys):
+    monkeypatch.setattr(distributed.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        distributed._leave(RuntimeError(error), "process 0 of 2")
+    assert f"error: process 0 of 2: another process of the run {message} ({error})" in capsys.readouterr().err
+
+
+def test_every_process_sees_that_one_has_fewer_devices(monkeypatch):
+    owners = [0, 1, 1, 2, 2, 2]  # process 1 has a third of them, as it should
+    monkeypatch.setattr(distributed.jax, "devices", lambda: [types.SimpleNamespace(process_index=i) for i in owners])
+    with pytest.raises(UserError, match="process 2 has 3 devices and process 0 1: give each") as error:
+        distributed._check_devices()
+    assert error.value.together
+    owners[:] = [0, 0, 1, 1]
+    distributed._check_devices()
 
 
 def test_one_process_agrees_with_itself():

@@ -179,6 +179,17 @@ def test_a_trace_that_is_cut_short_is_ended(tmp_path):
     assert not (tmp_path / "tb" / "trunk").exists()
 
 
+def test_processes_of_one_host_trace_into_folders_of_their_own(tmp_path, monkeypatch):
+    for process in range(2):
+        monkeypatch.setattr(metrics.jax, "process_index", lambda process=process: process)
+        with Trace(tmp_path, "qat", 1, 1) as trace:
+            trace.before(1, np.zeros(3))
+            trace.after(1, np.zeros(3))
+    folders = sorted((tmp_path / "tb" / "qat" / "plugins" / "profile").iterdir(), key=lambda f: f.name[-1])
+    assert [f.name[-3:] for f in folders] == ["_p0", "_p1"]
+    assert all(len(list(f.glob("*.xplane.pb"))) == 1 for f in folders)
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

@@ -72,10 +72,10 @@ GRID = product(values("optim.lr", [0.01, 1e-4]), values("quant.experts", ["q2_0"
 def test_names_are_these(tmp_path):
     """A change here gives every sweep that is under way new names: its runs would be trained again."""
     assert names(GRID, tmp_path) == {
-        "lr=0.01,experts=q2_0-d0ed31",
-        "lr=0.01,experts=mxfp4-d963bf",
-        "lr=0.0001,experts=q2_0-3bfe14",
-        "lr=0.0001,experts=mxfp4-cbb4e6",
+        "lr=0.01,experts=q2_0-d0ed31e964",
+        "lr=0.01,experts=mxfp4-d963bf6a4f",
+        "lr=0.0001,experts=q2_0-3bfe148f6f",
+        "lr=0.0001,experts=mxfp4-cbb4e623ad",
     }
 
 
@@ -173,6 +173,9 @@ def test_a_wrong_point_is_named(of, message, tmp_path):
         ("def get_sweep():\n    return []", "returns a list; return a launch.points.Sweep"),
         (FILE.format(name="a b", config=TOY, points=[{}]), "name='a b': letters, digits"),
         (FILE.format(name="a", config=TOY, points=[]), "has no points"),
+        (FILE.format(name="a", config=TOY, points="[{}, ('train.seed', 1)]"), "point 2 is no dict"),
+        (FILE.format(name="a", config=TOY, points=[{1: 2}]), "point 1 is no dict of values under names"),
+        (FILE.format(name="a", config=TOY, points={"train.seed": 1}), "points is a dict: make it a list"),
         (FILE.format(name="a", config="nowhere.py", points=[{}]), "sweep's config 'nowhere.py': no such file"),
         (FILE.format(name="a", config=TOY, points="zip_(values('a', [1]), values('b', []))"), "over no values"),
     ],
