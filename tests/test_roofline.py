@@ -30,7 +30,7 @@ def test_time_of_a_collective(kind, where, seconds):
 
 
 def test_an_exchange_over_two_dimensions():
-    """32 devices, 8 bytes to each: in the ring of 8, a device's 32 for each place go over 1, 2, 3, 4, 3, 2 and 1 links."""
+    """32 devices, 8 bytes to each: in the ring of 8, a device's 32 for each place go over 1, 2, 3, 4, 3, 2, 1 links."""
     c = SUM._replace(kind="all-to-all", size=32, sent=31 * 8.0)
     where = Span(False, ((4, 2), (8, 2)))
     assert collective_seconds(c, CHIP, where) == pytest.approx((1 + 2 + 3 + 4 + 3 + 2 + 1) * 32 / (2 * 2))
