@@ -24,9 +24,9 @@ from qatmoe import topology as machines
 from qatmoe.benchmark import model_flops
 from qatmoe.config import Config
 from qatmoe.errors import UserError
-from qatmoe.mesh import AXES, batch_groups, make_mesh, spec
+from qatmoe.mesh import AXES, make_mesh, spec
 from qatmoe.model.attention import implementation
-from qatmoe.run import abstract_state, check_mesh, quant_plan
+from qatmoe.run import abstract_state, check_mesh, jit_step, quant_plan
 from qatmoe.text_table import aligned
 from qatmoe.topology import GIB, Topology
 from qatmoe.tree import path_of
@@ -75,15 +75,9 @@ class Job:
 
     def compile(self) -> jax.stages.Compiled:
         """The step for the machine. Raises jax.errors.JaxRuntimeError, where it does not fit."""
-        step = functools.partial(
-            steps.train_step,
-            cfg=self.cfg,
-            phase=self.cfg.train.phases[self.phase],
-            plan=self._plan,
-            groups=batch_groups(self.mesh),
-        )
+        step = jit_step(self.cfg, self.cfg.train.phases[self.phase], self._plan, self.mesh)
         with jax.set_mesh(self.mesh):
-            return jax.jit(step, donate_argnums=0).lower(self.state, self.batch, self.teacher).compile()
+            return step.lower(self.state, self.batch, self.teacher).compile()
 
     # ---- bytes on one device, by arithmetic ----
 

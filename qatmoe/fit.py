@@ -1,8 +1,8 @@
 """What would make a step fit that does not: the cheapest change first, estimated by arithmetic, then compiled.
 
 In this order, each alone and then with those before it: recompute layers in the backward pass (a third more FLOPs);
-smaller micro-batches (more passes over the weights); first moments in bfloat16; the mesh's data axis added to fsdp; the
-next larger machines.
+smaller micro-batches (more passes over the weights); the mesh's data axis added to fsdp (more gathering); first moments
+in bfloat16 (the only one that alters what is trained); the next larger machines.
 
 The estimate: state, decoded weights and gradients by shape, and the rest of what the compiler asked for scaled with the
 tokens of a micro-batch, or, for recomputation, divided by the layers plus one.
@@ -28,7 +28,7 @@ TRIES = 3  # compilations
 
 def suggest(job: Job, report: Report) -> str:
     """The cheapest change that makes a step fit, or what was tried in vain, in one line."""
-    tried: list[str] = []
+    tried: list[str] = []  # in vain
     hbm = report["memory"]["hbm"]
     for settings, machine in changes(job):
         try:
@@ -37,16 +37,21 @@ def suggest(job: Job, report: Report) -> str:
             continue
         if estimate(job, report["memory"]["needed"], other) > ROOM * hbm:
             continue
-        found = examine(other)
-        needed, what = found["memory"]["needed"] / GIB, _flags(settings, machine, job.topology)
-        if found["fits"]:
-            return f"with {what} it fits: {needed:.2f} GiB, {found['head_room']:.0%} head-room (compiled)"
-        tried.append(f"{what} ({needed:.2f} GiB)")
+        what = _flags(settings, machine, job.topology)
+        try:
+            found = examine(other)
+        except UserError as e:
+            tried.append(f"{what} ({e})")
+        else:
+            needed = found["memory"]["needed"] / GIB
+            if found["fits"]:
+                return f"with {what} it fits: {needed:.2f} GiB, {found['head_room']:.0%} head-room (compiled)"
+            tried.append(f"{what} ({needed:.2f} GiB)")
         if len(tried) == TRIES:
             break
     if tried:
         return f"not enough, compiled: {'; '.join(tried)}"
-    return "nothing that is known here would be enough: a smaller model, or devices with more memory"
+    return "by estimate nothing that is known here would be enough: a smaller model, or devices with more memory"
 
 
 def changes(job: Job) -> Iterator[tuple[Settings, Topology]]:
@@ -57,10 +62,10 @@ def changes(job: Job) -> Iterator[tuple[Settings, Topology]]:
         single.append({"model.remat": "full"})
     parts = [n * cfg.train.grad_accum for n in (2, 4, 8)]
     single += [{"train.grad_accum": n} for n in parts if cfg.train.batch_size % n == 0]
-    if cfg.optim.moments_dtype == "float32":
-        single.append({"optim.moments_dtype": "bfloat16"})
     if cfg.mesh.data != 1:
         single.append({"mesh.data": 1, "mesh.fsdp": -1})
+    if cfg.optim.moments_dtype == "float32":
+        single.append({"optim.moments_dtype": "bfloat16"})
     together: list[Settings] = [{}]
     for settings in single:
         together.append(together[-1] | settings)

@@ -8,6 +8,7 @@ fusion and scheduling (syntax: https://openxla.org/xla/operation_semantics, repl
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"([a-z]+\d*\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|called_computations|branch_computations)=\{?%([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^{}]*\}|%[\w.\-]+)")
 # No memory is touched: names for what is there already. Loops and calls move nothing themselves.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -55,8 +56,8 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Computations that it runs."""
-        return _CALLED.findall(self.attributes)
+        """Computations that it runs; of a conditional, all that it may run."""
+        return [name for part in _CALLED.findall(self.attributes) for name in _NAME.findall(part)]
 
     def attribute(self, name: str) -> str:
         """The text of `name=...` up to the next attribute; "" where it has none."""
@@ -210,7 +211,10 @@ def _bits(dtype: str) -> int:
 
 
 def _runs(computations: dict[str, Computation], entry: str) -> tuple[dict[str, int], int]:
-    """How often each computation runs, and the number of loops whose trip count is unknown."""
+    """How often each computation runs, and the number of loops whose trip count is unknown.
+
+    Every branch of a conditional counts: which one runs is not known, and none must be overlooked.
+    """
     runs: dict[str, int] = collections.Counter()
     unknown = 0
     waiting = [(entry, 1)]
@@ -424,9 +428,25 @@ def _collectives(
             group=tuple(groups[0]),
             sent=_sent(kind, i, own, size),
             runs=runs[name],
-            overlapped=len(found) > 1 or i.opcode.endswith("-start"),
+            overlapped=len(found) > 1 or _beside_work(i, own, computations),
             name=_operation(i),
         )
+
+
+def _beside_work(start: Instruction, own: Computation, computations: dict[str, Computation]) -> bool:
+    """Whether a kernel runs between the start of a collective and its end; instructions stand in the order they run."""
+    if not start.opcode.endswith("-start") or re.search(r'"is_sync":\s*true', start.attributes):
+        return False
+    later = list(own.values())[list(own).index(start.name) + 1 :]
+    between = itertools.takewhile(lambda i: not (i.opcode.endswith("-done") and start.name in i.operands), later)
+    return any(_works(i, own, computations) for i in between)
+
+
+def _works(i: Instruction, own: Computation, computations: dict[str, Computation]) -> bool:
+    """Whether an instruction, or one of those that it runs, is a kernel."""
+    if i.opcode in ("while", "conditional", "call"):
+        return any(_works(j, computations[c], computations) for c in i.called for j in computations[c].values())
+    return bool(_flops(i, own, computations) or _moved(i, own, computations))
 
 
 def _scattered(i: Instruction, own: Computation) -> bool:

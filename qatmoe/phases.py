@@ -25,7 +25,7 @@ from qatmoe.model.transformer import STACKED
 from qatmoe.quant import fake
 from qatmoe.quant.grid import RULES
 from qatmoe.quant.plan import Plan
-from qatmoe.run import Run, Weights, abstract_state
+from qatmoe.run import Run, Weights, abstract_state, jit_step
 from qatmoe.step import TrainState
 from qatmoe.tree import path_of
 
@@ -246,12 +246,7 @@ def loop(
     """Steps until the phase is done. Host work on step n happens while the device is already on step n + 1."""
     cfg, phase = run.cfg, run.cfg.train.phases[name]
     watch = Watch(run, name, state)
-    places = jax.tree.map(lambda s: s.sharding, run.abstract_state(phase))
-    train_step = jax.jit(
-        functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=run.plan, groups=run.groups),
-        donate_argnums=0,
-        out_shardings=(places, NamedSharding(run.mesh, PartitionSpec())),  # every process reads the metrics
-    )
+    train_step = jit_step(cfg, phase, run.plan, run.mesh)
     run.train_iterator.set_state(position)
     log = Log(run, name, int(state.step), checkpoints)
     for n in range(int(state.step) + 1, phase.steps + 1):

@@ -5,8 +5,9 @@
     step     = max(work, sum over the other collectives of their time) + waiting
 
 A collective along a ring of n devices takes bytes sent / (links x link), links being 2 on a closed ring and 1 on an
-open one; along several dimensions of the torus their links add up. An all-to-all takes n / 4 times that of the longest
-dimension, because bytes travel on average n / 4 of the way round (the dimensions' exchanges run at the same time).
+open one; along several dimensions of the torus their links add up. An all-to-all takes n / 4 x array / (links x link)
+of the longest dimension: the links in its middle carry what one half of the devices sends the other (the dimensions'
+exchanges run at the same time).
 Outside a slice or a machine it is bytes sent / network. Not in it: elementwise arithmetic, latency, kernels below peak.
 So the time is a lower bound, meant for comparing meshes, sizes and variants.
 """
@@ -43,7 +44,8 @@ def collective_seconds(c: Collective, chip: Chip, where: Span) -> float:
     if not where.rings:  # behind a switch, or the cores of one chip
         return c.sent / chip.link
     if c.kind == "all-to-all":
-        return max(n / 4 * c.sent / (links * chip.link) for n, links in where.rings)
+        whole = c.sent * c.size / (c.size - 1)  # with the part that stays
+        return max(n / 4 * whole / (links * chip.link) for n, links in where.rings)
     if c.kind == "collective-permute":
         return c.sent / chip.link
     return c.sent / (sum(links for _, links in where.rings) * chip.link)

@@ -221,6 +221,18 @@ def abstract_state(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh) -> s
     return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
 
 
+def jit_step(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh) -> Any:
+    """A phase's training step, (state, batch, teacher) -> (state, metrics). The state is donated and stays in place."""
+    return jax.jit(
+        functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=plan, groups=batch_groups(mesh)),
+        donate_argnums=0,
+        out_shardings=(
+            jax.tree.map(lambda s: s.sharding, abstract_state(cfg, phase, plan, mesh)),
+            NamedSharding(mesh, PartitionSpec()),  # every process reads the metrics
+        ),
+    )
+
+
 def quant_plan(cfg: Config) -> tuple[Plan, list[dict[str, Any]]]:
     """The plan and the coverage table of the model's parameters."""
     state = jax.eval_shape(lambda: steps.init_state(cfg, jax.random.key(0)))

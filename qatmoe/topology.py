@@ -25,7 +25,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX sees it; on v4 and tpu7x that is half a chip."""
+    """One device as JAX sees it: both cores of a v4 or v5p, half a chip of tpu7x."""
 
     name: str
     flops: float  # FLOP/s of bf16 matmuls
@@ -43,7 +43,7 @@ class Chip:
 # is what libtpu 0.0.42 says is available when a program is too large. H100 SXM: NVIDIA's data sheet, NVLink 900 GB/s in
 # both directions together; the network is one 400 Gb/s port for each GPU.
 CHIPS = {
-    "v4": Chip("TPU v4 core", 275e12 / 2, int(15.25 * GIB), 1228e9 / 2, 50e9 / 2, 3, 3.125e9 / 2, per_chip=2, wrap=4),
+    "v4": Chip("TPU v4", 275e12, int(30.75 * GIB), 1228e9, 50e9, 3, 3.125e9, wrap=4),
     "v5e": Chip("TPU v5e", 197e12, int(15.75 * GIB), 819e9, 50e9, 2, 3.125e9, wrap=16),
     "v5p": Chip("TPU v5p", 459e12, int(95.74 * GIB), 2765e9, 100e9, 3, 6.25e9, wrap=4),
     "v6e": Chip("TPU v6e", 918e12, int(31.25 * GIB), 1640e9, 100e9, 2, 12.5e9, wrap=16),
@@ -184,7 +184,9 @@ def devices(topology: Topology) -> list[Any]:
             shape = f"1x{hosts}x{topology.size // hosts}"
             described = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology=shape)
         else:
-            more = {"num_slices": topology.slices} if topology.slices > 1 else {}
+            more: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+            if topology.kind == "v4":  # its two cores are one device to JAX, but two to this call unless told
+                more["chip_config_name"] = "megacore"
             described = topologies.get_topology_desc(
                 platform="tpu", topology_name=topology.name.partition("*")[0], **more
             )

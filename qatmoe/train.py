@@ -172,12 +172,31 @@ def compile_only(cfg: Config, given: dict[str, Any]) -> int:
     job = aot.make_job(cfg, machine, given["phase"])
     result = aot.examine(job)
     print(aot.table(result), flush=True)
-    if not result.get("fits", True) and given["suggest"]:
+    fits = result.get("fits", True)
+    _keep(result, given["json"])  # a suggestion takes minutes, and may fail
+    if not fits and given["suggest"]:
         result["suggestion"] = fit.suggest(job, result)
         print(result["suggestion"])
-    if given["json"]:
-        write_atomically(given["json"], json.dumps(result, indent=1) + "\n")
-    return 0 if result.get("fits", True) else 1
+        _keep(result, given["json"])
+    return 0 if fits else 1
+
+
+def _keep(result: aot.Report, file: str) -> None:
+    if file:
+        write_atomically(file, json.dumps(result, indent=1) + "\n")
+
+
+def asks_to_compile(args: Sequence[str]) -> bool:
+    """Whether --compile_only is given and not false; looked for before all else, as such a process joins no others.
+
+    The last one counts, as it does for `cli.parse`, which refuses a value that is neither true nor false.
+    """
+    last = "false"
+    for arg in args:
+        name, _, value = arg.lstrip("-").partition("=")
+        if arg.startswith("-") and name in ("compile_only", "nocompile_only"):
+            last = "false" if name.startswith("no") else value or "true"
+    return last.lower() not in ("false", "f", "0")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -189,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         rest, place = distributed.flags(sys.argv if argv is None else argv)
-        if any(arg.lstrip("-").partition("=")[0] == "compile_only" for arg in rest):
+        if asks_to_compile(rest):
             return compile_only(*cli.parse(rest, __doc__, OPTIONS))
         with Stop() as stop, distributed.joined(place, detect=argv is None):
             with distributed.together():

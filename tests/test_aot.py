@@ -65,6 +65,9 @@ def test_the_experts_are_exchanged_and_loops_are_counted(on_cpus):
     assert 1 < report["matmul_flops"] / report["model_flops"] < 4
 
 
+NOT_TO_COMPILE = ("--compile_only=false", "--compile_only=False", "--compile_only=0", "--nocompile_only")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -76,6 +79,7 @@ def test_the_experts_are_exchanged_and_loops_are_counted(on_cpus):
         (["--compile_only", "--topology=cpu:1", "--json=/nowhere/r.json"], "--json /nowhere/r.json: there is no such"),
         (["--topology=v5p:4x4x4"], "belongs to --compile_only"),
         (["--compile_only=maybe"], "compile_only"),
+        *((["--topology=v5p:4x4x4", no], "belongs to --compile_only") for no in NOT_TO_COMPILE),
     ],
 )
 def test_mistakes_are_one_line(args, message, tmp_path, capsys):
@@ -188,7 +192,60 @@ def test_a_suggestion_is_compiled_before_it_is_made(job, monkeypatch):
 
 def test_where_nothing_helps(job, monkeypatch):
     hopeless = report(10**15, hbm=1000)
-    assert fit.suggest(job, hopeless).startswith("nothing that is known here would be enough")
+    assert fit.suggest(job, hopeless).startswith("by estimate nothing that is known here would be enough")
+
+
+def test_a_suggestion_that_does_not_compile_is_passed_over(job, monkeypatch):
+    known = sum(job.state_bytes().values()) + sum(job.work_bytes().values())
+    found = iter([UserError("the step does not compile: INTERNAL"), report(120 * known, hbm=100 * known)])
+
+    def examine(other):
+        one = next(found, report(80 * known, hbm=100 * known))
+        if isinstance(one, UserError):
+            raise one
+        return one
+
+    monkeypatch.setattr(fit, "examine", examine)
+    assert "it fits" in fit.suggest(job, report(250 * known, hbm=100 * known))
+
+    def never(other):
+        raise UserError("the step does not compile: INTERNAL")
+
+    monkeypatch.setattr(fit, "examine", never)
+    vain = fit.suggest(job, report(250 * known, hbm=100 * known))
+    assert vain.startswith("not enough, compiled: --config.train.grad_accum=4 (the step does not compile: INTERNAL)")
+
+
+def test_a_report_is_kept_where_the_search_for_a_suggestion_fails(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "r.json"
+    seen = []
+
+    def suggest(job, result):
+        seen.append(json.loads(out.read_text()))
+        raise UserError("the search failed")
+
+    monkeypatch.setattr(aot, "examine", lambda job: {"fits": False, "devices": 1})
+    monkeypatch.setattr(aot, "table", lambda result: "table")
+    monkeypatch.setattr(fit, "suggest", suggest)
+    args = ["train", f"--config={ROOT}/configs/toy.py", "--compile_only", "--topology=cpu:1", f"--json={out}"]
+    assert train.main(args) == 2
+    assert seen == [{"fits": False, "devices": 1}] == [json.loads(out.read_text())]
+    monkeypatch.setattr(fit, "suggest", lambda job, result: "larger")
+    assert train.main(args) == 1
+    assert json.loads(out.read_text())["suggestion"] == "larger"
+
+
+@pytest.mark.parametrize("last", NOT_TO_COMPILE)
+def test_the_last_word_on_compiling_counts(last):
+    assert train.asks_to_compile(["--compile_only"]) and train.asks_to_compile([last, "--compile_only=True"])
+    assert not train.asks_to_compile(["--compile_only", last]) and not train.asks_to_compile(["--topology=cpu:1"])
+
+
+def test_what_alters_no_number_comes_before_what_does(job):
+    mesh = dataclasses.replace(job.cfg.mesh, data=2)
+    on_two = dataclasses.replace(job, cfg=dataclasses.replace(job.cfg, mesh=mesh))
+    found = [settings for settings, _ in fit.changes(on_two)]
+    assert found.index({"mesh.data": 1, "mesh.fsdp": -1}) < found.index({"optim.moments_dtype": "bfloat16"})
 
 
 # ---- a TPU's compiler ------------------------------------------------------------------------------------------------

@@ -300,3 +300,50 @@ ENTRY %main (a: f32[64]) -> f32[16] {
 """
     (found,) = hlo.cost(text, AXES).collectives
     assert (found.kind, found.sent) == ("reduce-scatter", 3 / 4 * 64 * 4)
+
+
+SUM = "all-reduce-start(%a), channel_id=3, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add"
+WORK = "  %d = f32[8,8] dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+
+
+@pytest.mark.parametrize(
+    ("start", "between", "overlapped"),
+    [
+        (SUM, WORK, True),
+        (SUM, "  %d = f32[8,8] negate(%a)", True),  # no matmul, but bytes
+        (SUM, "  %d = (f32[8,8]) tuple(%a)", False),
+        (SUM + ', backend_config={"collective_backend_config":{"is_sync":true}}', WORK, False),
+        (SUM + ', backend_config={"collective_backend_config":{"is_sync":false}}', WORK, True),
+        (SUM, "  %w = f32[8,8] call(%a), to_apply=%work", True),
+        (SUM, "  %w = f32[8,8] call(%a), to_apply=%idle", False),
+    ],
+)
+def test_a_collective_runs_beside_work_that_stands_between_its_start_and_its_end(start, between, overlapped):
+    def inner(name, line):
+        return f"%{name} (a: f32[8,8]) -> f32[8,8] {{\n  %a = f32[8,8] parameter(0)\n{line}\n}}\n\n"
+
+    lines = [
+        "  %a = f32[8,8] parameter(0)",
+        f"  %s = f32[8,8] {start}",
+        between,
+        "  %e = f32[8,8] all-reduce-done(%s)",
+        "  ROOT %n = f32[8,8] negate(%e)",  # after its end
+    ]
+    before = inner("work", WORK) + inner("idle", "  %b = f32[8,8] bitcast(%a)")
+    text = before + "ENTRY %main (a: f32[8,8]) -> f32[8,8] {\n" + "\n".join(lines) + "\n}\n"
+    (found,) = hlo.cost(text, AXES).collectives
+    assert (found.kind, found.overlapped) == ("all-reduce", overlapped)
+
+
+def test_every_branch_of_a_conditional_is_read():
+    matmul = WORK.replace("  %d", "  ROOT %d")
+    branches = [f"%b{i} (a: f32[8,8]) -> f32[8,8] {{\n  %a = f32[8,8] parameter(0)\n{matmul}\n}}\n" for i in range(3)]
+    for form, n in (
+        ("branch_computations={%b0, %b1, %b2}", 3),
+        ("true_computation=%b0, false_computation=%b1", 2),
+    ):
+        text = "\n".join([*branches, "ENTRY %main (a: f32[8,8]) -> f32[8,8] {", "  %a = f32[8,8] parameter(0)"])
+        cost = hlo.cost(
+            f"{text}\n  %p = s32[] constant(1)\n  ROOT %c = f32[8,8] conditional(%p, %a), {form}\n}}\n", AXES
+        )
+        assert cost.flops == n * 2 * 8**3

@@ -17,8 +17,9 @@ SUM = Collective("all-reduce", ("fsdp",), 4, (0, 1, 2, 3), sent=12.0, runs=3, ov
         ("all-reduce", RING, 12 / (2 * 2)),
         ("all-gather", LINE, 12 / 2),
         ("reduce-scatter", Span(False, ((4, 2), (8, 1))), 12 / (3 * 2)),  # links of both dimensions
-        ("all-to-all", RING, 4 / 4 * 12 / (2 * 2)),
-        ("all-to-all", Span(False, ((4, 2), (16, 2))), 16 / 4 * 12 / (2 * 2)),  # the longest dimension
+        # 4 bytes to each other device, over 1, 2 and 1 links of a ring; each device has 2 links
+        ("all-to-all", RING, (1 + 2 + 1) * 4 / (2 * 2)),
+        ("all-to-all", LINE, 2 * 2 * 4 / 2),  # the middle link carries 4 bytes from each of 2 to each of 2
         ("collective-permute", RING, 12 / 2),  # to one neighbour
         ("all-reduce", OUTSIDE, 12 / 0.5),
         ("all-to-all", Span(False), 12 / 2),  # a switch
@@ -26,6 +27,13 @@ SUM = Collective("all-reduce", ("fsdp",), 4, (0, 1, 2, 3), sent=12.0, runs=3, ov
 )
 def test_time_of_a_collective(kind, where, seconds):
     assert collective_seconds(SUM._replace(kind=kind), CHIP, where) == pytest.approx(seconds)
+
+
+def test_an_exchange_over_two_dimensions():
+    """32 devices, 8 bytes to each: in the ring of 8, a device's 32 for each place go over 1, 2, 3, 4, 3, 2, 1 links."""
+    c = SUM._replace(kind="all-to-all", size=32, sent=31 * 8.0)
+    where = Span(False, ((4, 2), (8, 2)))
+    assert collective_seconds(c, CHIP, where) == pytest.approx((1 + 2 + 3 + 4 + 3 + 2 + 1) * 32 / (2 * 2))
 
 
 def test_a_step_by_hand():

@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
@@ -17,8 +19,8 @@ class Device:
     ("name", "kind", "size", "slices"),
     [
         ("v5p:4x4x8", "v5p", 128, 1),
-        ("v4:4x4x4", "v4", 128, 1),  # two cores a chip
-        ("tpu7x:2x2x1", "tpu7x", 8, 1),
+        ("v4:4x4x4", "v4", 64, 1),  # its two cores are one device
+        ("tpu7x:2x2x1", "tpu7x", 8, 1),  # two devices a chip
         ("v5e:16x16*4", "v5e", 1024, 4),
         ("gpu:16", "gpu", 16, 1),
         ("cpu:6", "cpu", 6, 1),
@@ -80,7 +82,7 @@ def test_chips_are_plausible():
         ("v5p:4x4x8", [(x, y, 0) for x in range(4) for y in range(4)], ((4, 2), (4, 2))),
         ("v5e:8x16", [(x, 0, 0) for x in range(8)], ((8, 1),)),  # v5e closes at 16
         ("v5e:8x16", [(0, y, 0) for y in range(16)], ((16, 2),)),
-        ("v4:2x2x1", [(0, 0, 0), (0, 0, 0)], ()),  # the two cores of a chip
+        ("tpu7x:2x2x1", [(0, 0, 0), (0, 0, 0)], ()),  # the two devices of a chip
     ],
 )
 def test_where_a_group_lies(name, coords, rings):
@@ -92,3 +94,17 @@ def test_groups_that_leave_a_slice_or_a_machine():
     assert span(parse("v5e:4x4*2"), two).outside
     assert not span(parse("gpu:16"), [Device(process_index=1), Device(process_index=1)]).outside
     assert span(parse("gpu:16"), [Device(process_index=0), Device(process_index=1)]).outside
+
+
+@pytest.mark.tpu_compiler
+def test_a_topology_has_the_devices_of_its_name(child_env):
+    """Of every generation; in a process of its own, as libtpu stays loaded."""
+    program = (
+        "from qatmoe.topology import SIZES, devices, parse, prepare\n"
+        "for kind, sizes in SIZES.items():\n"
+        "    for t in map(parse, (f'{kind}:{sizes[0]}', f'{kind}:{sizes[0]}*2')):\n"
+        "        prepare(t)\n"
+        "        assert len(devices(t)) == t.size, t\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=child_env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
