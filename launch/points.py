@@ -37,7 +37,7 @@ from qatmoe.quant.grid import RULES
 from qatmoe.run import quant_plan
 
 LONGEST = 150  # characters of a name's readable part
-DIGITS = 6  # of a name's end
+DIGITS = 10  # of a name's end; two of a thousand runs meet once in two million sweeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def load(file: str | Path) -> Sweep:
 def runs_of(sweep: Sweep, folder: Path) -> list[Run]:
     """Resolves every point; nothing is written.
 
-    A run's name is made of the keys that vary, sorted, and six hex digits of its configuration, so neither the order
+    A run's name is made of the keys that vary, sorted, and ten hex digits of its configuration, so neither the order
     of points nor that of factors changes it, nor a key that the configuration gains with a default later. A run that
     is in the folder under the digits keeps its name when more keys begin to vary.
 
@@ -282,7 +282,7 @@ def _in_a_name(value: Any) -> str:
 
 
 def _digits(cfg: Config, ignored: set[str]) -> str:
-    """Six hex digits of the keys that have another value than their default."""
+    """Ten hex digits of the keys that have another value than their default."""
     defaults = leaves(dataclasses.asdict(Config()))
     of_a_phase = leaves(dataclasses.asdict(PhaseConfig()))
 

@@ -54,7 +54,7 @@ def test_a_tpu_task(run, tmp_path):
     assert task["file_mounts"] == {"/runs": {"source": "gs://b", "mode": "MOUNT"}}
     assert (task["num_nodes"], task["workdir"]) == (1, ".")
     assert task["setup"] == "pip install -e '.[tpu]'"
-    assert task["name"] == f"my-sweep-{run.name[-6:]}"
+    assert task["name"] == f"my-sweep-{run.name[-10:]}"
     code, arguments = executed(task["run"], {"SKYPILOT_NODE_RANK": "1"}, tmp_path)
     assert code == 0
     check_arguments(arguments, run)

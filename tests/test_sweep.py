@@ -72,10 +72,10 @@ GRID = product(values("optim.lr", [0.01, 1e-4]), values("quant.experts", ["q2_0"
 def test_names_are_these(tmp_path):
     """A change here gives every sweep that is under way new names: its runs would be trained again."""
     assert names(GRID, tmp_path) == {
-        "lr=0.01,experts=q2_0-d0ed31",
-        "lr=0.01,experts=mxfp4-d963bf",
-        "lr=0.0001,experts=q2_0-3bfe14",
-        "lr=0.0001,experts=mxfp4-cbb4e6",
+        "lr=0.01,experts=q2_0-d0ed31e964",
+        "lr=0.01,experts=mxfp4-d963bf6a4f",
+        "lr=0.0001,experts=q2_0-3bfe148f6f",
+        "lr=0.0001,experts=mxfp4-cbb4e623ad",
     }
 
 
