@@ -12,26 +12,14 @@ Memory and the least time of a step: experiments/scaling. On another number of c
 multiple), and train.loss_chunk to 1,024 times it.
 """
 
-from qatmoe.config import default_config, phase
+from configs import qwen3_30b_a3b
 
 
 def get_config():
-    config = default_config()
+    config = qwen3_30b_a3b.get_config()
     config.name = "qwen3_235b_a22b"
     m = config.model
-    m.vocab_size, m.dim, m.n_layers, m.n_dense_layers = 151_936, 4096, 94, 0
-    m.n_heads, m.n_kv_heads, m.head_dim = 64, 4, 128
-    m.n_experts, m.top_k, m.expert_dim, m.n_shared_experts, m.n_mtp = 128, 8, 1536, 0, 0
-    m.router, m.router_bias, m.rotary_fraction = "softmax", False, 1.0
-    m.rope_theta, m.norm_eps = 1e6, 1e-6
-    m.capacity_factor = 1.25
-    m.dtype, m.remat = "bfloat16", "full"
-    config.mesh.data, config.mesh.fsdp, config.mesh.expert = 1, -1, 8
-    config.data.seq_len = 4096
+    m.dim, m.n_layers, m.n_heads, m.expert_dim = 4096, 94, 64, 1536
     config.train.batch_size = 512
     config.train.loss_chunk = 524_288
-    config.optim.lr, config.optim.scale_lr = 1e-5, 1e-6
-    config.train.phases.trunk = phase(steps=1)  # the imported weights take its place
-    config.train.phases.control = phase(start="trunk", steps=1000, warmup=50, decay=500)
-    config.train.phases.qat = phase(start="trunk", steps=1000, warmup=50, decay=500, quantize=True)
     return config

@@ -22,7 +22,7 @@ from qatmoe import cli
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.report import COLORS, OTHER_COLORS
-from qatmoe.text_table import aligned
+from qatmoe.text_table import aligned, markdown
 
 Row = dict[str, Any]
 
@@ -85,12 +85,6 @@ def _text(key: str, value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def markdown(text: Sequence[Sequence[str]]) -> str:
-    """A table of text as Markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in text]
-    return "\n".join([lines[0], "|" + "---|" * len(text[0]), *lines[1:]]) + "\n"
-
-
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     """Draws the losses of every run on a line of its own to a PNG. Raises UserError where it cannot be written."""
     branches = [key.removeprefix("loss_") for key in columns(rows) if key.startswith("loss_")]
@@ -124,7 +118,7 @@ def write(folder: Path) -> tuple[list[Row], list[tuple[str, str]]]:
         writer.writerows(rows)
         write_atomically(folder / "results.csv", text.getvalue())
         write_atomically(folder / "results.json", json.dumps(rows, indent=1) + "\n")
-        write_atomically(folder / "results.md", markdown(table(rows)))
+        write_atomically(folder / "results.md", markdown(table(rows)) + "\n")
         plot(rows, points.read_folder(folder)["name"], folder / "results.png")
     return rows, others
 

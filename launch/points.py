@@ -29,7 +29,7 @@ from typing import Any
 
 from launch.algebra import Point, Points
 from qatmoe import metrics
-from qatmoe.checkpoint import FREE_KEYS
+from qatmoe.checkpoint import FREE_KEYS, differences
 from qatmoe.config import Config, PhaseConfig, leaves, resolve, to_json
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
@@ -308,12 +308,11 @@ def state(run: Run) -> State:
     file = run.folder / "config.json"
     if not file.exists():
         return State("missing", "missing")
-    there, here = leaves(_json(file)), leaves(json.loads(to_json(run.config)))
-    differ = sorted(k for k in there | here if k not in FREE_KEYS and there.get(k) != here.get(k))
+    differ = differences(_json(file), json.loads(to_json(run.config)))
     if differ:
-        key = differ[0]
+        key, (there, here) = min(differ.items())
         raise UserError(
-            f"{run.folder} holds a run with {key}={there.get(key)!r}, and the sweep asks for {here.get(key)!r}: "
+            f"{run.folder} holds a run with {key}={there!r}, and the sweep asks for {here!r}: "
             "move that folder away, or choose another --dir"
         )
     return state_of(run.folder)

@@ -15,7 +15,6 @@ they are the head. The ceiling is the best of several square matmuls in model.dt
 """
 
 import dataclasses
-import functools
 import json
 import statistics
 import sys
@@ -34,11 +33,11 @@ from qatmoe.config import CHOICES, Config, PhaseConfig, QuantConfig
 from qatmoe.data import batches
 from qatmoe.errors import UserError
 from qatmoe.files import check_place
-from qatmoe.mesh import batch_groups, make_mesh, spec
+from qatmoe.mesh import make_mesh, spec
 from qatmoe.model import transformer
 from qatmoe.quant.grid import GRIDS, get
 from qatmoe.report import environment
-from qatmoe.run import abstract_state, check_mesh, quant_plan, train_iterator
+from qatmoe.run import abstract_state, check_mesh, jit_step, place, quant_plan, train_iterator
 from qatmoe.tree import path_of
 
 Row = dict[str, Any]
@@ -62,12 +61,8 @@ class Variant:
             return steps.branch(cfg, phase, plan, state) if quantize else state
 
         self.state = jax.jit(first, out_shardings=places)(jax.random.key(0))
-        step = jax.jit(
-            functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=plan, groups=batch_groups(mesh)),
-            donate_argnums=0,
-        )
         start = time.perf_counter()
-        self._step = step.lower(self.state, batch, None).compile()
+        self._step = jit_step(cfg, phase, plan, mesh).lower(self.state, batch, None).compile()
         self.compile_s = time.perf_counter() - start
 
     @property
@@ -218,8 +213,7 @@ def measure_data(cfg: Config, rounds: int) -> Row:
     mesh = make_mesh(cfg.mesh)
     data = batches.load_data(cfg.data, cfg.model.vocab_size)
     iterator = train_iterator(cfg, mesh, data)
-    rows = NamedSharding(mesh, spec(("batch", None)))
-    real = ({k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()} for batch in iterator)
+    real = (place(mesh, cfg.train.batch_size, batch) for batch in iterator)
     first = next(real)
     variant = Variant("full precision", cfg, False, first, mesh)
     turns: dict[str, list[float]] = {"synthetic": [], "real": []}

@@ -56,6 +56,13 @@ FREE_KEYS = {
 }
 
 
+def differences(there: Json, here: Json) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (there, here)} where two configurations are not of one run; "absent" for a key that one lacks."""
+    a, b = leaves(there), leaves(here)
+    pairs = {key: (a.get(key, "absent"), b.get(key, "absent")) for key in a | b if key not in FREE_KEYS}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
 class DamagedCheckpoint(UserError):
     """A checkpoint whose files are not the ones that were saved."""
 
@@ -569,13 +576,12 @@ def _check_config(file: Path, config_json: str) -> None:
         write_atomically(file, config_json)
         return
     try:
-        there = leaves(json.loads(file.read_text()))
+        there = json.loads(file.read_text())
     except ValueError as e:
         raise UserError(f"{file} is not JSON: restore it, or choose another workdir") from e
-    here = leaves(json.loads(config_json))
-    differ = [key for key in there | here if there.get(key) != here.get(key) and key not in FREE_KEYS]
+    differ = differences(there, json.loads(config_json))
     if differ:
-        shown = "; ".join(f"{k}: {there.get(k, 'absent')!r} there, {here.get(k, 'absent')!r} here" for k in differ[:8])
+        shown = "; ".join(f"{key}: {a!r} there, {b!r} here" for key, (a, b) in list(differ.items())[:8])
         more = f" and {len(differ) - 8} more" if len(differ) > 8 else ""
         raise UserError(
             f"workdir {file.parent} holds a run with another config ({shown}{more}): give this one another --workdir, "

@@ -22,6 +22,7 @@ import numpy as np
 from tensorboardX import SummaryWriter, summary
 from tqdm import tqdm
 
+from qatmoe import distributed
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 
@@ -71,7 +72,7 @@ class Metrics:
     def __init__(self, workdir: str | Path, tensorboard: bool = True):
         self._workdir = Path(workdir)
         self._file_path = self._workdir / "metrics.jsonl"
-        self._active = jax.process_index() == 0
+        self._active = distributed.first()
         self._tensorboard = tensorboard and self._active
         self._writers: dict[str, SummaryWriter] = {}
         self._purge: dict[str, int] = {}
@@ -283,7 +284,7 @@ class Progress:
         stream: TextIO | None = None,
     ):
         """Starts at step `start` of `steps`; `steps_after` are those of the phases that follow."""
-        self._active = jax.process_index() == 0
+        self._active = distributed.first()
         self._phase, self._steps, self._steps_after = phase, steps, steps_after
         self._stream = stream or sys.stderr
         self._every = every

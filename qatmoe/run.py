@@ -102,24 +102,9 @@ class Run:
         """Groups of tokens that are dispatched to experts on their own: one for each split of the batch."""
         return batch_groups(self.mesh)
 
-    @functools.cached_property
-    def _local_B(self) -> np.ndarray:
-        return local_rows(self.mesh, self.cfg.train.batch_size)
-
     def place(self, batch: batches.Batch) -> losses.Batch:
-        """Puts this process's rows of a batch, those of `local_rows`, on its devices."""
-        rows = NamedSharding(self.mesh, spec(("batch", None)))
-        size = self.cfg.train.batch_size
-
-        def put(local: np.ndarray) -> jax.Array:
-            def shard(index: Any) -> np.ndarray:  # whose rows lie side by side, here too
-                start, stop, _ = index[0].indices(size)
-                at = int(np.searchsorted(self._local_B, start))
-                return local[at : at + stop - start]
-
-            return jax.make_array_from_callback((size, *local.shape[1:]), rows, shard)
-
-        return {k: put(v) for k, v in batch.items()}
+        """Puts this process's rows of a batch on its devices."""
+        return place(self.mesh, self.cfg.train.batch_size, batch)
 
     def checkpoints(self, phase: str) -> Checkpoints:
         """The checkpoints of one phase."""
@@ -180,6 +165,7 @@ class Run:
         return result | {f"mtp{i + 1}_loss": float(v) for i, v in enumerate(mtp)}
 
 
+@functools.cache
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which rows of a batch this process's devices hold, ascending, i64.
 
@@ -188,6 +174,21 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """
     held = NamedSharding(mesh, spec(("batch",))).addressable_devices_indices_map((batch_size,))
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held.values()]))
+
+
+def place(mesh: Mesh, batch_size: int, batch: batches.Batch) -> losses.Batch:
+    """Puts this process's rows of a batch, those of `local_rows`, on its devices."""
+    rows, local_B = NamedSharding(mesh, spec(("batch", None))), local_rows(mesh, batch_size)
+
+    def put(local: np.ndarray) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:  # whose rows lie side by side, here too
+            start, stop, _ = index[0].indices(batch_size)
+            at = int(np.searchsorted(local_B, start))
+            return local[at : at + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), rows, shard)
+
+    return {k: put(v) for k, v in batch.items()}
 
 
 def train_iterator(cfg: Config, mesh: Mesh, data: batches.Data) -> batches.TrainIterator:

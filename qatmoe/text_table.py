@@ -1,4 +1,4 @@
-"""Tables of text for a terminal."""
+"""Tables of text, for a terminal and as Markdown."""
 
 from collections.abc import Sequence
 
@@ -12,3 +12,11 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def markdown(rows: Sequence[Sequence[str]], left: int | None = None) -> str:
+    """A Markdown table of rows of equal length, the first its heading; columns after the first `left` flush right."""
+    head, *rest = rows
+    rules = ["---" if left is None or i < left else "---:" for i in range(len(head))]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rest)]
+    return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qatmoe.report import fill_tables
+from qatmoe.text_table import markdown
 from qatmoe.topology import GIB, parse
 
 HERE = Path(__file__).parent
@@ -68,12 +69,6 @@ def read(name: str) -> Report | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table of text columns, the first flush left."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
-
-
 def plans() -> str:
     """The big configs."""
     head = ["config", "phase", "topology", "mesh data x fsdp x expert", "state GiB", "needed GiB", "head-room"]
@@ -90,7 +85,7 @@ def plans() -> str:
         state = sum(r["memory"][k] for k in ("master weights", "learned scales", "optimizer moments"))
         memory = [f"{state / GIB:.1f}", f"{r['memory']['needed'] / GIB:.1f}", f"{r['head_room']:.0%}"]
         rows.append([r["config"], r["phase"], r["topology"], mesh(r), *memory, *times(r), f"{r['compile_s']:.0f}"])
-    return markdown(head, rows) + "\n\n" + made_by()
+    return markdown([head, *rows], left=1) + "\n\n" + made_by()
 
 
 def mesh(r: Report) -> str:
@@ -113,7 +108,7 @@ def twins() -> str:
     qat, plain = read("30b"), read("30b_bf16")
     if not qat or not plain or "seconds" not in qat or "seconds" not in plain:
         return "Not compiled yet."
-    rows = []
+    rows = [["configs/qwen3_30b_a3b.py on v5p:4x4x8", "full precision", "Q2_0, learned scales", "QAT adds"]]
     for what, value in (
         ("matmul TFLOP a device", lambda r: r["matmul_flops"] / 1e12),
         ("main memory read and written, GB", lambda r: r["memory_bytes"] / 1e9),
@@ -124,9 +119,7 @@ def twins() -> str:
     ):
         a, b = value(plain), value(qat)
         rows.append([what, f"{a:.2f}", f"{b:.2f}", f"{b / a - 1:+.1%}"])
-    return markdown(
-        ["configs/qwen3_30b_a3b.py on v5p:4x4x8", "full precision", "Q2_0, learned scales", "QAT adds"], rows
-    )
+    return markdown(rows, left=1)
 
 
 def weak() -> str:
@@ -154,7 +147,7 @@ def weak() -> str:
         seconds = [f"{t[k]:.2f}" for k in ("work", "overlapped", "waiting", "step")]
         shares = [f"{r['exposed_share']:.0%}", f"{speed:,.0f}", f"{speed / first:.0%}"]
         rows.append([str(r["devices"]), topology, mesh(r), memory, *seconds, *shares, f"{r['compile_s']:.0f}"])
-    return markdown(head, rows) + "\n\n" + made_by()
+    return markdown([head, *rows], left=1) + "\n\n" + made_by()
 
 
 def made_by() -> str:
