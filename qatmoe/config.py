@@ -77,6 +77,7 @@ class QuantConfig:
     scale: str = "learned"  # "learned" (LSQ) or "dynamic" (recomputed from the weight every step)
     clip_gradient: bool = False  # LSQ's rule: a weight beyond the last level gets no gradient; off: all do
     dynamic_rule: str = "search"  # scale rule of "dynamic": "absmax" or "search" (least squared error)
+    signed: bool = True  # scales may be negative where the format has a sign for them, which turns its levels around
 
 
 @dataclasses.dataclass(frozen=True)

@@ -197,3 +197,19 @@ def test_five_significant_bits_cost_q4_0_little():
         grid = dataclasses.replace(GRIDS["q4_0"], scale_bits=bits)
         error[bits] = np.sum((decoded(grid, w, "search") - w) ** 2)
     assert 1.0 <= error[5] / error[11] < 1.007
+
+
+@pytest.mark.parametrize("name", [name for name, grid in GRIDS.items() if grid.signed])
+@settings(deadline=None, max_examples=10)
+@given(w=blocks(), rule=st.sampled_from(RULES))
+def test_unsigned_scales_are_never_negative_and_find_their_own_points_again(name, w, rule):
+    grid = GRIDS[name].unsigned()
+    codes, scale = grid.encode(w, rule)
+    assert np.all(scale >= 0)
+    once = grid.decode(codes, scale)
+    np.testing.assert_array_equal(decoded(grid, once, "search"), once)
+    assert np.sum((w - once) ** 2, dtype=np.float64) < np.sum(w**2, dtype=np.float64) or not np.any(once)
+
+
+def test_unsigned_changes_nothing_where_scales_have_no_sign():
+    assert [name for name, grid in GRIDS.items() if grid.unsigned() != grid] == ["q2_0", "q3_k", "q4_0", "iq4_nl"]

@@ -42,12 +42,19 @@ def test_each_family_has_its_own_grid():
     assert got["mtp/block/attn/q"] == "q8_0"
 
 
+def test_unsigned_scales_can_be_asked_for():
+    (signed, *_), (unsigned, *_) = (
+        plans.make_plan(shapes_of(), MODEL, QuantConfig(signed=signed)).values() for signed in (True, False)
+    )
+    assert (signed.signed, unsigned.signed, unsigned.name) == (True, False, "q2_0")
+
+
 def test_router_norms_and_mtp_projection_are_never_quantized():
     everything = QuantConfig(
         **{
             f.name: "q8_0"
             for f in dataclasses.fields(QuantConfig)
-            if not f.name.count("scale") and "rule" not in f.name
+            if f.type is str and not f.name.count("scale") and "rule" not in f.name
         }
     )
     got = planned(everything)

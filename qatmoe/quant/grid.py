@@ -99,6 +99,18 @@ class Grid:
     first_code: int = 0  # codes below are valid in files but never chosen
     bf16_exact: bool = True  # decoded weights are exact in bfloat16
 
+    def unsigned(self) -> "Grid":
+        """The same format with scales that are never negative; itself where they never are.
+
+        The largest weight of a block then lies on the largest level, and what is below the lowest one is clipped.
+        """
+        if not self.signed:
+            return self
+        sizes = sorted({abs(level) for level in self.search_levels}, reverse=True)
+        return dataclasses.replace(
+            self, signed=False, absmax_level=float(max(self.levels)), search_levels=tuple(map(float, sizes))
+        )
+
     # ---- scales -------------------------------------------------------------------------------
 
     def snap(self, scale: Array) -> Array:

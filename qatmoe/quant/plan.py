@@ -90,7 +90,8 @@ def _grids(model: ModelConfig, quant: QuantConfig) -> list[tuple[str, str, Grid]
     if quant.mtp != "none":
         experts = {"gate_up": quant.mtp, "down": quant.mtp} if quant.mtp != "same" else {}
         wanted += [("mtp", pattern, experts.get(key, names[key])) for key, pattern in MTP_RULES]
-    return [(key, pattern, get(name)) for key, pattern, name in wanted if name != "none"]
+    grids = [(key, pattern, get(name)) for key, pattern, name in wanted if name != "none"]
+    return grids if quant.signed else [(key, pattern, grid.unsigned()) for key, pattern, grid in grids]
 
 
 def _check_row(path: str, shape: tuple[int, ...], grid: Grid) -> None:
