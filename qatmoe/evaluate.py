@@ -7,6 +7,7 @@ Rows: the phases as deployed, in full precision the trained f32 weights; the con
 to every format (`requantize.formats`) on the tensors of the run's quant plan; both with every type of key/value cache.
 Each is compared with the reference, the phase `control` or the last one in full precision, and what was made from a
 quantized phase also with that phase itself (kld_own). Domains: the run's own held-out text and any --text.
+--reference RUN:PHASE takes the reference from another run, as where branches of one trunk are runs of their own.
 docs/audit.md defines the figures.
 
 Writes WORKDIR/audit.json row by row, then audit.md and audit.png, also when it is stopped between rows. The same
@@ -18,7 +19,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -31,10 +31,11 @@ import numpy as np
 
 from qatmoe import audit_report, cli, fidelity
 from qatmoe import requantize as rounding
+from qatmoe.audit import Audit, Row, choose, open_run
 from qatmoe.checkpoint import Checkpoints
-from qatmoe.config import Config, ModelConfig
+from qatmoe.config import ModelConfig
 from qatmoe.convert import llama
-from qatmoe.convert.weights import Branch, read_config
+from qatmoe.convert.weights import Branch, tokenizer_of
 from qatmoe.data import batches, domains
 from qatmoe.data.domains import Domain
 from qatmoe.errors import UserError
@@ -42,181 +43,12 @@ from qatmoe.fidelity import Outcome
 from qatmoe.files import write_atomically
 from qatmoe.loss import Batch, Params
 from qatmoe.model.cache import CacheType
-from qatmoe.model.transformer import abstract_params
-from qatmoe.quant.plan import Plan, make_plan
-from qatmoe.requantize import Format
 from qatmoe.run import Interrupted, Stop
-from qatmoe.tree import path_of
 
 TOKENS = 32768
-CACHES = ("bf16", "q8_0", "q4_0", "iq4_nl", "q8_0+rot", "q4_0+rot", "iq4_nl+rot")
 CALIBRATION = 16384  # tokens of training text that importance matrices are made from
 _BATCH_TOKENS = 8192
 _VERSION = 2  # raise it when a figure's meaning changes
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One model to judge: a phase's weights, as deployed or rounded again, with a type of cache."""
-
-    name: str
-    group: str
-    branch: str
-    format: str
-    rule: str
-    bits: float  # per weight of the planned tensors
-    rounded: Format | None = None
-    cache: CacheType | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Audit:
-    """What is judged, on what."""
-
-    workdir: Path
-    cfg: Config
-    model: ModelConfig  # unrolled, as `Branch.numbers` lays weights out
-    plan: Plan  # paths of the unrolled layout
-    reference: str
-    steps: dict[str, int]  # phase -> newest checkpoint
-    rows: list[Row]
-
-    def lineage(self, phase: str) -> list[str]:
-        """The phases that a phase comes from, itself first."""
-        phases = [phase]
-        while start := self.cfg.train.phases[phases[-1]].start:
-            phases.append(start)
-        return phases
-
-    def trained_tokens(self, phase: str) -> int:
-        """Tokens of training up to the phase's checkpoint, those of the phases that it comes from included."""
-        before = sum(self.cfg.train.phases[name].steps for name in self.lineage(phase)[1:])
-        return (before + self.steps[phase]) * self.cfg.train.batch_size * self.cfg.data.seq_len
-
-
-# ---- what is judged --------------------------------------------------------------------------------------------------
-
-
-def open_run(workdir: Path, reference: str = "") -> tuple[Audit, list[str]]:
-    """Reads what a run consists of, and lists the rows; computes nothing.
-
-    Returns:
-      The audit, and what it leaves out and why.
-
-    Raises:
-      UserError: no run, no phase in full precision, an unknown --reference, or a phase without a checkpoint.
-    """
-    cfg = read_config(workdir)
-    plain = [name for name, phase in cfg.train.phases.items() if not phase.quantize]
-    if reference and reference not in plain:
-        known = ", ".join(plain) or "none"
-        raise UserError(f"--reference {reference!r}: must be a phase of {workdir} in full precision ({known})")
-    if not plain:
-        raise UserError(f"{workdir} has no phase in full precision to compare with: add one without quantize")
-    reference = reference or ("control" if "control" in plain else plain[-1])
-    steps, notes = {}, []
-    for name in cfg.train.phases:
-        with Checkpoints(workdir, name) as checkpoints:
-            step = checkpoints.latest_good()
-        if step is None:
-            notes.append(f"phase {name} has no checkpoint yet: its rows are left out")
-        else:
-            steps[name] = step
-    if reference not in steps:
-        raise UserError(f"{workdir}: the reference, phase {reference}, has no checkpoint; train it first")
-    model = dataclasses.replace(cfg.model, scan_layers=False)
-    shapes = {path_of(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(model))}
-    audit = Audit(workdir, cfg, model, make_plan(shapes, model, cfg.quant), reference, steps, [])
-    notes += _unequal(audit)
-    return dataclasses.replace(audit, rows=_rows(audit, shapes, notes)), notes
-
-
-def _unequal(audit: Audit) -> list[str]:
-    """Which phases are unfinished, or were trained on another number of tokens than the reference."""
-    notes, expected = [], audit.trained_tokens(audit.reference)
-    for name, step in audit.steps.items():
-        if step != (last := audit.cfg.train.phases[name].steps):
-            notes.append(f"phase {name} is not finished: its newest checkpoint is step {step:,} of {last:,}")
-        found = audit.trained_tokens(name)
-        if found != expected and name not in audit.lineage(audit.reference):
-            notes.append(
-                f"phase {name} was trained on {found:,} tokens and the reference, {audit.reference}, on {expected:,}: "
-                "its KLD holds that difference too"
-            )
-    return notes
-
-
-def _rows(audit: Audit, shapes: dict[str, tuple[int, ...]], notes: list[str]) -> list[Row]:
-    """All rows, each branch's together, the reference first."""
-    phases, weights = audit.cfg.train.phases, {path: np.prod(shapes[path]) for path in audit.plan}
-    planned = sum(grid.bits * weights[path] for path, grid in audit.plan.items()) / max(sum(weights.values()), 1)
-    grids = "+".join(dict.fromkeys(grid.name for grid in audit.plan.values()))
-    formats, caches = _formats(audit, notes), _caches(audit, notes)
-    branches = [audit.reference, *(name for name in audit.steps if name != audit.reference)]
-    found = []
-    for name in branches:
-        quantized = phases[name].quantize
-        group = "control" if name == audit.reference else "qat" if quantized else "trunk"
-        base = Row(name, group, name, grids if quantized else "f32", "", float(planned) if quantized else 32.0)
-        found.append(base)
-        if group == "trunk":
-            continue
-        for fmt in formats:
-            found.append(
-                dataclasses.replace(
-                    base,
-                    name=f"{name}/{fmt.name}/{fmt.rule}",
-                    group="requantized" if quantized else fmt.group,
-                    format=fmt.name,
-                    rule=fmt.rule,
-                    bits=fmt.bits,
-                    rounded=fmt,
-                )
-            )
-        found += [dataclasses.replace(base, name=f"{name}/kv/{c}", group="kv", cache=c) for c in caches]
-    return found
-
-
-def _formats(audit: Audit, notes: list[str]) -> list[Format]:
-    """The formats that the planned tensors can be rounded to."""
-    if not audit.plan:
-        notes.append("config.quant puts no tensor on a grid: no weights are rounded")
-        return []
-    found = []
-    tree = abstract_params(audit.model)
-    modules = any(path.startswith("mtp/") for path in audit.plan)
-    for fmt in rounding.formats():
-        fault = rounding.misfit(tree, audit.plan, fmt)
-        if not fault and fmt.rule == "imatrix" and modules:
-            fault = f"{fmt.name} imatrix: the inputs of MTP modules, which are on the plan, are not measured"
-        if fault:
-            notes.append(f"left out: {fault}")
-        else:
-            found.append(fmt)
-    return found
-
-
-def _caches(audit: Audit, notes: list[str]) -> list[CacheType]:
-    found = []
-    for text in CACHES:
-        cache = CacheType.parse(text)
-        try:
-            cache.check(audit.model.head_dim)
-            found.append(cache)
-        except UserError as e:
-            notes.append(f"left out: {e}")
-    return found
-
-
-def choose(audit: Audit, pattern: str) -> list[Row]:
-    """The rows whose name a regular expression is found in. Raises UserError if it is none, or matches nothing."""
-    try:
-        chosen = [row for row in audit.rows if re.search(pattern, row.name)]
-    except re.error as e:
-        raise UserError(f"--rows {pattern!r} is not a regular expression: {e}") from e
-    if not chosen:
-        raise UserError(f"--rows {pattern!r} matches no row; --list shows all {len(audit.rows)}")
-    return chosen
 
 
 # ---- the text --------------------------------------------------------------------------------------------------------
@@ -243,11 +75,11 @@ def load_domains(
             raise UserError(f"--text {text!r}: a name goes into tables; give one without | and control characters")
         sources.append((name, source))
     data = batches.load_data(audit.cfg.data, audit.cfg.model.vocab_size)
-    with Branch(audit.workdir, audit.reference, audit.steps[audit.reference]) as branch:
-        if branch.tokenizer.hash != data.tokenizer.hash:
+    for workdir in dict.fromkeys((audit.workdir, audit.reference.workdir)):
+        if tokenizer_of(workdir).hash != data.tokenizer.hash:
             raise UserError(
-                f"{audit.workdir}/tokenizer.json is not what config.data.tokenizer={audit.cfg.data.tokenizer!r} gives "
-                "now: restore the training text or the tokenizer"
+                f"{workdir}/tokenizer.json is not what config.data.tokenizer={audit.cfg.data.tokenizer!r} of "
+                f"{audit.workdir} gives now: restore the training text or the tokenizer"
             )
     found = [domains.of_run(data, audit.model.n_mtp, tokens)]
     cfg = dataclasses.replace(audit.cfg.data, text_key=text_key or audit.cfg.data.text_key)
@@ -294,14 +126,15 @@ class Bench:
     def judge(self, row: Row) -> dict[str, Any]:
         """All figures of a row, as audit.json holds them."""
         if self._reference is None:
-            self._enter(self.audit.reference)
-            self._reference = fidelity.head_of(self._params), self._outcomes(self._params)
+            with self.audit.reference.open() as opened:
+                params = opened.numbers()
+            self._reference = fidelity.head_of(params), self._outcomes(params, self.audit.reference.model)
         self._enter(row.branch)
         params, joined = self._params, 1
         if row.rounded:
             importance = self._importance_of_branch() if row.rounded.rule == "imatrix" else None
             params, joined = rounding.requantize(params, self.audit.plan, row.rounded, importance)
-        made = row.branch != self.audit.reference and (row.rounded or row.cache)
+        made = not self.audit.is_reference(row.branch) and (row.rounded or row.cache)
         own = self._own_outcomes() if made else None
         started = time.perf_counter()
         figures = self._figures(params, row.cache, own)
@@ -319,7 +152,7 @@ class Bench:
             "joined_rows": joined,
             "kv": str(row.cache or ""),
             "kv_bits": 8 * row.cache.bytes(1, 1) / 2 if row.cache else None,  # as many keys as values
-            "reference": self.audit.reference,
+            "reference": self.audit.reference.name,
             **scopes[0],
             "domains": dict(zip([d.name for d in self.domains], scopes[1:], strict=True)),
         }
@@ -334,7 +167,7 @@ class Bench:
     def _own_outcomes(self) -> tuple[Params, list[jax.Array]]:
         """The head and the hidden states of the branch itself."""
         if self._own is None:
-            hidden = [outcome.hidden_BLD for outcome in self._outcomes(self._params)]
+            hidden = [outcome.hidden_BLD for outcome in self._outcomes(self._params, self.audit.model)]
             self._own = fidelity.head_of(self._params), hidden
         return self._own
 
@@ -345,8 +178,8 @@ class Bench:
             )
         return self._importance
 
-    def _outcomes(self, params: Params) -> list[Outcome]:
-        return [fidelity.run_model(params, batch, cfg=self.audit.model) for batch in self._batches]
+    def _outcomes(self, params: Params, model: ModelConfig) -> list[Outcome]:
+        return [fidelity.run_model(params, batch, cfg=model) for batch in self._batches]
 
     def _figures(
         self, params: Params, cache: CacheType | None, own: tuple[Params, list[jax.Array]] | None
@@ -394,15 +227,16 @@ class Bench:
 
 def fingerprint(audit: Audit, found: list[Domain], calibration_ML: np.ndarray) -> dict[str, Any]:
     """What rows depend on besides their name: rows of another fingerprint are computed again."""
-    checkpoints = {}
-    for name, step in audit.steps.items():
-        with Checkpoints(audit.workdir, name) as folder:
-            manifest = (folder.path(step) / "manifest.json").read_bytes()
-        checkpoints[name] = [step, _digest(manifest)]
+
+    def checkpoint(workdir: Path, phase: str, step: int) -> list[Any]:
+        with Checkpoints(workdir, phase) as folder:
+            return [step, _digest((folder.path(step) / "manifest.json").read_bytes())]
+
+    ref = audit.reference
     return {
         "version": _VERSION,
-        "reference": audit.reference,
-        "checkpoints": checkpoints,
+        "reference": [ref.name, *checkpoint(ref.workdir, ref.phase, ref.step)],
+        "checkpoints": {name: checkpoint(audit.workdir, name, step) for name, step in audit.steps.items()},
         "domains": {domain.name: domain.hash for domain in found},
         "calibration": _digest(calibration_ML.tobytes()),
         "llama_cpp_python": llama.installed(),
@@ -546,7 +380,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m qatmoe.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", required=True, help="folder of a run (the training command's --workdir)")
-    parser.add_argument("--reference", default="", help="phase to compare with; control by default")
+    parser.add_argument("--reference", default="", metavar="[RUN:]PHASE", help="to compare with; control by default")
     parser.add_argument(
         "--text", action="append", default=[], metavar="NAME=PATH", help="another domain: a file, folder or glob"
     )

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from qatmoe import cli, evaluate, loss
-from qatmoe.convert.weights import Branch
+from qatmoe.audit import open_run
+from qatmoe.convert.weights import Branch, read_config
 from qatmoe.data import batches, corpus
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -309,7 +310,7 @@ def test_checkpoints_at_other_steps_are_told(copy, capsys):
     shutil.rmtree(max((copy / "checkpoints" / "qat").iterdir(), key=lambda step: int(step.name)))
     assert command(copy, "--list") == 0
     err = capsys.readouterr().err
-    cfg = evaluate.read_config(copy)
+    cfg = read_config(copy)
     size = cfg.train.batch_size * cfg.data.seq_len
     assert "phase qat is not finished: its newest checkpoint is step 1 of 2" in err
     assert f"phase qat was trained on {3 * size:,} tokens and the reference, control, on {4 * size:,}" in err
@@ -318,7 +319,7 @@ def test_checkpoints_at_other_steps_are_told(copy, capsys):
 
 def test_rows_hold_their_step_tokens_and_cache(audited):
     rows = {row["row"]: row for row in rows_of(audited)}
-    cfg = evaluate.read_config(audited)
+    cfg = read_config(audited)
     size = cfg.train.batch_size * cfg.data.seq_len
     assert {name: row["step"] for name, row in rows.items()} == dict.fromkeys(NAMES, 2)
     assert {n: r["trained_tokens"] // size for n, r in rows.items()} == dict.fromkeys(NAMES, 4) | {"trunk": 2}
@@ -340,7 +341,7 @@ def test_text_key(run, tmp_path, monkeypatch, capsys):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"body": TEXT[:500]}))
     refused(run, [f"--text=a={file}"], "no field 'text' .*--text_key", monkeypatch, capsys)
-    audit, _ = evaluate.open_run(run)
+    audit, _ = open_run(run)
     found, _ = evaluate.load_domains(audit, [f"a={file}"], 640, "body")
     assert [domain.name for domain in found] == ["valid", "a"]
 
@@ -418,9 +419,33 @@ def test_an_empty_text(run, tmp_path, monkeypatch, capsys):
     refused(run, [f"--text=empty={tmp_path / 'empty.txt'}"], "holds no text", monkeypatch, capsys)
 
 
+def test_the_reference_of_another_run(audited, copy, tmp_path, capsys):
+    alone = shutil.copytree(copy, tmp_path / "alone")
+    edit(alone, lambda config: config["train"]["phases"].pop("control"))
+    shutil.rmtree(alone / "checkpoints" / "control")
+    assert command(alone, "--rows=^(trunk|qat)$", "--tokens", 10**6, f"--reference={copy}:control") == 0
+    rows, before = {r["row"]: r for r in rows_of(alone)}, {r["row"]: r for r in rows_of(audited)}
+    assert list(rows) == ["trunk", "qat"]
+    for name, row in rows.items():
+        assert (row["reference"], row["group"]) == (f"{copy}:control", before[name]["group"])
+        for figure in ("kld", "loss", "expert_agreement", "same_top1"):
+            assert row[figure] == pytest.approx(before[name]["domains"]["valid"][figure], rel=1e-4), (name, figure)
+    capsys.readouterr()
+    assert command(alone, "--rows=^qat$", "--tokens", 10**6, "--reference=trunk") == 0  # rows of another one go
+    assert [r["reference"] for r in rows_of(alone)] == ["trunk"]
+    assert "every row is computed anew (other than before: reference)" in capsys.readouterr().out
+
+
+def test_a_reference_that_does_not_fit(run, copy, monkeypatch, capsys):
+    edit(copy, lambda config: config["model"].update(top_k=1))
+    refused(run, [f"--reference={copy}:control"], "is of another architecture than", monkeypatch, capsys)
+    refused(run, ["--reference=nowhere:control"], "no qatmoe run there", monkeypatch, capsys)
+    refused(run, [f"--reference={copy}:qat"], "must be a phase of .* in full precision", monkeypatch, capsys)
+
+
 def test_the_last_plain_phase_is_the_reference_where_there_is_no_control(copy):
     edit(copy, lambda config: config["train"]["phases"].pop("control"))
-    audit, _ = evaluate.open_run(copy)
-    assert audit.reference == "trunk"
+    audit, _ = open_run(copy)
+    assert audit.reference.name == "trunk"
     assert audit.rows[0].group == "control"
     assert {row.branch for row in audit.rows} == {"trunk", "qat"}

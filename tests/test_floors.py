@@ -34,7 +34,7 @@ FLOORS: list[set[str]] = [
     {"report", "audit_report", "run", "cli"},
     {"phases", "parts", "convert.weights"},
     {"convert.gguf_model", "convert.huggingface_model", "convert.hf_import"},
-    {"convert.verify", "shapes", "harness"},
+    {"convert.verify", "shapes", "harness", "audit"},
     {"benchmark"},
     {"aot"},
     {"fit"},

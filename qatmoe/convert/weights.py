@@ -201,7 +201,7 @@ class Branch:
             raise UserError(
                 f"--branch {phase!r}: {workdir} has no such phase; it has {', '.join(self.cfg.train.phases)}"
             )
-        self.tokenizer = _tokenizer(self.workdir)
+        self.tokenizer = tokenizer_of(self.workdir)
         self._checkpoints = Checkpoints(self.workdir, self.phase)
         self._meta = self._newest() if step is None else self._checkpoints.meta(step)
         self.step: int = self._meta["step"]
@@ -377,7 +377,8 @@ def read_config(workdir: Path) -> Config:
         raise UserError(f"{workdir}/config.json cannot be used: {e}") from e
 
 
-def _tokenizer(workdir: Path) -> tokenizer.Tokenizer:
+def tokenizer_of(workdir: Path) -> tokenizer.Tokenizer:
+    """The tokenizer of a run. Raises UserError where its file is missing."""
     if not (workdir / "tokenizer.json").is_file():
         raise UserError(f"{workdir}/tokenizer.json is missing: start the run's training command again, it writes it")
     return tokenizer.load(str(workdir / "tokenizer.json"))
