@@ -11,6 +11,7 @@ results come from `python -m launch.collect runs/NAME`.
 """
 
 import argparse
+import contextlib
 import functools
 import shlex
 import sys
@@ -25,6 +26,7 @@ from qatmoe import cli
 from qatmoe.errors import UserError
 
 BACKENDS = ("local", "slurm", "skypilot", "jobset")
+RESTARTS = 3  # of a run that was stopped or killed
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -60,10 +62,13 @@ def describe(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def run_locally(runs: Sequence[Run], folder: Path, places: Sequence[local.Slot], restarts: int) -> int:
-    """Runs on this machine; returns the exit code: 0 all done, 1 some failed, 128 + 15 stopped by a signal."""
+def run_locally(runs: Sequence[Run], places: Sequence[local.Slot], restarts: int) -> int:
+    """Runs on this machine, of one sweep or several; returns the exit code: 0 all done, 1 some failed, 128 + 15 stopped
+    by a signal."""
     tasks = [local.Task(r.name, r.command, r.log, functools.partial(points.finished, r.folder)) for r in runs]
-    with local.locked(folder):
+    with contextlib.ExitStack() as locks:
+        for folder in sorted({run.folder.parent for run in runs}):
+            locks.enter_context(local.locked(folder))
         queue = local.Queue(tasks, places, restarts=restarts)
         outcomes = queue.run()
     failed = [o for o in outcomes if o.kind == "failed"]
@@ -75,6 +80,19 @@ def run_locally(runs: Sequence[Run], folder: Path, places: Sequence[local.Slot],
     return 1 if failed else 0
 
 
+def enter(sweep: Sweep, runs: Sequence[Run], folder: Path) -> list[Run]:
+    """Opens a sweep's folder, says which runs are done or running, and returns the others. Raises as `points.state`."""
+    states = {run.name: points.state(run) for run in runs}
+    points.open_folder(sweep, runs, folder)
+    todo = []
+    for run in runs:
+        if states[run.name].kind in ("done", "running"):
+            print(f"{states[run.name].text:8s} {run.name}")
+        else:
+            todo.append(run)
+    return todo
+
+
 def launch(args: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
     """Starts what is not finished, with the backend that was asked for."""
     # Input: everything that can be wrong is found before the folder is made.
@@ -83,8 +101,6 @@ def launch(args: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
     if args.dry_run:
         print(describe(runs))
         return 0
-    states = {run.name: points.state(run) for run in runs}
-    todo = [r for r in runs if states[r.name].kind not in ("done", "running")]
     places = local.slots(1 if args.slots is None else args.slots)
     if args.backend == "slurm":
         slurm_options = options.read(slurm.Options, args.option)
@@ -96,16 +112,13 @@ def launch(args: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
         jobset_options = options.read(cloud.JobSetOptions, args.option)
         _ = [cloud.jobset(run, sweep, jobset_options) for run in runs]
     # What there is to do.
-    points.open_folder(sweep, runs, folder)
-    for run in runs:
-        if run not in todo:
-            print(f"{states[run.name].text:8s} {run.name}")
+    todo = enter(sweep, runs, folder)
     if not todo:
         print(f"nothing to start. Results: python -m launch.collect {folder}")
         return 0
     # Backends.
     if args.backend == "local":
-        code = run_locally(todo, folder, places, 3 if args.restarts is None else args.restarts)
+        code = run_locally(todo, places, RESTARTS if args.restarts is None else args.restarts)
         print(f"results: python -m launch.collect {folder}")
         return code
     if args.backend == "slurm":

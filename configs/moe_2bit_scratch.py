@@ -1,0 +1,21 @@
+"""On the grid from the first step, for as many tokens as the main job's trunk and branch together: ternary by default.
+
+    python -m qatmoe.train --config configs/moe_2bit_scratch.py
+
+Hardware: 2 CPU cores, 4 minutes; any GPU. Data: the bundled novels. Its rate and schedule are the main job's, so it is
+beside that job's QAT what training from scratch is beside late QAT (experiments/iso_memory).
+"""
+
+from configs import moe_2bit
+from qatmoe.config import phase
+
+
+def get_config():
+    config = moe_2bit.get_config()
+    config.name = "moe_2bit_scratch"
+    config.quant.experts = config.quant.shared = "ternary"
+    trunk, branch = config.train.phases.trunk, config.train.phases.qat
+    config.train.phases = {
+        "qat": phase(steps=trunk.steps + branch.steps, warmup=trunk.warmup, decay=branch.decay, quantize=True)
+    }
+    return config

@@ -1,0 +1,66 @@
+"""What does FP4 QAT of the experts cost against full precision, rounding and Q4_0?
+
+python -m launch.study experiments/fp4_experts/study.py --slots 2
+"""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from experiments import scales
+from experiments.scales import experts_on
+from launch.algebra import Points, chain
+from launch.study import Report, Results, Row, Study, branches
+from launch.study_tables import Group, above_control, dots, mean_se, roundings, select, table, with_se
+from qatmoe.text_table import markdown
+
+PTQ = r"^control/(mxfp4|nvfp4|q4_0|iq4_nl|MXFP4|NVFP4|Q4_0|IQ4_NL|IQ4_XS|Q4_K)/"
+GRIDS = ("mxfp4", "nvfp4", "q4_0")
+VARIANTS: dict[str, Points] = {
+    "mxfp4, down projection on q8_0": experts_on("mxfp4", **{"quant.down": "q8_0"}),
+    "mxfp4, SwiGLU clamped at 10": experts_on("mxfp4", **{"model.swiglu_limit": 10.0}),
+    "mxfp4, dynamic scales": experts_on("mxfp4", **{"quant.scale": "dynamic"}),
+}
+
+
+def get_study(scale: str, corpus: str) -> Study:
+    """Trunks; each grid; the down projection one step higher; DeepSeek-V4's clamp."""
+    s = scales.get(scale, corpus)
+    trunks = s.trunks(f"^control$|{PTQ}")
+    return Study(
+        stages=(
+            trunks,
+            *(s.on_grid(trunks, grid) for grid in GRIDS),
+            branches(trunks, f"{s.name}_fp4", s.branch, chain(*VARIANTS.values())),
+        ),
+        tokens=s.tokens,
+        texts=s.texts,
+    )
+
+
+def report(results: Results) -> Report:
+    """For each size: QAT and rounding beside the control."""
+    tables = {}
+    figure = Figure(figsize=(8, 0.8 + 5 * len(results)), layout="constrained")
+    for (scale, rows), axes in zip(results.items(), figure.subplots(len(results), squeeze=False)[:, 0], strict=True):
+        control = select(rows, "control", f"{scale}_trunks", row="control")
+        rounded = roundings(rows, f"{scale}_trunks", PTQ)
+        grids = [select(rows, f"{grid}, learned scales", f"{scale}_{grid}") for grid in GRIDS]
+        more = [select(rows, name, f"{scale}_fp4", **point) for name, (point,) in VARIANTS.items()]
+        tables[f"{scale}_fp4"] = table([control, *rounded, *grids, *more], [], rows)
+        tables[f"{scale}_goals"] = goals(grids, rows)
+        dots(axes, [*((g, "black") for g in rounded), *((g, "tab:red") for g in (*grids, *more))], rows)
+        axes.set_title(f"{scale}: rounding (black) and QAT (red), {len(control.rows)} seeds", fontsize=10)
+    return Report(tables, figure)
+
+
+def goals(grids: Sequence[Group], rows: Sequence[Row]) -> str:
+    """How far FP4 QAT's loss is from the control's, in percent of it; asked were 0.3."""
+    lines = [["goal: within 0.3 % of the control's loss", "found"]]
+    for group in grids:
+        above = above_control(group, rows)
+        percent = [100 * a / (r["loss"] - a) for a, r in zip(above, group.rows, strict=True)]
+        lines.append(
+            [group.label, with_se(percent, ".2f") + (" %: met" if mean_se(percent)[0] <= 0.3 else " %: not met")]
+        )
+    return markdown(lines)

@@ -1,0 +1,114 @@
+"""In the same memory: a 2-bit model of 2N routed parameters, or a 4-bit one of N?
+
+    python -m launch.study experiments/iso_memory/study.py --slots 2
+
+The models of a pair differ in the number of experts alone, so both train the same number of weights for a token: equal
+training tokens are equal training FLOPs too, but for the router and the optimizer.
+"""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from experiments import scales
+from experiments.scales import Scale, experts_on
+from launch.study import Report, Results, Row, Study, beside
+from launch.study_tables import Group, mean_se, select, with_se
+from qatmoe.text_table import markdown
+
+
+def get_study(scale: str, corpus: str) -> Study:
+    """Trunks of N, 2N and 4N; Q4_0 of N and 2N; ternary from the first step of 2N and 4N. The trunks make Q2_0."""
+    s = scales.get(scale, corpus)
+    n, middle, large = s.experts[1:]
+    trunks = {size: s.size(size, "^(control|qat)$") for size in (n, middle, large)}
+    ternary = experts_on("ternary")
+    return Study(
+        stages=(
+            *trunks.values(),
+            *(s.on_grid(trunks[size], "q4_0") for size in (n, middle)),
+            *(beside(trunks[size], f"{s.name}_scratch_{size}", s.scratch, ternary) for size in (middle, large)),
+        ),
+        tokens=s.tokens,
+        texts=s.texts,
+    )
+
+
+def report(results: Results) -> Report:
+    """For each size: the models by bytes, and each pair seed by seed."""
+    tables = {}
+    figure = Figure(figsize=(7, 0.5 + 4 * len(results)), layout="constrained")
+    for (scale, rows), axes in zip(results.items(), figure.subplots(len(results), squeeze=False)[:, 0], strict=True):
+        s = scales.get(scale)
+        found = models(s, rows)
+        tables[f"{scale}_models"] = models_table(found)
+        tables[f"{scale}_pairs"] = pairs_table(s, found)
+        for kind, color in (("bf16", "black"), ("Q4_0", "tab:blue"), ("Q2_0", "tab:red"), ("ternary", "tab:green")):
+            drawn = [(size, g) for (size, k), g in found.items() if k == kind]
+            y, se = zip(*(mean_se([r["loss"] for r in g.rows]) for _, g in drawn), strict=True)
+            x = [g.rows[0]["bytes"] / 1e6 for _, g in drawn]
+            axes.errorbar(x, y, se, marker="o", capsize=3, color=color, label=kind)
+            for (size, _), a, b in zip(drawn, x, y, strict=True):
+                axes.annotate(f"{size} experts", (a, b), fontsize=7, xytext=(4, 4), textcoords="offset points")
+        axes.set_xscale("log")
+        axes.set_xlabel("whole model, MB (log scale)")
+        axes.set_ylabel("validation loss (nats per token)")
+        axes.set_title(f"{scale}: loss by bytes, {len(s.seeds)} seeds", fontsize=10)
+        axes.grid(alpha=0.25, which="both")
+        axes.legend(fontsize=8)
+    return Report(tables, figure)
+
+
+def models(s: Scale, rows: Sequence[Row]) -> dict[tuple[int, str], Group]:
+    """{(experts, kind): its rows}."""
+    found = {}
+    for size in s.experts[1:]:
+        suffix = "" if size == s.experts[1] else f"_{size}"
+        for kind, stage, row in (
+            ("bf16", f"{s.name}_trunks{suffix}", "control"),
+            ("Q4_0", f"{s.name}_q4_0{suffix}", "qat"),
+            ("Q2_0", f"{s.name}_trunks{suffix}", "qat"),
+            ("ternary", f"{s.name}_scratch_{size}", "qat"),
+        ):
+            if any(r["stage"] == stage for r in rows):
+                found[size, kind] = select(rows, f"{size} experts, {kind}", stage, row=row)
+    return found
+
+
+def models_table(found: dict[tuple[int, str], Group]) -> str:
+    """Every model with its size and loss."""
+    lines = [["model", "config", "seeds", "parameters", "MB", "tokens", "loss", "minutes"]]
+    for group in found.values():
+        first = group.rows[0]
+        lines.append(
+            [
+                group.label + (" from the first step" if "scratch" in first["stage"] else ""),
+                first["config"].split("/")[-1].removesuffix(".py"),
+                " ".join(str(r["seed"]) for r in group.rows),
+                f"{first['parameters']:,}",
+                f"{first['bytes'] / 1e6:.3f}",
+                f"{first['tokens']:,}",
+                with_se([r["loss"] for r in group.rows]),
+                f"{mean_se([r['seconds'] / 60 for r in group.rows])[0]:.1f}",
+            ]
+        )
+    return markdown(lines)
+
+
+def pairs_table(s: Scale, found: dict[tuple[int, str], Group]) -> str:
+    """Each pair: how much lower the loss of the larger model in fewer bits is, seed by seed."""
+    lines = [["pair", "bytes of the second / first", "loss of the second minus the first", "wins of the second"]]
+    _, n, middle, large = s.experts
+    for small, big in ((n, middle), (middle, large)):
+        for kind in ("Q2_0", "ternary"):
+            a, b = found[small, "Q4_0"], found[big, kind]
+            gains = [y["loss"] - x["loss"] for x, y in zip(a.rows, b.rows, strict=True)]
+            lines.append(
+                [
+                    f"{a.label}; {b.label}",
+                    f"{b.rows[0]['bytes'] / a.rows[0]['bytes']:.3f}",
+                    with_se(gains),
+                    f"{sum(g < 0 for g in gains)} of {len(gains)} seeds",
+                ]
+            )
+    return markdown(lines)

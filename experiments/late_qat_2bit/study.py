@@ -1,0 +1,173 @@
+"""Which recipe of late 2-bit QAT is best, by how much, and how late is too late?
+
+python -m launch.study experiments/late_qat_2bit/study.py --slots 2
+"""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments import scales
+from experiments.scales import Scale, experts_on
+from launch.algebra import Points, chain, values
+from launch.study import Report, Results, Row, Study, branches
+from launch.study_tables import Group, above_control, dots, mean_se, recovered, roundings, select, table, with_se
+from qatmoe.text_table import markdown
+
+PTQ = r"^control/(q2_0|ternary|q2_k|Q2_0|Q2_K|IQ2_XXS|IQ2_XS|IQ2_S)/"
+
+DISTILL, CLIP, SIGNED = "train.phases.qat.distill", "quant.clip_gradient", "quant.signed"
+RECIPES: dict[str, Points] = {
+    "q2_0, dynamic scales": values("quant.scale", ["dynamic"]),
+    "q2_0, learned scales without a sign": values(SIGNED, [False]),
+    "q2_0, learned, LSQ's clipped gradient": values(CLIP, [True]),
+    "q2_0, learned, half KL to the trunk": values(DISTILL, [0.5]),
+    "q2_0, learned, all KL to the trunk": values(DISTILL, [1.0]),
+    "ternary, learned": experts_on("ternary"),
+    "q2_k (stretched), learned": experts_on("q2_k"),
+}
+
+
+def recipes_of(s: Scale) -> dict[str, Points]:
+    """The recipes whose blocks fit the size's rows."""
+    return {name: points for name, points in RECIPES.items() if s.k_quants or "q2_k" not in name}
+
+
+def get_study(scale: str, corpus: str) -> Study:
+    """Trunks; recipes; shares of the tokens; rates."""
+    s = scales.get(scale, corpus)
+    trunks = s.trunks(f"^(trunk|control|qat)$|{PTQ}")
+    shares = [
+        {
+            "init_from": f":trunk@{s.trunk_steps - steps}",
+            "train.phases.trunk.steps": s.trunk_steps - steps,
+            **{f"train.phases.{phase}.{key}": steps for phase in ("control", "qat") for key in ("steps", "decay")},
+        }
+        for steps in s.share_steps
+    ]
+    rates = [{f"train.phases.{phase}.lr": rate for phase in ("control", "qat")} for rate in s.rates]
+    scale_rates = values("optim.scale_lr", s.scale_rates)
+    return Study(
+        stages=(
+            trunks,
+            branches(trunks, f"{s.name}_recipes", s.branch, chain(*recipes_of(s).values())),
+            branches(trunks, f"{s.name}_shares", s.config, shares, judged="^(control|qat)$|^control/q2_0/search$"),
+            branches(trunks, f"{s.name}_rates", s.config, rates, judged="^(control|qat)$", seeds=s.seeds[:1]),
+            branches(trunks, f"{s.name}_scale_rates", s.branch, scale_rates, seeds=s.seeds[:1]),
+        ),
+        tokens=s.tokens,
+        texts=s.texts,
+    )
+
+
+# ---- Tables and figure -----------------------------------------------------------------------------------------------
+
+
+def report(results: Results) -> Report:
+    """For each size: recipes, shares, rates; the figure shows recipes and shares of all sizes."""
+    tables = {}
+    figure = Figure(figsize=(12, 1.5 + 4.2 * len(results)), layout="constrained")
+    panels = figure.subplots(len(results), 2, squeeze=False)
+    for (scale, rows), (left, right) in zip(results.items(), panels, strict=True):
+        s = scales.get(scale)
+        trunks = f"{scale}_trunks"
+        controls = [select(rows, name, trunks, row=name) for name in ("trunk", "control")]
+        rounded = roundings(rows, trunks, PTQ)
+        best = select(rows, "**q2_0, learned scales** (the config)", trunks)
+        made = [select(rows, name, f"{scale}_recipes", **p) for name, (p,) in recipes_of(s).items()]
+        ptq = [g for g in rounded if g.rows[0]["bits_per_weight"] <= 2.7]
+        tables[f"{scale}_recipes"] = table([*controls, *rounded, best, *made], ptq, rows)
+        tables[f"{scale}_domains"] = domains_table([controls[1], *rounded, best, *made])
+        tables[f"{scale}_shares"] = shares_table(shares_of(s, rows), rows)
+        tables[f"{scale}_rates"] = table(rates_of(s, rows, best, controls[1]), [], rows)
+        tables[f"{scale}_goals"] = goals(best, ptq, rows)
+        drawn = [*((g, "black") for g in rounded), (best, "tab:red"), *((g, "tab:orange") for g in made)]
+        dots(left, drawn, rows)
+        left.set_title(f"{scale}: rounding (black) and QAT, {len(best.rows)} seeds", fontsize=10)
+        draw_shares(right, shares_of(s, rows), rows)
+        right.set_title(f"{scale}: QAT in the last steps of equal training", fontsize=10)
+    return Report(tables, figure)
+
+
+def domains_table(groups: Sequence[Group]) -> str:
+    """Bits per byte on each domain."""
+    names = list(groups[0].rows[0]["domains"])
+    lines = [["bits per byte", *names]]
+    for group in groups:
+        cells = [with_se([r["domains"][name]["bits_per_byte"] for r in group.rows]) for name in names]
+        lines.append([group.label, *cells])
+    return markdown(lines)
+
+
+def shares_of(s: Scale, rows: Sequence[Row]) -> list[tuple[float, Group, Group]]:
+    """For each share of the tokens: the share, QAT, and the control of the same tokens rounded."""
+    found = []
+    for steps in s.share_steps:
+        at = {"train.phases.qat.steps": steps}
+        stage, share = f"{s.name}_shares", steps / s.trunk_steps
+        label = f"last {share:.3g} of the tokens"
+        found.append(
+            (
+                share,
+                select(rows, f"QAT in the {label}", stage, **at),
+                select(rows, f"PTQ, decay in the {label}", stage, row="control/q2_0/search", **at),
+            )
+        )
+    return found
+
+
+def shares_table(shares: Sequence[tuple[float, Group, Group]], rows: Sequence[Row]) -> str:
+    """QAT and rounding by share, each beside the control that decays in the same steps."""
+    groups, ptq = [], []
+    for _, qat, rounded in shares:
+        stage, at = qat.rows[0]["stage"], {"train.phases.qat.steps": qat.rows[0]["steps"]}
+        groups += [select(rows, rounded.label.replace("PTQ", "control"), stage, row="control", **at), rounded, qat]
+        ptq.append(rounded)
+    return table(groups, ptq, rows)
+
+
+def draw_shares(axes: Axes, shares: Sequence[tuple[float, Group, Group]], rows: Sequence[Row]) -> None:
+    """Loss above the control of the same steps, by share."""
+    x = [share for share, _, _ in shares]
+    for i, (label, color) in enumerate((("QAT", "tab:red"), ("rounding the control", "black"))):
+        points = [mean_se(above_control(share[1 + i], rows)) for share in shares]
+        axes.errorbar(
+            x, [m for m, _ in points], [se for _, se in points], marker="o", color=color, label=label, capsize=3
+        )
+    axes.set_xscale("log")
+    axes.set_xticks(x, [f"{100 * share:g} %" for share in x])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("share of all tokens")
+    axes.set_ylabel("loss above control (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+
+
+def rates_of(s: Scale, rows: Sequence[Row], qat: Group, control: Group) -> list[Group]:
+    """The search of rates at the first seed: control and QAT alike, then the rate of scales."""
+    first = lambda group, label: Group(label, group.rows[:1])  # noqa: E731
+    groups = [first(control, "control, the config's rates"), first(qat, "QAT, the config's rates")]
+    for rate in s.rates:
+        for row in ("control", "qat"):
+            at = {"train.phases.qat.lr": rate}
+            groups.append(select(rows, f"{row}, rate {rate:g}", f"{s.name}_rates", row=row, **at))
+    for rate in s.scale_rates:
+        at = {"optim.scale_lr": rate}
+        groups.append(select(rows, f"qat, rate of scales {rate:g}", f"{s.name}_scale_rates", **at))
+    return groups
+
+
+def goals(qat: Group, ptq: Sequence[Group], rows: Sequence[Row]) -> str:
+    """What was asked of Q2_0 with learned scales, and what was found."""
+    best = min(ptq, key=lambda g: mean_se([r["kld"] for r in g.rows])[0])
+    pairs = list(zip(qat.rows, best.rows, strict=True))
+    ratios = [a["kld"] / b["kld"] for a, b in pairs]
+    relative = [100 * a / (r["loss"] - a) for a, r in zip(above_control(qat, rows), qat.rows, strict=True)]
+    shares = [100 * x for x in recovered(qat, ptq, rows)]
+    lines = [["goal at 2.25 bits", "found"]]
+    lines.append(["recovers at least 95 % of what the best rounding in 2.7 bits loses", with_se(shares, ".0f") + " %"])
+    lines.append(["within 2 % of the control's loss", with_se(relative, ".2f") + " %"])
+    lines.append([f"KLD at most 1/5 of the best rounding's ({best.label})", with_se(ratios, ".2f")])
+    return markdown(lines)

@@ -1,0 +1,117 @@
+"""Do larger models lose less to few bits?
+
+    python -m launch.study experiments/resilience/study.py --slots 2
+
+Four sizes, a factor of 8 in the number of experts. For rounding and for QAT: the loss above the control of the same
+size, and a power law in the number of quantized parameters through it, with the uncertainty that seeds give it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import scales
+from experiments.scales import Scale
+from launch.study import Report, Results, Row, Study
+from launch.study_tables import Group, above_control, mean_se, select, with_se
+from qatmoe.text_table import markdown
+
+PTQ = {"2 bits, PTQ": "q2_0/search", "3 bits, PTQ": "IQ3_S/imatrix", "4 bits, PTQ": "q4_0/search"}
+COLORS = {"2": "tab:red", "3": "tab:green", "4": "tab:blue"}
+
+
+def get_study(scale: str, corpus: str) -> Study:
+    """Trunks of every size with Q2_0 QAT, and Q4_0 QAT from them; where K-quants fit, Q3_K QAT too."""
+    s = scales.get(scale, corpus)
+    judged = "^(control|qat)$|^control/(" + "|".join(PTQ.values()) + ")$"
+    trunks = [s.size(size, judged) for size in s.experts]
+    grids = ("q3_k", "q4_0") if s.k_quants else ("q4_0",)
+    return Study(
+        stages=(*trunks, *(s.on_grid(t, grid) for t in trunks for grid in grids)), tokens=s.tokens, texts=s.texts
+    )
+
+
+def report(results: Results) -> Report:
+    """For each size: gaps, and laws through them."""
+    tables = {}
+    figure = Figure(figsize=(8, 0.5 + 4.5 * len(results)), layout="constrained")
+    for (scale, rows), axes in zip(results.items(), figure.subplots(len(results), squeeze=False)[:, 0], strict=True):
+        found = series(scales.get(scale), rows)
+        tables[f"{scale}_gaps"] = gaps_table(found, rows)
+        laws = {name: law(groups, rows) for name, groups in found.items()}
+        tables[f"{scale}_laws"] = laws_table(laws)
+        for name, groups in found.items():
+            x = np.asarray([g.rows[0]["quantized"] for g in groups])
+            y, se = zip(*(mean_se(above_control(g, rows)) for g in groups), strict=True)
+            style = {"color": COLORS[name[0]], "ls": "--" if "PTQ" in name else "-"}
+            axes.errorbar(x, y, se, fmt="s" if "PTQ" in name else "o", color=style["color"], capsize=3, label=name)
+            if laws[name]:
+                a, b = np.median(laws[name], axis=0)
+                axes.plot(x, np.exp(a) * (x / x[0]) ** b, lw=1, **style)
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=0.003)
+        axes.set_xlabel("quantized parameters")
+        axes.set_ylabel("loss above control (nats per token)")
+        axes.set_title(f"{scale}: what few bits cost, by size", fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+    return Report(tables, figure)
+
+
+def series(s: Scale, rows: Sequence[Row]) -> dict[str, list[Group]]:
+    """{name: a group for each size}."""
+    found: dict[str, list[Group]] = {}
+    for size in s.experts:
+        suffix = "" if size == s.experts[1] else f"_{size}"
+        label = f"{size} experts"
+        for name, row in PTQ.items():
+            found.setdefault(name, []).append(select(rows, label, f"{s.name}_trunks{suffix}", row=f"control/{row}"))
+        found.setdefault("2 bits, QAT", []).append(select(rows, label, f"{s.name}_trunks{suffix}"))
+        if s.k_quants:
+            found.setdefault("3 bits, QAT", []).append(select(rows, label, f"{s.name}_q3_k{suffix}"))
+        found.setdefault("4 bits, QAT", []).append(select(rows, label, f"{s.name}_q4_0{suffix}"))
+    return found
+
+
+def gaps_table(found: dict[str, list[Group]], rows: Sequence[Row]) -> str:
+    """Loss above control by size."""
+    sizes = next(iter(found.values()))
+    lines = [["", *(f"{g.label}: {g.rows[0]['quantized']:,} quantized" for g in sizes)]]
+    lines.append(["config", *(g.rows[0]["config"].split("/")[-1].removesuffix(".py") for g in sizes)])
+    lines.append(["seeds", *(" ".join(str(r["seed"]) for r in g.rows) for g in sizes)])
+    lines.append(["tokens of a branch, its trunk's included", *(f"{g.rows[0]['tokens']:,}" for g in sizes)])
+    for name, groups in found.items():
+        lines.append([name, *(with_se(above_control(g, rows)) for g in groups)])
+    return markdown(lines)
+
+
+def law(groups: Sequence[Group], rows: Sequence[Row], draws: int = 2000) -> list[tuple[float, float]]:
+    """(log a, b) of gap = a (N / N_0)^b by least squares of logarithms, N_0 the smallest size, for resampled seeds.
+
+    Empty where a gap is not above 0: a power law cannot hold it.
+    """
+    gaps = [np.asarray(above_control(g, rows)) for g in groups]
+    if min(gap.min() for gap in gaps) <= 0:
+        return []
+    x = np.log([g.rows[0]["quantized"] / groups[0].rows[0]["quantized"] for g in groups])
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(draws):
+        y = [math.log(rng.choice(gap, len(gap)).mean()) for gap in gaps]
+        b, a = np.polyfit(x, y, 1)
+        found.append((float(a), float(b)))
+    return found
+
+
+def laws_table(laws: dict[str, list[tuple[float, float]]]) -> str:
+    """Exponents, with the range that 95 % of the resamples lie in."""
+    lines = [["", "gap of the smallest", "exponent b", "95 % of resampled seeds"]]
+    for name, draws in laws.items():
+        if not draws:
+            lines.append([name, "", "no law: a gap of some seed is not above 0", ""])
+            continue
+        (a, b), (low, high) = np.median(draws, axis=0), np.percentile([b for _, b in draws], [2.5, 97.5])
+        lines.append([name, f"{math.exp(a):.4f}", f"{b:+.2f}", f"{low:+.2f} .. {high:+.2f}"])
+    return markdown(lines)

@@ -1,0 +1,111 @@
+"""The two sizes at which the studies are run, and the runs that they share: trunks, sizes, branches on a grid.
+
+small   configs/moe_2bit.py and its branches on the bundled novels: 2 CPU cores, minutes a run.
+h100    configs/h100_study.py on a corpus: one H100.
+
+Branches of the same trunks under the same name are the same runs in every study (launch/study.py).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from launch.algebra import Points, product, values, zip_
+from launch.points import Sweep
+from launch.study import Stage, branches
+from qatmoe.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """One size."""
+
+    name: str
+    config: str  # trunk, control and q2_0 QAT
+    branch: str  # q2_0 QAT alone, from a trunk
+    scratch: str  # on the grid from the first step
+    common: Points  # one point: what is set in every run
+    experts: Sequence[int]  # sizes: numbers of experts, the second is the config's
+    share_steps: Sequence[int]  # of a share's branch; they divide the trunk's steps, as does the first all others
+    trunk_steps: int
+    rates: Sequence[float]  # searched for control and QAT, besides the config's
+    scale_rates: Sequence[float]  # searched for learned scales, besides the config's
+    k_quants: bool  # rows are whole blocks of the K formats
+    tokens: int
+    texts: tuple[str, ...]
+    seeds: Sequence[int] = (0, 1, 2)
+
+    def trunks(self, judged: str) -> Stage:
+        """Trunk, control and q2_0 QAT with learned scales, every seed. Checkpoints stand where shares branch off."""
+        return Stage(Sweep(f"{self.name}_trunks", self.config, self._seeds()), judged)
+
+    def size(self, n_experts: int, judged: str) -> Stage:
+        """The same with another number of experts."""
+        if n_experts == self.experts[1]:
+            return self.trunks(judged)
+        points = product(values("model.n_experts", [n_experts]), self._seeds())
+        return Stage(Sweep(f"{self.name}_trunks_{n_experts}", self.config, points), judged)
+
+    def on_grid(self, trunks: Stage, grid: str) -> Stage:
+        """QAT of all experts on a grid, from trunks of any size."""
+        size = trunks.sweep.name.removeprefix(f"{self.name}_trunks")
+        return branches(trunks, f"{self.name}_{grid}{size}", self.branch, experts_on(grid))
+
+    def _seeds(self) -> Points:
+        every, kept = self.share_steps[0], self.trunk_steps // self.share_steps[0]
+        shared = {"train.checkpoint_every": every, "train.keep": kept}
+        return product(self.common, [shared], values("train.seed", self.seeds))
+
+
+def experts_on(grid: str, **more: object) -> Points:
+    """One point: routed and shared experts on a grid."""
+    return [point | more for point in zip_(values("quant.experts", [grid]), values("quant.shared", [grid]))]
+
+
+SMALL = Scale(
+    name="small",
+    config="configs/moe_2bit.py",
+    branch="configs/moe_2bit_branch.py",
+    scratch="configs/moe_2bit_scratch.py",
+    common=[{}],
+    experts=(4, 8, 16, 32),
+    share_steps=(45, 90, 180, 360),
+    trunk_steps=900,
+    rates=(0.005, 0.02),
+    scale_rates=(1e-5, 1e-4, 1e-3),
+    k_quants=False,
+    tokens=131_072,
+    texts=(),
+)
+H100 = Scale(
+    name="h100",
+    config="configs/h100_study.py",
+    branch="configs/h100_study_branch.py",
+    scratch="configs/h100_study_scratch.py",
+    common=[{}],
+    experts=(16, 32, 64, 128),
+    share_steps=(120, 240, 480, 960),
+    trunk_steps=4_800,
+    rates=(1.5e-3, 6e-3),
+    scale_rates=(1e-5, 1e-4, 1e-3),
+    k_quants=True,
+    tokens=262_144,
+    texts=(),
+)
+
+
+def get(name: str, corpus: str = "") -> Scale:
+    """The size of that name; what is trained on is a folder for h100 (its train*.jsonl* and heldout/*.jsonl).
+
+    Raises:
+      UserError: there is no such size.
+    """
+    if name == "small":
+        return SMALL
+    if name != "h100":
+        raise UserError(f"--scale {name}: must be small or h100")
+    common = {
+        "data.source": f"{corpus}/train*.jsonl*",
+        "data.valid": f"{corpus}/heldout/novel.jsonl",
+    }
+    texts = tuple(f"{name}={corpus}/heldout/{name}.jsonl" for name in ("wiki", "techdoc", "code"))
+    return dataclasses.replace(H100, common=[common], texts=texts)

@@ -1,0 +1,285 @@
+"""Runs a study: trunks, branches from them, an audit of every branch, and one table of results.
+
+    python -m launch.study experiments/late_qat_2bit/study.py --slots 2              trains and judges what is missing
+    python -m launch.study experiments/late_qat_2bit/study.py --dry_run              its runs, how far they are
+    python -m launch.study experiments/late_qat_2bit/study.py --report               tables and figure from the results
+
+Run it from the repository's root. `--scale NAME` chooses the size; what else is given (--slots, --backend, --option,
+...) goes to launch.sweep. A study file is Python with two functions, get_study(scale, corpus) -> Study and
+report(results) -> Report.
+
+Runs lie under runs/SWEEP, and a study that shares a sweep with another one shares its runs. Results are written beside
+the study file as SCALE.json, one line for every judged branch; README.md and figure.png are made from all of them.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from launch import local, points, sweep
+from launch.algebra import Points, chain, product
+from launch.points import Run, Sweep
+from qatmoe import audit, cli, evaluate, metrics
+from qatmoe.errors import UserError
+from qatmoe.files import write_atomically
+from qatmoe.report import fill_tables
+
+Row = dict[str, Any]
+Results = dict[str, list[Row]]  # scale -> rows
+
+FIGURES = ("loss", "bits_per_byte", "kld", "kld_p99", "same_top1", "expert_agreement")
+HEALTH = ("flip_rate", "flipped", "weight_error", "scale_drift")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A sweep, and what is judged of its runs.
+
+    judged: a regular expression of rows of `qatmoe.evaluate`.
+    references: RUN:PHASE for each point of the sweep, or () where each run is compared with its own control.
+    """
+
+    sweep: Sweep
+    judged: str = "^qat$"
+    references: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What is trained, in this order, and the text that it is judged on."""
+
+    stages: Sequence[Stage]
+    tokens: int = evaluate.TOKENS  # of each domain
+    texts: tuple[str, ...] = ()  # NAME=PATH: domains besides the run's own held-out text
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What README.md gets between its markers, and the figure."""
+
+    tables: dict[str, str]
+    figure: Figure
+
+
+def folder_of(asked: Sweep) -> Path:
+    """Where a sweep's runs lie, from the repository's root."""
+    return Path("runs") / asked.name
+
+
+# ---- Stages ----------------------------------------------------------------------------------------------------------
+
+
+def branches(
+    trunks: Stage,
+    name: str,
+    config: str,
+    variants: Points,
+    *,
+    judged: str = "^qat$",
+    seeds: Sequence[int] | None = None,
+) -> Stage:
+    """Every variant from every trunk. Compared with the trunk's own control, or the variant's where it trains one.
+
+    Args:
+      trunks: runs with a phase `trunk` and, unless the branches train one, `control`.
+      config: of a branch; its first phase is `trunk`.
+      variants: what is set in each branch. "init_from" in one is added to the trunk's folder, as ":trunk@720".
+      seeds: of the trunks to branch from; all of them unless given.
+    """
+    runs = _trunks(trunks, seeds)
+    starts = [
+        [run.overrides | variant | {"init_from": f"{run.folder}{variant.get('init_from', '')}"} for run in runs]
+        for variant in variants
+    ]
+    found = Sweep(name, config, chain(*starts))
+    own = "control" in _runs(Stage(found))[0].config.train.phases
+    controls = tuple(f"{run.folder}:control" for run in runs) * len(variants)
+    return Stage(found, judged, () if own else controls)
+
+
+def beside(trunks: Stage, name: str, config: str, variants: Points, *, judged: str = "^qat$") -> Stage:
+    """As `branches`, but from random weights, with each trunk's settings and compared with its control."""
+    runs = _trunks(trunks, None)
+    found = Sweep(name, config, product(variants, [run.overrides for run in runs]))
+    return Stage(found, judged, tuple(f"{run.folder}:control" for run in runs) * len(variants))
+
+
+def _trunks(stage: Stage, seeds: Sequence[int] | None) -> list[Run]:
+    return [run for run in _runs(stage) if seeds is None or run.config.train.seed in seeds]
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+def train(study: Study, options: argparse.Namespace) -> int:
+    """Trains what is not finished: first what starts from random weights, then what starts from that.
+
+    On this machine the runs of all stages stand in one queue each time. Another backend is given sweep after sweep, and
+    what starts from runs that are not finished yet is left for the next time.
+
+    Returns:
+      The exit code: 0 all done, 1 some runs failed or are not finished, 143 stopped by a signal.
+    """
+    first = [stage for stage in study.stages if not any("init_from" in point for point in stage.sweep.points)]
+    later = [stage for stage in study.stages if stage not in first]
+    if options.dry_run:
+        for stage in (*first, *later):
+            print(sweep.describe(_runs(stage)))
+        return 0
+    for stages in (first, later):
+        code = _train_stages(stages, options)
+        unfinished = [run for stage in stages for run in _runs(stage) if not points.finished(run.folder)]
+        if code or unfinished:
+            print(f"{len(unfinished)} runs are not finished. The same command continues.", file=sys.stderr)
+            return code or 1
+    return 0
+
+
+def _train_stages(stages: Sequence[Stage], options: argparse.Namespace) -> int:
+    if options.backend != "local":
+        return max((sweep.launch(options, s.sweep, folder_of(s.sweep)) for s in stages), default=0)
+    for stage in stages:
+        points.check_folder(stage.sweep, folder_of(stage.sweep))
+    todo = [run for s in stages for run in sweep.enter(s.sweep, _runs(s), folder_of(s.sweep))]
+    places = local.slots(1 if options.slots is None else options.slots)
+    restarts = sweep.RESTARTS if options.restarts is None else options.restarts
+    return sweep.run_locally(todo, places, restarts) if todo else 0
+
+
+def _runs(stage: Stage) -> list[Run]:
+    return points.runs_of(stage.sweep, folder_of(stage.sweep))
+
+
+# ---- Judging ---------------------------------------------------------------------------------------------------------
+
+
+def judge(study: Study, stage: Stage) -> list[Row]:
+    """Audits every run of a stage, where that was not done before, and returns the rows.
+
+    Raises:
+      UserError: a run is not finished.
+    """
+    rows = []
+    runs = _runs(stage)
+    for run, reference in zip(runs, stage.references or ("",) * len(runs), strict=True):
+        if not points.finished(run.folder):
+            raise UserError(f"{run.folder} is not finished ({points.state(run).text}): give the same command again")
+        found, _ = audit.open_run(run.folder, reference)
+        wanted = audit.choose(found, stage.judged)
+        texts, calibration_ML = evaluate.load_domains(found, study.texts, study.tokens)
+        print(f"{run.folder} against {reference or 'its own control'}", flush=True)
+        done = evaluate.evaluate(found, wanted, texts, calibration_ML, False, lambda _: None)
+        names = {row.name for row in wanted}
+        rows += [_row(stage, run, reference, row) for row in done if row["row"] in names]
+    return rows
+
+
+def _row(stage: Stage, run: Run, reference: str, judged: Row) -> Row:
+    """What is kept of a judged branch: what it is, its figures, what its quantizer did, what it took."""
+    branch = judged["branch"]
+    summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
+    totals = json.loads((run.folder / "plan.json").read_text(encoding="utf-8"))["totals"]
+    records = [r for r in metrics.read(run.folder) if r["phase"] == branch]
+    health = [r for r in records if r["split"] == "health"]
+    trained = [r for r in records if r["split"] == "train"]
+    figures = {name: judged[name] for name in FIGURES} | {f"{name}_se": judged[f"{name}_se"] for name in FIGURES}
+    return {
+        "stage": stage.sweep.name,
+        "config": stage.sweep.config,
+        "overrides": {key: value for key, value in run.overrides.items() if key != "init_from"},
+        "seed": run.config.train.seed,
+        "run": str(run.folder),
+        "row": judged["row"],
+        "branch": branch,
+        "reference": reference or f"{run.folder}:control",
+        "format": judged["format"],
+        "rule": judged["rule"],
+        "bits_per_weight": judged["bits_per_weight"],
+        "parameters": totals["params_total"],
+        "quantized": totals["params_quantized"],
+        "bytes": totals["bytes_total"] if run.config.train.phases[branch].quantize else totals["bytes_bf16"],
+        "tokens": judged["trained_tokens"],
+        "steps": judged["step"],
+        **figures,
+        "drafts": (judged["mtp_acceptance"] or [None])[0],
+        "domains": {
+            name: {figure: scope[figure] for figure in ("loss", "bits_per_byte", "kld")}
+            for name, scope in judged["domains"].items()
+        },
+        "health": {name: health[-1].get(name) for name in HEALTH} if health else {},
+        "dropped": trained[-1]["moe/dropped"] if trained else None,
+        "seconds": round(records[-1]["time"] - records[0]["time"], 1) if trained else None,
+        "device": summary["device"],
+        "jax": summary["jax"],
+    }
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def load(file: str) -> dict[str, Any]:
+    """The functions of a study file. Raises UserError where there is none or one is missing."""
+    if not Path(file).is_file():
+        raise UserError(f"study {file}: no such file")
+    found = runpy.run_path(file)
+    for name in ("get_study", "report"):
+        if name not in found:
+            raise UserError(f"study {file}: has no {name}(); experiments/late_qat_2bit/study.py shows one")
+    return found
+
+
+def write_results(file: Path, rows: Sequence[Row]) -> None:
+    """One line a row, so that a change shows what changed."""
+    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+    write_atomically(file, f"[\n{lines}\n]\n")
+
+
+def report(folder: Path, make: Callable[[Results], Report]) -> None:
+    """README.md's tables and figure.png from every SCALE.json of a study's folder. Raises UserError without any."""
+    results = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.json"))}
+    if not results:
+        raise UserError(f"{folder} has no results yet: run the study without --report")
+    made = make(results)
+    fill_tables(folder / "README.md", made.tables)
+    made.figure.savefig(folder / "figure.png", dpi=110)
+    print(f"{folder}/README.md  {folder}/figure.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 1 runs failed or are not finished, 2 unusable input, 143 stopped by a signal."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", help="the study: a Python file with get_study() and report()")
+    parser.add_argument("--scale", default="small", help="size of the models (%(default)s)")
+    parser.add_argument("--corpus", default="", help="folder with train*.jsonl* and heldout/NAME.jsonl, for scale h100")
+    parser.add_argument("--report", action="store_true", help="only make tables and figure from the results")
+    args, rest = parser.parse_known_args(argv)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the runs have the GPU first, then the audits
+    try:
+        functions, folder = load(args.file), Path(args.file).parent
+        if not args.report:
+            study: Study = functions["get_study"](args.scale, args.corpus)
+            options = sweep.parse([args.file, *rest])
+            code = train(study, options)
+            if code or options.dry_run:
+                return code
+            rows = [row for stage in study.stages for row in judge(study, stage)]
+            write_results(folder / f"{args.scale}.json", rows)
+        report(folder, functions["report"])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

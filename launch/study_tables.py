@@ -1,0 +1,126 @@
+"""From a study's rows to tables and figures: one branch over seeds, its difference to the control, the spread of it."""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+
+from launch.study import Row
+from qatmoe.errors import UserError
+from qatmoe.text_table import markdown
+
+
+class Group(NamedTuple):
+    """One line of a table: the same branch of every seed's trunk."""
+
+    label: str
+    rows: Sequence[Row]
+
+
+def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **overrides: Any) -> Group:
+    """The rows of a stage whose runs have these overrides, one for each seed.
+
+    Raises:
+      UserError: there is none, or more than one for a seed.
+    """
+    found = [
+        r
+        for r in rows
+        if r["stage"] == stage and r["row"] == row and all(r["overrides"].get(k) == v for k, v in overrides.items())
+    ]
+    seeds = [r["seed"] for r in found]
+    if not found or len(set(seeds)) < len(seeds):
+        which = "more than one row of a seed" if found else "no row"
+        raise UserError(f"the results have {which} {row!r} of {stage} with {overrides}: run the study again")
+    return Group(label, sorted(found, key=lambda r: r["seed"]))
+
+
+def roundings(rows: Sequence[Row], stage: str, pattern: str) -> list[Group]:
+    """A group for each rounding of the control whose name a pattern is found in, by bits, then by KLD."""
+    names = dict.fromkeys(r["row"] for r in rows if r["stage"] == stage and re.search(pattern, r["row"]))
+    groups = [select(rows, "PTQ: " + n.removeprefix("control/").replace("/", ", "), stage, row=n) for n in names]
+    return sorted(groups, key=lambda g: (g.rows[0]["bits_per_weight"], mean_se([r["kld"] for r in g.rows])[0]))
+
+
+def above_control(group: Group, rows: Sequence[Row]) -> list[float]:
+    """Loss of each row minus that of the control it is compared with, which must be among `rows`."""
+    controls = {f"{r['run']}:{r['row']}": r["loss"] for r in rows}
+    return [row["loss"] - controls[row["reference"]] for row in group.rows]
+
+
+def recovered(group: Group, ptq: Sequence[Group], rows: Sequence[Row]) -> list[float]:
+    """Share of what the best rounding of the same control loses that each row does not lose."""
+    shares = []
+    for row, above in zip(group.rows, above_control(group, rows), strict=True):
+        lost = [
+            a
+            for p in ptq
+            for r, a in zip(p.rows, above_control(p, rows), strict=True)
+            if r["reference"] == row["reference"]
+        ]
+        shares.append((min(lost) - above) / min(lost))
+    return shares
+
+
+def mean_se(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and its standard error from the spread between the values; nan for one value."""
+    n, mean = len(values), sum(values) / len(values)
+    if n < 2:
+        return mean, math.nan
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
+
+def with_se(values: Sequence[float], form: str = ".4f") -> str:
+    """ "mean ±standard error" over seeds; a single value alone."""
+    mean, se = mean_se(values)
+    return f"{mean:{form}}" if math.isnan(se) else f"{mean:{form}} ±{se:{form}}"
+
+
+def table(groups: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) -> str:
+    """A Markdown table with a line for each group: means over seeds, with standard errors.
+
+    Args:
+      ptq: roundings of the control, of which the better one is what `recovered` counts from.
+      rows: all rows, the controls' among them.
+    """
+    head = ["branch", "config", "seeds", "bits", "loss", "above control", "recovered", "KLD", "same top-1 %"]
+    lines = [[*head, "same experts %", "codes changed %", "tokens", "minutes"]]
+    for group in groups:
+        first, above = group.rows[0], above_control(group, rows)
+        is_control = first["reference"] == f"{first['run']}:{first['row']}"
+        quantized = group not in ptq and not is_control and first["rule"] == "" and first["format"] != "f32"
+        changed = [r["health"]["flipped"] for r in group.rows if r["health"]]
+        minutes = [r["seconds"] / 60 for r in group.rows if r["seconds"] is not None]
+        lines.append(
+            [
+                group.label,
+                Path(first["config"]).stem,
+                " ".join(str(r["seed"]) for r in group.rows),
+                f"{first['bits_per_weight']:g}",
+                with_se([r["loss"] for r in group.rows]),
+                "" if is_control else with_se(above),
+                with_se([100 * s for s in recovered(group, ptq, rows)], ".0f") + " %" if quantized and ptq else "",
+                "" if is_control else with_se([r["kld"] for r in group.rows]),
+                "" if is_control else with_se([100 * r["same_top1"] for r in group.rows], ".1f"),
+                "" if is_control else with_se([100 * r["expert_agreement"] for r in group.rows], ".1f"),
+                with_se([100 * c for c in changed], ".1f") if changed else "",
+                f"{first['tokens']:,}",
+                f"{mean_se(minutes)[0]:.1f}" if minutes and not first["rule"] else "",
+            ]
+        )
+    return markdown(lines)
+
+
+def dots(axes: Axes, drawn: Sequence[tuple[Group, str]], rows: Sequence[Row]) -> None:
+    """What each group loses against its control, with standard errors over seeds: a line each, in its color."""
+    for y, (group, color) in enumerate(drawn):
+        mean, se = mean_se(above_control(group, rows))
+        axes.errorbar(mean, y, xerr=0 if math.isnan(se) else se, fmt="o", color=color, capsize=3)
+    axes.set_yticks(range(len(drawn)), [group.label for group, _ in drawn], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_xlabel("loss above control (nats per token)")
+    axes.grid(alpha=0.25)
