@@ -68,8 +68,10 @@ class _Child:
 def slots(n: int) -> list[Slot]:
     """Divides this machine in `n`: its GPUs, else its TPU chips, else its CPU cores.
 
+    With more slots than GPUs as many share each; what one takes of its memory then grows as it needs it.
+
     Raises:
-      UserError: fewer than one, or accelerators that do not divide by `n`.
+      UserError: fewer than one, or accelerators that do not divide by `n` (GPUs: nor `n` by them).
     """
     if n < 1:
         raise UserError(f"--slots {n}: at least 1 run at a time")
@@ -77,6 +79,10 @@ def slots(n: int) -> list[Slot]:
         return [Slot("slot 0", {})]
     for what, devices, environment in (("GPUs", _gpus(), _gpu_environment), ("TPU chips", _tpus(), _tpu_environment)):
         if devices:
+            if what == "GPUs" and n > len(devices) and n % len(devices) == 0:
+                own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+                shared = [devices[i % len(devices)] for i in range(n)]
+                return [Slot(f"slot {i}, GPU {d}", _gpu_environment([d], n) | own) for i, d in enumerate(shared)]
             if len(devices) % n:
                 raise UserError(f"--slots {n}: does not divide the {len(devices)} {what} of this machine")
             share = len(devices) // n

@@ -154,6 +154,14 @@ def test_gpus_are_divided(accelerators, monkeypatch):
     assert [s.env for s in slots(2)] == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "6"}]
 
 
+def test_gpus_are_shared_evenly(accelerators, monkeypatch):
+    accelerators["/dev", "nvidia"] = list("01")
+    own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    assert [s.env for s in slots(4)] == [{"CUDA_VISIBLE_DEVICES": d} | own for d in "0101"]
+    with pytest.raises(UserError, match="--slots 5: does not divide the 2 GPUs"):
+        slots(5)
+
+
 def test_tpu_chips_are_divided(accelerators):
     accelerators["/dev/vfio", ""] = list("0123")
     assert slots(2)[1].env == {

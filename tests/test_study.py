@@ -1,0 +1,261 @@
+"""Studies: which runs branch from which, what is judged of them, and the figures over seeds."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from matplotlib.figure import Figure
+
+from launch import points, study, study_tables, sweep
+from launch.algebra import chain, values
+from launch.points import Sweep
+from launch.study import Stage, Study, beside, branches
+from launch.study_tables import Group
+from qatmoe import evaluate
+from qatmoe.errors import UserError
+
+CONFIG, BRANCH, SCRATCH = (f"configs/moe_2bit{name}.py" for name in ("", "_branch", "_scratch"))
+STUDIES = sorted((ROOT / "experiments").glob("*/study.py"))
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+@pytest.fixture
+def trunks():
+    return Stage(Sweep("trunks", CONFIG, values("train.seed", [0, 1])), "^control$")
+
+
+def runs_of(stage):
+    return points.runs_of(stage.sweep, study.folder_of(stage.sweep))
+
+
+# ---- Stages ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_variant_branches_from_every_trunk(trunks):
+    variants = chain(values("quant.scale", ["dynamic"]), values("quant.signed", [False]))
+    found, starts = branches(trunks, "b", BRANCH, variants), [str(run.folder) for run in runs_of(trunks)]
+    assert [(p["init_from"], p["train.seed"]) for p in found.sweep.points] == [*zip(starts, [0, 1], strict=True)] * 2
+    assert found.references == tuple(f"{s}:control" for s in starts) * 2
+    for run in runs_of(found):
+        assert list(run.config.train.phases) == ["trunk", "qat"]
+
+
+def test_a_branch_may_start_earlier_and_bring_its_own_control(trunks):
+    found = branches(trunks, "b", CONFIG, [{"init_from": ":trunk@250"}], seeds=[1])
+    assert [p["init_from"] for p in found.sweep.points] == [f"{runs_of(trunks)[1].folder}:trunk@250"]
+    assert found.references == ()
+
+
+def test_from_random_weights_beside_a_trunk(trunks):
+    found = beside(trunks, "s", SCRATCH, values("model.dim", [128]))
+    assert [run.config.init_from for run in runs_of(found)] == ["", ""]
+    assert found.references == tuple(f"{run.folder}:control" for run in runs_of(trunks))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.parent.name)
+@pytest.mark.parametrize("scale", ["small", "h100"])
+def test_the_studies_can_be_run(file, scale):
+    """Every point is a run that qatmoe.train accepts, and what a branch starts from and is compared with is trained."""
+    stages = study.load(str(file))["get_study"](scale, "CORPUS").stages
+    trained = {str(run.folder): run.config for s in stages for run in runs_of(s)}
+    kept = [f"runs/{s.sweep.name}" for s in stages]
+    assert len(set(kept)) == len(kept)
+    for stage in stages:
+        assert len(stage.references) in (0, len(stage.sweep.points))
+        for reference in stage.references:
+            folder, _, phase = reference.rpartition(":")
+            assert not trained[folder].train.phases[phase].quantize
+        for run in runs_of(stage):
+            folder, _, at = run.config.init_from.partition(":trunk@")
+            if folder:
+                steps, start = run.config.train.phases["trunk"].steps, trained[folder].train
+                assert steps == int(at or steps) <= start.phases["trunk"].steps
+                assert steps % start.checkpoint_every == 0
+                assert start.phases["trunk"].steps - steps < start.checkpoint_every * start.keep
+
+
+@pytest.mark.parametrize("file", [f for f in STUDIES if list(f.parent.glob("*.json"))], ids=lambda f: f.parent.name)
+def test_the_committed_tables_come_from_the_committed_results(file):
+    results = {f.stem: json.loads(f.read_text()) for f in sorted(file.parent.glob("*.json"))}
+    made = study.load(str(file))["report"](results)
+    page = (file.parent / "README.md").read_text()
+    assert made.tables and isinstance(made.figure, Figure)
+    for name, table in made.tables.items():
+        assert f"<!-- {name}: " in page and table in page, name
+
+
+# ---- Training and judging --------------------------------------------------------------------------------------------
+
+
+def test_what_starts_from_others_waits_for_them(trunks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "folder_of", lambda asked: tmp_path / asked.name)
+    started = []
+
+    def run_locally(runs, places, restarts):
+        started.append(([run.folder.parent.name for run in runs], len(places), restarts))
+        for run in runs:
+            finished.add(run.folder)
+        return code
+
+    finished, code = set(), 1
+    monkeypatch.setattr(sweep, "run_locally", run_locally)
+    monkeypatch.setattr(points, "finished", lambda folder: folder in finished)
+    some = [branches(trunks, name, BRANCH, values("quant.scale", ["dynamic"])) for name in ("b", "c")]
+    asked = Study([some[0], trunks, some[1]])
+    options = sweep.parse(["file", "--slots", "2", "--restarts", "0"])
+    assert study.train(asked, options) == 1
+    assert started == [(["trunks"] * 2, 2, 0)]  # a run failed: nothing starts from it
+    code, started[:] = 0, []
+    finished.clear()
+    assert study.train(asked, options) == 0
+    assert started == [(["trunks"] * 2, 2, 0), (["b"] * 2 + ["c"] * 2, 2, 0)]
+    monkeypatch.setattr(points, "finished", lambda folder: False)
+    assert study.train(asked, options) == 1
+    assert "2 runs are not finished. The same command continues." in capsys.readouterr().err
+
+
+@pytest.fixture
+def tiny_stages(tiny_run, tmp_path, monkeypatch):
+    """A trunk's run and a branch's, finished: copies of one run, as far as this goes."""
+    monkeypatch.setattr(study, "folder_of", lambda asked: tmp_path / asked.name)
+    monkeypatch.setattr(evaluate, "CALIBRATION", 640)
+    trunk = Stage(Sweep("t", "configs/toy.py", [{"train.seed": 0}]), "^(control|qat)$|^control/q2_0/search$")
+    branch = Stage(Sweep("b", "configs/toy.py", [{"train.seed": 0, "optim.lr": 0.5}]), "^qat$")
+    made = [run.folder for stage in (trunk, branch) for run in runs_of(stage)]
+    for folder in made:
+        shutil.copytree(tiny_run, folder)
+        phases = json.loads((folder / "config.json").read_text())["train"]["phases"]
+        summary = {"loss": dict.fromkeys(phases, 1.0), "device": "cpu", "jax": "0", "ptq_rules": {"control": {}}}
+        summary["ptq_rules"]["control"] = {"absmax": 1.0, "search": 1.0}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return trunk, Stage(branch.sweep, branch.judged, (f"{made[0]}:control",))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch):
+    trunk, branch = tiny_stages
+    asked = Study((trunk, branch), tokens=640)
+    rows = [row for stage in asked.stages for row in study.judge(asked, stage)]
+    assert [(r["stage"], r["row"]) for r in rows] == [
+        ("t", "control"), ("t", "control/q2_0/search"), ("t", "qat"), ("b", "qat")
+    ]  # fmt: skip
+    control, rounded, qat, other = rows
+    assert {r["reference"] for r in rows} == {f"{control['run']}:control"}
+    assert abs(control["kld"]) < 1e-6 < rounded["kld"]
+    assert other["kld"] == pytest.approx(qat["kld"], rel=1e-5)  # the same weights in two runs
+    assert other["overrides"] == {"train.seed": 0, "optim.lr": 0.5} and other["run"] != qat["run"]
+    assert (control["tokens"], qat["bits_per_weight"]) == (4 * 4 * 64, 2.25)
+    assert list(control["domains"]) == ["valid"] and control["bytes"] > qat["bytes"] > 0
+    assert set(qat["health"]) == set(study.HEALTH) and control["health"] == {}
+    study.write_results(tmp_path / "r.json", rows)
+    assert json.loads((tmp_path / "r.json").read_text()) == rows
+    monkeypatch.setattr(evaluate.Bench, "judge", lambda *_: pytest.fail("judged twice"))
+    assert study.judge(asked, branch) == rows[3:]
+    (Path(other["run"]) / "summary.json").unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        study.judge(asked, branch)
+
+
+# ---- Figures over seeds ----------------------------------------------------------------------------------------------
+
+
+def row(stage, name, seed, loss, **more):
+    run = f"runs/trunk-{seed}"
+    usual = {
+        "stage": stage, "row": name, "seed": seed, "loss": loss, "run": run, "reference": f"{run}:control", "rule": "",
+        "format": "q2_0", "bits_per_weight": 2.25, "kld": 0.1, "same_top1": 0.5, "expert_agreement": 0.75,
+        "health": {"flipped": 0.25}, "seconds": 120.0, "tokens": 1000, "config": "configs/c.py", "overrides": {},
+    }  # fmt: skip
+    return usual | more
+
+
+ROWS = [
+    *(row("t", "control", seed, loss, format="f32", health={}) for seed, loss in enumerate((4.0, 3.9))),
+    *(row("t", "control/q2_0/search", seed, loss, rule="search") for seed, loss in enumerate((4.2, 4.2))),
+    *(row("t", "qat", seed, loss) for seed, loss in enumerate((4.1, 3.96))),
+    *(row("r", "qat", 0, loss, overrides={"optim.lr": lr}) for lr, loss in ((0.1, 5.0), (0.2, 6.0))),
+]
+
+
+def test_differences_are_to_the_control_of_the_same_seed():
+    qat, ptq = (study_tables.select(ROWS, "x", "t", row=name) for name in ("qat", "control/q2_0/search"))
+    assert study_tables.above_control(qat, ROWS) == pytest.approx([0.1, 0.06])
+    assert study_tables.recovered(qat, [ptq], ROWS) == pytest.approx([0.5, 0.8])
+    worse = Group("worse", [r | {"loss": 9.0} for r in ptq.rows])
+    assert study_tables.recovered(qat, [worse, ptq], ROWS) == pytest.approx([0.5, 0.8])  # the best rounding counts
+
+
+def test_selecting_by_overrides():
+    assert study_tables.select(ROWS, "x", "r", **{"optim.lr": 0.2}).rows[0]["loss"] == 6.0
+    with pytest.raises(UserError, match="more than one row of a seed 'qat' of r"):
+        study_tables.select(ROWS, "x", "r")
+    with pytest.raises(UserError, match=r"no row 'qat' of r with {'optim.lr': 0.3}"):
+        study_tables.select(ROWS, "x", "r", **{"optim.lr": 0.3})
+
+
+def test_means_and_standard_errors():
+    assert study_tables.mean_se([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1 / math.sqrt(3)))
+    assert math.isnan(study_tables.mean_se([5.0])[1])
+    assert study_tables.with_se([1.0, 2.0, 3.0], ".2f") == "2.00 ±0.58"
+    assert study_tables.with_se([1.0]) == "1.0000"
+
+
+def test_the_table():
+    control, ptq, qat = (
+        study_tables.select(ROWS, name, "t", row=name) for name in ("control", "control/q2_0/search", "qat")
+    )
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in
+             study_tables.table([control, ptq, qat], [ptq], ROWS).splitlines()]  # fmt: skip
+    found = [dict(zip(cells[0], line, strict=True)) for line in cells[2:]]
+    assert [f["above control"] for f in found] == ["", "0.2500 ±0.0500", "0.0800 ±0.0200"]
+    assert [f["recovered"] for f in found] == ["", "", "65 ±15 %"]
+    assert [f["codes changed %"] for f in found] == ["", "25.0 ±0.0", "25.0 ±0.0"]
+    assert [f["minutes"] for f in found] == ["2.0", "", "2.0"]
+    assert found[2] | {"config": "c", "seeds": "0 1", "bits": "2.25", "tokens": "1,000"} == found[2]
+
+
+def test_roundings_are_found_and_ordered():
+    more = [row("t", "control/IQ2_XXS/imatrix", s, 4.1, rule="imatrix", bits_per_weight=2.0625) for s in (0, 1)]
+    found = study_tables.roundings([*ROWS, *more], "t", "^control/(q2_0|IQ2)")
+    assert [g.label for g in found] == ["PTQ: IQ2_XXS, imatrix", "PTQ: q2_0, search"]
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+FILE = """
+from launch.study import *
+from launch.points import Sweep
+def get_study(scale, corpus):
+    return Study([Stage(Sweep("s" + scale, "configs/toy.py", [{"train.seed": 3}]))])
+def report(results):
+    figure = Figure()
+    return Report({"t": str(sorted(results))}, figure)
+"""
+
+
+def test_the_command(tmp_path, capsys):
+    file = tmp_path / "study.py"
+    assert study.main([str(file)]) == 2
+    file.write_text("def get_study(): pass")
+    assert study.main([str(file)]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[0].endswith("no such file") and "has no report()" in err[1]
+    file.write_text(FILE)
+    assert study.main([str(file), "--dry_run", "--scale", "big"]) == 0
+    out = capsys.readouterr().out
+    assert "missing" in out and "--config.train.seed=3" in out and not Path("runs/sbig").exists()
+    assert study.main([str(file), "--report"]) == 2
+    assert "has no results yet" in capsys.readouterr().err
+    for name in ("a", "b"):
+        study.write_results(tmp_path / f"{name}.json", [])
+    (tmp_path / "README.md").write_text("<!-- t: x -->\nold\n<!-- end -->\n")
+    assert study.main([str(file), "--report"]) == 0
+    assert "['a', 'b']" in (tmp_path / "README.md").read_text() and (tmp_path / "figure.png").stat().st_size > 1000
