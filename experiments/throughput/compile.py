@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from configs import h100_1b, h100_fine
+from configs import h100_1b, h100_fine, h100_study
 from qatmoe import step as steps
 from qatmoe.benchmark import model_flops, on_grid
 from qatmoe.config import Config, PhaseConfig, resolve
@@ -74,7 +74,7 @@ def traffic(program: Any) -> dict[str, float]:
 
 def variants() -> list[tuple[str, Config, bool]]:
     """(name, config, quantize)."""
-    big, fine = resolve(h100_1b.get_config()), resolve(h100_fine.get_config())
+    big, fine, small = (resolve(c.get_config()) for c in (h100_1b, h100_fine, h100_study))
 
     def sized(cfg: Config, batch: int) -> Config:
         return dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=batch))
@@ -98,6 +98,8 @@ def variants() -> list[tuple[str, Config, bool]]:
     ]
     found += [(f"{big.name}, batch 8, q2_0, dynamic scales", on(big, "q2_0", "dynamic"), True)]
     found += [(f"{fine.name}, batch 8, {n} layers", model(fine, n_layers=n), False) for n in (5, 7)]
+    found += [(f"{small.name}, batch {small.train.batch_size}", small, False)]
+    found += [(f"{small.name}, batch {small.train.batch_size}, q2_0, learned scales", small, True)]
     return found
 
 

@@ -76,7 +76,7 @@ def measure(only: set[str], found: dict) -> None:
         "best": [lambda: ours(big, 16, "--grids=q2_0")],
         "grids": [lambda: ours(big, 8, "--grids=all", "--scales=learned", "--rounds=10", "--parts=yes", "--data=yes")],
         "fine": [lambda: ours("configs/h100_fine.py", 8, "--grids=none", "--parts=yes")],
-        "small": [lambda: ours("configs/moe_2bit.py", 256, "--grids=q2_0")],
+        "small": [lambda: ours("configs/h100_study.py", 128, "--grids=q2_0")],
     }
     for name in [n for n in STEPS if n in only]:
         found[name] = []
