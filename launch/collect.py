@@ -1,4 +1,4 @@
-"""The results of a sweep: one table and one plot of the runs that are finished, and a list of those that are not.
+"""The results of a sweep: a table and a plot of the runs that are finished, means over seeds, and what is not finished.
 
     python -m launch.collect runs/SWEEP
 
@@ -18,6 +18,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from launch import points
+from launch.study_tables import with_se
 from qatmoe import cli
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
@@ -73,9 +74,37 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     return [keys, *[[_text(key, row.get(key)) for key in keys] for row in rows]]
 
 
+SEED = "train.seed"
+
+
+def over_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Runs that differ in their seed alone, as one row: "seeds" is how many, losses and `recovered` their mean and its
+    standard error as text; [] where no two runs do. A figure that one of them lacks is None.
+    """
+    figures = [key for key in columns(rows) if key.startswith("loss_") or key == "recovered"]
+    results = {*figures, "run", SEED, "tokens", "wall_s", "bits_per_weight"}
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.get(SEED) is not None:
+            groups.setdefault(repr([(k, v) for k, v in sorted(row.items()) if k not in results]), []).append(row)
+    means = []
+    for group in groups.values():
+        if len(group) < 2:
+            continue
+        mean: Row = {key: value for key, value in group[0].items() if key not in results} | {"seeds": len(group)}
+        for key in figures:
+            values = [row.get(key) for row in group]
+            form = ".1%" if key == "recovered" else ".4f"
+            mean[key] = None if None in values else with_se([v for v in values if v is not None], form)
+        means.append(mean | {"bits_per_weight": group[0]["bits_per_weight"]})
+    return means
+
+
 def _text(key: str, value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, str):
+        return value
     if key.startswith("loss_"):
         return f"{value:.4f}"
     if key == "recovered":
@@ -83,6 +112,12 @@ def _text(key: str, value: Any) -> str:
     if key == "tokens":
         return f"{value:,.0f}"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def tables(rows: Sequence[Row]) -> list[list[list[str]]]:
+    """The table of all runs, and, where runs differ in their seed alone, that of means over seeds."""
+    means = over_seeds(rows)
+    return [table(rows), table(means)] if means else [table(rows)]
 
 
 def plot(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -118,7 +153,7 @@ def write(folder: Path) -> tuple[list[Row], list[tuple[str, str]]]:
         writer.writerows(rows)
         write_atomically(folder / "results.csv", text.getvalue())
         write_atomically(folder / "results.json", json.dumps(rows, indent=1) + "\n")
-        write_atomically(folder / "results.md", markdown(table(rows)) + "\n")
+        write_atomically(folder / "results.md", "\n\n".join(markdown(t) for t in tables(rows)) + "\n")
         plot(rows, points.read_folder(folder)["name"], folder / "results.png")
     return rows, others
 
@@ -134,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
     if rows:
-        print("\n".join(aligned(table(rows))))
+        print("\n\n".join("\n".join(aligned(t)) for t in tables(rows)))
         print(f"{folder}/results.md  results.csv  results.json  results.png")
     print(f"{len(rows)} of {len(rows) + len(others)} runs are finished")
     for name, state in others:

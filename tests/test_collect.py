@@ -56,8 +56,13 @@ def test_table_and_missing_runs(runs, tmp_path, capsys):
 def test_again_when_all_are_finished(runs, tmp_path):
     for run in runs:
         leave(run, steps=20, losses=LOSSES)
+    leave(runs[1], steps=20, losses=LOSSES | {"control": 4.02})
     assert collect.main([str(tmp_path)]) == 0
     assert len(json.loads((tmp_path / "results.json").read_text())) == 5
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    assert lines[7] == ""  # after five runs the means of the two pairs that differ in their seed alone
+    assert lines[8].startswith("| optim.lr | seeds | loss_trunk | loss_control |") and len(lines) == 12
+    assert lines[10].startswith("| 0.01 | 2 | 4.2000 ±0.0000 | 4.0100 ±0.0100 | 4.1000 ±0.0000 |")
 
 
 def test_nothing_is_finished_yet(tmp_path, capsys):
