@@ -8,6 +8,7 @@ Branches of the same trunks under the same name are the same runs in every study
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from launch.algebra import Points, product, values, zip_
 from launch.points import Sweep
@@ -36,13 +37,14 @@ class Scale:
 
     def trunks(self, judged: str) -> Stage:
         """Trunk, control and q2_0 QAT with learned scales, every seed. Checkpoints stand where shares branch off."""
-        return Stage(Sweep(f"{self.name}_trunks", self.config, self._seeds()), judged)
+        kept = self.share_steps[-1] // self.share_steps[0] + 4  # and some that signals leave
+        return Stage(Sweep(f"{self.name}_trunks", self.config, self._seeds(kept)), judged)
 
     def size(self, n_experts: int, judged: str) -> Stage:
         """The same with another number of experts."""
         if n_experts == self.experts[1]:
             return self.trunks(judged)
-        points = product(values("model.n_experts", [n_experts]), self._seeds())
+        points = product(values("model.n_experts", [n_experts]), self._seeds(kept=1))
         return Stage(Sweep(f"{self.name}_trunks_{n_experts}", self.config, points), judged)
 
     def on_grid(self, trunks: Stage, grid: str) -> Stage:
@@ -50,9 +52,8 @@ class Scale:
         size = trunks.sweep.name.removeprefix(f"{self.name}_trunks")
         return branches(trunks, f"{self.name}_{grid}{size}", self.branch, experts_on(grid))
 
-    def _seeds(self) -> Points:
-        every, kept = self.share_steps[0], self.trunk_steps // self.share_steps[0]
-        shared = {"train.checkpoint_every": every, "train.keep": kept}
+    def _seeds(self, kept: int) -> Points:
+        shared = {"train.checkpoint_every": self.share_steps[0], "train.keep": kept}
         return product(self.common, [shared], values("train.seed", self.seeds))
 
 
@@ -73,7 +74,7 @@ SMALL = Scale(
     rates=(0.005, 0.02),
     scale_rates=(1e-5, 1e-4, 1e-3),
     k_quants=False,
-    tokens=131_072,
+    tokens=32_768,
     texts=(),
 )
 H100 = Scale(
@@ -93,19 +94,35 @@ H100 = Scale(
 )
 
 
-def get(name: str, corpus: str = "") -> Scale:
-    """The size of that name; what is trained on is a folder for h100 (its train*.jsonl* and heldout/*.jsonl).
+HELDOUT = ("novel", "wiki", "techdoc", "code")
+
+
+def get(name: str) -> Scale:
+    """The size of that name. Raises UserError where there is none."""
+    sizes = {scale.name: scale for scale in (SMALL, H100)}
+    if name not in sizes:
+        raise UserError(f"--scale {name}: must be {' or '.join(sizes)}")
+    return sizes[name]
+
+
+def on(name: str, corpus: str) -> Scale:
+    """The size of that name with the text that it is trained and judged on.
+
+    corpus: for h100 a folder with train*.jsonl* and heldout/{novel,wiki,techdoc,code}.jsonl; small has its own text.
 
     Raises:
-      UserError: there is no such size.
+      UserError: there is no such size, it takes no corpus, or the corpus lacks a file.
     """
-    if name == "small":
-        return SMALL
-    if name != "h100":
-        raise UserError(f"--scale {name}: must be small or h100")
-    common = {
-        "data.source": f"{corpus}/train*.jsonl*",
-        "data.valid": f"{corpus}/heldout/novel.jsonl",
-    }
-    texts = tuple(f"{name}={corpus}/heldout/{name}.jsonl" for name in ("wiki", "techdoc", "code"))
-    return dataclasses.replace(H100, common=[common], texts=texts)
+    scale = get(name)
+    if scale is SMALL:
+        if corpus:
+            raise UserError(f"--corpus {corpus}: scale small has its own text; leave it out, or --scale h100")
+        return scale
+    folder = Path(corpus)
+    wanted = ["train*.jsonl*", *(f"heldout/{text}.jsonl" for text in HELDOUT)]
+    missing = [pattern for pattern in wanted if not corpus or not any(folder.glob(pattern))]
+    if missing:
+        raise UserError(f"--corpus {corpus!r}: scale h100 needs a folder with {missing[0]}")
+    common: Points = [{"data.source": f"{folder}/train*.jsonl*", "data.valid": f"{folder}/heldout/{HELDOUT[0]}.jsonl"}]
+    texts = tuple(f"{text}={folder}/heldout/{text}.jsonl" for text in HELDOUT[1:])
+    return dataclasses.replace(scale, common=common, texts=texts)

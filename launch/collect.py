@@ -82,11 +82,13 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
     standard error as text; [] where no two runs do. A figure that one of them lacks is None.
     """
     figures = [key for key in columns(rows) if key.startswith("loss_") or key == "recovered"]
-    results = {*figures, "run", SEED, "tokens", "wall_s", "bits_per_weight"}
+    results = {*figures, "run", SEED, "init_from", "tokens", "wall_s", "bits_per_weight"}
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.get(SEED) is not None:
-            groups.setdefault(repr([(k, v) for k, v in sorted(row.items()) if k not in results]), []).append(row)
+            start = str(row.get("init_from")).partition(":")[2]  # a seed's branches start from that seed's trunk
+            same = [(k, v) for k, v in sorted(row.items()) if k not in results]
+            groups.setdefault(repr((start, same)), []).append(row)
     means = []
     for group in groups.values():
         if len(group) < 2:

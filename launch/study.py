@@ -10,11 +10,13 @@ report(results) -> Report.
 
 Runs lie under runs/SWEEP, and a study that shares a sweep with another one shares its runs. Results are written beside
 the study file as SCALE.json, one line for every judged branch; README.md and figure.png are made from all of them.
+Where runs fail for good (a loss that is not finite), --partial judges the others; tables name those that failed.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import runpy
 import sys
@@ -28,9 +30,11 @@ from launch import local, points, sweep
 from launch.algebra import Points, chain, product
 from launch.points import Run, Sweep
 from qatmoe import audit, cli, evaluate, metrics
+from qatmoe.convert import llama
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.report import fill_tables
+from qatmoe.run import Interrupted, Stop
 
 Row = dict[str, Any]
 Results = dict[str, list[Row]]  # scale -> rows
@@ -59,6 +63,7 @@ class Study:
     stages: Sequence[Stage]
     tokens: int = evaluate.TOKENS  # of each domain
     texts: tuple[str, ...] = ()  # NAME=PATH: domains besides the run's own held-out text
+    needs_llama: bool = False  # llama.cpp's own types are judged, which llama-cpp-python rounds to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +101,10 @@ def branches(
     """
     runs = _trunks(trunks, seeds)
     starts = [
-        [run.overrides | variant | {"init_from": f"{run.folder}{variant.get('init_from', '')}"} for run in runs]
+        [
+            run.overrides | variant | {"train.keep": 1, "init_from": f"{run.folder}{variant.get('init_from', '')}"}
+            for run in runs
+        ]
         for variant in variants
     ]
     found = Sweep(name, config, chain(*starts))
@@ -108,7 +116,7 @@ def branches(
 def beside(trunks: Stage, name: str, config: str, variants: Points, *, judged: str = "^qat$") -> Stage:
     """As `branches`, but from random weights, with each trunk's settings and compared with its control."""
     runs = _trunks(trunks, None)
-    found = Sweep(name, config, product(variants, [run.overrides for run in runs]))
+    found = Sweep(name, config, product(variants, [run.overrides | {"train.keep": 1} for run in runs]))
     return Stage(found, judged, tuple(f"{run.folder}:control" for run in runs) * len(variants))
 
 
@@ -122,8 +130,8 @@ def _trunks(stage: Stage, seeds: Sequence[int] | None) -> list[Run]:
 def train(study: Study, options: argparse.Namespace) -> int:
     """Trains what is not finished: first what starts from random weights, then what starts from that.
 
-    On this machine the runs of all stages stand in one queue each time. Another backend is given sweep after sweep, and
-    what starts from runs that are not finished yet is left for the next time.
+    On this machine the runs of either kind stand in one queue. Another backend is given sweep after sweep, and what
+    starts from runs that are not finished yet is left for the next time.
 
     Returns:
       The exit code: 0 all done, 1 some runs failed or are not finished, 143 stopped by a signal.
@@ -132,7 +140,9 @@ def train(study: Study, options: argparse.Namespace) -> int:
     later = [stage for stage in study.stages if stage not in first]
     if options.dry_run:
         for stage in (*first, *later):
-            print(sweep.describe(_runs(stage)))
+            print(f"{stage.sweep.name}\n{sweep.describe(_runs(stage))}")
+        runs = [run for stage in study.stages for run in _runs(stage)]
+        print(f"{len(runs)} runs, {sum(map(_tokens, runs)):,} tokens")
         return 0
     for stages in (first, later):
         code = _train_stages(stages, options)
@@ -143,13 +153,19 @@ def train(study: Study, options: argparse.Namespace) -> int:
     return 0
 
 
+def _tokens(run: Run) -> int:
+    """Tokens that a run trains on; the phase that it starts from is not trained again."""
+    phases = list(run.config.train.phases.values())[1 if run.config.init_from else 0 :]
+    return sum(phase.steps for phase in phases) * run.config.train.batch_size * run.config.data.seq_len
+
+
 def _train_stages(stages: Sequence[Stage], options: argparse.Namespace) -> int:
     if options.backend != "local":
         return max((sweep.launch(options, s.sweep, folder_of(s.sweep)) for s in stages), default=0)
+    places = local.slots(1 if options.slots is None else options.slots)
     for stage in stages:
         points.check_folder(stage.sweep, folder_of(stage.sweep))
     todo = [run for s in stages for run in sweep.enter(s.sweep, _runs(s), folder_of(s.sweep))]
-    places = local.slots(1 if options.slots is None else options.slots)
     restarts = sweep.RESTARTS if options.restarts is None else options.restarts
     return sweep.run_locally(todo, places, restarts) if todo else 0
 
@@ -161,25 +177,55 @@ def _runs(stage: Stage) -> list[Run]:
 # ---- Judging ---------------------------------------------------------------------------------------------------------
 
 
-def judge(study: Study, stage: Stage) -> list[Row]:
+def judge(
+    study: Study, stage: Stage, partial: bool = False, check: Callable[[str], None] = lambda _: None
+) -> list[Row]:
     """Audits every run of a stage, where that was not done before, and returns the rows.
 
+    Args:
+      partial: a run that is not finished gives a row that says so, under "failed", instead of an error.
+      check: called between audits' rows; may raise to stop.
+
     Raises:
-      UserError: a run is not finished.
+      UserError: a run is not finished, or was trained on another number of tokens than its control.
     """
     rows = []
     runs = _runs(stage)
     for run, reference in zip(runs, stage.references or ("",) * len(runs), strict=True):
+        reference = reference or f"{run.folder}:control"
         if not points.finished(run.folder):
-            raise UserError(f"{run.folder} is not finished ({points.state(run).text}): give the same command again")
-        found, _ = audit.open_run(run.folder, reference)
+            if not partial:
+                raise UserError(f"{run.folder} is not finished ({points.state(run).text}): give the same command again")
+            rows.append(_identity(stage, run) | {"failed": points.state(run).text})
+            continue
+        found, notes = audit.open_run(run.folder, reference)
         wanted = audit.choose(found, stage.judged)
+        ref = found.reference
+        expected = audit.trained_tokens(ref.cfg, ref.phase, ref.step)
+        for phase in {row.branch for row in wanted} - {"trunk"}:
+            if found.trained_tokens(phase) != expected:
+                raise UserError(
+                    f"{run.folder}: {phase} was trained on {found.trained_tokens(phase):,} tokens and {reference} on "
+                    f"{expected:,}: give both the same number of steps"
+                )
         texts, calibration_ML = evaluate.load_domains(found, study.texts, study.tokens)
-        print(f"{run.folder} against {reference or 'its own control'}", flush=True)
-        done = evaluate.evaluate(found, wanted, texts, calibration_ML, False, lambda _: None)
+        print("\n".join([f"{run.folder} against {reference}", *notes]), flush=True)
+        done = evaluate.evaluate(found, wanted, texts, calibration_ML, False, check)
         names = {row.name for row in wanted}
         rows += [_row(stage, run, reference, row) for row in done if row["row"] in names]
     return rows
+
+
+def _identity(stage: Stage, run: Run) -> Row:
+    """What says which run a row is of. The folders that it starts from follow from the rest."""
+    hidden = ("init_from", "train.keep")
+    return {
+        "stage": stage.sweep.name,
+        "config": stage.sweep.config,
+        "overrides": {key: value for key, value in run.overrides.items() if key not in hidden},
+        "seed": run.config.train.seed,
+        "run": str(run.folder),
+    }
 
 
 def _row(stage: Stage, run: Run, reference: str, judged: Row) -> Row:
@@ -190,50 +236,63 @@ def _row(stage: Stage, run: Run, reference: str, judged: Row) -> Row:
     records = [r for r in metrics.read(run.folder) if r["phase"] == branch]
     health = [r for r in records if r["split"] == "health"]
     trained = [r for r in records if r["split"] == "train"]
-    figures = {name: judged[name] for name in FIGURES} | {f"{name}_se": judged[f"{name}_se"] for name in FIGURES}
-    return {
-        "stage": stage.sweep.name,
-        "config": stage.sweep.config,
-        "overrides": {key: value for key, value in run.overrides.items() if key != "init_from"},
-        "seed": run.config.train.seed,
-        "run": str(run.folder),
+    if judged["loss"] is None:
+        return _identity(stage, run) | {"failed": f"the loss of {judged['row']} is not finite"}
+    deployed = totals["bytes_total"] if run.config.train.phases[branch].quantize else totals["bytes_bf16"]
+    starts = [0, *(r["step"] for r in trained)]
+    return _identity(stage, run) | {
         "row": judged["row"],
         "branch": branch,
-        "reference": reference or f"{run.folder}:control",
+        "reference": reference,
         "format": judged["format"],
         "rule": judged["rule"],
         "bits_per_weight": judged["bits_per_weight"],
+        "joined_rows": judged["joined_rows"],
         "parameters": totals["params_total"],
         "quantized": totals["params_quantized"],
-        "bytes": totals["bytes_total"] if run.config.train.phases[branch].quantize else totals["bytes_bf16"],
+        "bytes": None if judged["rule"] else deployed,
         "tokens": judged["trained_tokens"],
         "steps": judged["step"],
-        **figures,
+        **{key: judged[key] for name in FIGURES for key in (name, f"{name}_se")},
         "drafts": (judged["mtp_acceptance"] or [None])[0],
         "domains": {
             name: {figure: scope[figure] for figure in ("loss", "bits_per_byte", "kld")}
             for name, scope in judged["domains"].items()
         },
-        "health": {name: health[-1].get(name) for name in HEALTH} if health else {},
+        "health": {name: _plain(health[-1].get(name)) for name in HEALTH} if health else {},
         "dropped": trained[-1]["moe/dropped"] if trained else None,
-        "seconds": round(records[-1]["time"] - records[0]["time"], 1) if trained else None,
+        # Of training steps alone: no compiling, no validation, no time that the run lay stopped.
+        "seconds": round(sum(r["step_s"] * (r["step"] - start) for r, start in zip(trained, starts, strict=False)), 1),
         "device": summary["device"],
         "jax": summary["jax"],
     }
+
+
+def _plain(x: float | None) -> float | None:
+    return x if x is not None and math.isfinite(x) else None
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
 def load(file: str) -> dict[str, Any]:
-    """The functions of a study file. Raises UserError where there is none or one is missing."""
+    """The functions of a study file. Raises UserError where there is none, it fails, or one is missing."""
     if not Path(file).is_file():
         raise UserError(f"study {file}: no such file")
-    found = runpy.run_path(file)
+    found = _explained(file, lambda: runpy.run_path(file))
     for name in ("get_study", "report"):
         if name not in found:
             raise UserError(f"study {file}: has no {name}(); experiments/late_qat_2bit/study.py shows one")
     return found
+
+
+def _explained(file: str, run: Callable[[], Any]) -> Any:
+    try:
+        return run()
+    except UserError:
+        raise
+    except Exception as e:  # whatever the file's own code raised
+        raise UserError(f"study {file}: {type(e).__name__}: {' '.join(str(e).split())}") from e
 
 
 def write_results(file: Path, rows: Sequence[Row]) -> None:
@@ -242,12 +301,24 @@ def write_results(file: Path, rows: Sequence[Row]) -> None:
     write_atomically(file, f"[\n{lines}\n]\n")
 
 
-def report(folder: Path, make: Callable[[Results], Report]) -> None:
-    """README.md's tables and figure.png from every SCALE.json of a study's folder. Raises UserError without any."""
-    results = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.json"))}
+def report(file: str, make: Callable[[Results], Report]) -> None:
+    """README.md's tables and figure.png from every SCALE.json beside a study file.
+
+    Raises:
+      UserError: there are no results, they are damaged or lack a row, or README.md lacks a table's markers.
+    """
+    folder = Path(file).parent
+    results = {}
+    for found in sorted(folder.glob("*.json")):
+        try:
+            results[found.stem] = json.loads(found.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise UserError(f"{found} is not JSON: remove it and run the study again") from e
     if not results:
         raise UserError(f"{folder} has no results yet: run the study without --report")
-    made = make(results)
+    if not (folder / "README.md").is_file():
+        raise UserError(f"{folder}/README.md: no such file; it needs lines `<!-- NAME: command -->` and `<!-- end -->`")
+    made = _explained(file, lambda: make(results))
     fill_tables(folder / "README.md", made.tables)
     made.figure.savefig(folder / "figure.png", dpi=110)
     print(f"{folder}/README.md  {folder}/figure.png")
@@ -260,24 +331,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("file", help="the study: a Python file with get_study() and report()")
     parser.add_argument("--scale", default="small", help="size of the models (%(default)s)")
-    parser.add_argument("--corpus", default="", help="folder with train*.jsonl* and heldout/NAME.jsonl, for scale h100")
+    parser.add_argument("--corpus", default="", help="folder of text, for a size that needs one")
     parser.add_argument("--report", action="store_true", help="only make tables and figure from the results")
+    parser.add_argument("--partial", action="store_true", help="judge what is finished, also where runs failed")
     args, rest = parser.parse_known_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the runs have the GPU first, then the audits
     try:
-        functions, folder = load(args.file), Path(args.file).parent
+        functions = load(args.file)
+        options = sweep.parse([args.file, *rest])
+        if options.dir:
+            raise UserError(f"--dir {options.dir}: the runs of a study lie under runs/, where other studies find them")
         if not args.report:
-            study: Study = functions["get_study"](args.scale, args.corpus)
-            options = sweep.parse([args.file, *rest])
+            study: Study = _explained(args.file, lambda: functions["get_study"](args.scale, args.corpus))
+            if study.needs_llama and not llama.installed():
+                raise UserError(f"study {args.file}: judges llama.cpp's types: pip install -e '.[deploy]'")
             code = train(study, options)
-            if code or options.dry_run:
+            if options.dry_run or (code and not (args.partial and code == 1)):
                 return code
-            rows = [row for stage in study.stages for row in judge(study, stage)]
-            write_results(folder / f"{args.scale}.json", rows)
-        report(folder, functions["report"])
+            with Stop() as stop:
+                rows = [row for stage in study.stages for row in judge(study, stage, args.partial, stop.check)]
+            write_results(Path(args.file).parent / f"{args.scale}.json", rows)
+        report(args.file, functions["report"])
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
+    except Interrupted as e:
+        print(f"{e}. The same command continues.", file=sys.stderr)
+        return 128 + 15
     return 0
 
 

@@ -21,33 +21,41 @@ class Group(NamedTuple):
 
 
 def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **overrides: Any) -> Group:
-    """The rows of a stage whose runs have these overrides, one for each seed.
+    """The rows of a stage whose runs have these overrides, one for each seed. Failed runs are named in the label.
 
     Raises:
       UserError: there is none, or more than one for a seed.
     """
-    found = [
-        r
-        for r in rows
-        if r["stage"] == stage and r["row"] == row and all(r["overrides"].get(k) == v for k, v in overrides.items())
-    ]
+    runs = [r for r in rows if r["stage"] == stage and all(r["overrides"].get(k) == v for k, v in overrides.items())]
+    found = [r for r in runs if r.get("row") == row]
+    failed = [r for r in runs if "failed" in r]
     seeds = [r["seed"] for r in found]
-    if not found or len(set(seeds)) < len(seeds):
+    if not (found or failed) or len(set(seeds)) < len(seeds):
         which = "more than one row of a seed" if found else "no row"
         raise UserError(f"the results have {which} {row!r} of {stage} with {overrides}: run the study again")
+    if failed:
+        label += "".join(f" (seed {r['seed']} failed: {r['failed']})" for r in failed)
     return Group(label, sorted(found, key=lambda r: r["seed"]))
 
 
 def roundings(rows: Sequence[Row], stage: str, pattern: str) -> list[Group]:
-    """A group for each rounding of the control whose name a pattern is found in, by bits, then by KLD."""
-    names = dict.fromkeys(r["row"] for r in rows if r["stage"] == stage and re.search(pattern, r["row"]))
-    groups = [select(rows, "PTQ: " + n.removeprefix("control/").replace("/", ", "), stage, row=n) for n in names]
+    """A group for each rounding of the control whose name a pattern is found in, by bits, then by KLD.
+
+    "†4": blocks of the format are longer than the rows; four were joined, which no file can hold.
+    """
+    found = {r["row"]: r["joined_rows"] for r in rows if r["stage"] == stage and re.search(pattern, r.get("row", ""))}
+    labels = {n: "PTQ: " + n.removeprefix("control/").replace("/", ", ") for n in found}
+    labels = {n: label + (f" †{found[n]}" if found[n] > 1 else "") for n, label in labels.items()}
+    groups = [select(rows, label, stage, row=n) for n, label in labels.items()]
     return sorted(groups, key=lambda g: (g.rows[0]["bits_per_weight"], mean_se([r["kld"] for r in g.rows])[0]))
 
 
 def above_control(group: Group, rows: Sequence[Row]) -> list[float]:
     """Loss of each row minus that of the control it is compared with, which must be among `rows`."""
-    controls = {f"{r['run']}:{r['row']}": r["loss"] for r in rows}
+    controls = {f"{r['run']}:{r['row']}": r["loss"] for r in rows if "row" in r}
+    missing = [r["reference"] for r in group.rows if r["reference"] not in controls]
+    if missing:
+        raise UserError(f"the results have no row of {missing[0]}, the control of {group.label}: run the study again")
     return [row["loss"] - controls[row["reference"]] for row in group.rows]
 
 
@@ -89,11 +97,13 @@ def table(groups: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) ->
     head = ["branch", "config", "seeds", "bits", "loss", "above control", "recovered", "KLD", "same top-1 %"]
     lines = [[*head, "same experts %", "codes changed %", "tokens", "minutes"]]
     for group in groups:
+        if not group.rows:
+            lines.append([group.label, *[""] * (len(lines[0]) - 1)])
+            continue
         first, above = group.rows[0], above_control(group, rows)
         is_control = first["reference"] == f"{first['run']}:{first['row']}"
         quantized = group not in ptq and not is_control and first["rule"] == "" and first["format"] != "f32"
-        changed = [r["health"]["flipped"] for r in group.rows if r["health"]]
-        minutes = [r["seconds"] / 60 for r in group.rows if r["seconds"] is not None]
+        changed = [r["health"]["flipped"] for r in group.rows if r["health"].get("flipped") is not None]
         lines.append(
             [
                 group.label,
@@ -108,7 +118,7 @@ def table(groups: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) ->
                 "" if is_control else with_se([100 * r["expert_agreement"] for r in group.rows], ".1f"),
                 with_se([100 * c for c in changed], ".1f") if changed else "",
                 f"{first['tokens']:,}",
-                f"{mean_se(minutes)[0]:.1f}" if minutes and not first["rule"] else "",
+                "" if first["rule"] else f"{mean_se([r['seconds'] / 60 for r in group.rows])[0]:.1f}",
             ]
         )
     return markdown(lines)
@@ -116,6 +126,7 @@ def table(groups: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) ->
 
 def dots(axes: Axes, drawn: Sequence[tuple[Group, str]], rows: Sequence[Row]) -> None:
     """What each group loses against its control, with standard errors over seeds: a line each, in its color."""
+    drawn = [(group, color) for group, color in drawn if group.rows]
     for y, (group, color) in enumerate(drawn):
         mean, se = mean_se(above_control(group, rows))
         axes.errorbar(mean, y, xerr=0 if math.isnan(se) else se, fmt="o", color=color, capsize=3)

@@ -121,7 +121,7 @@ def open_run(workdir: Path, reference: str = "") -> tuple[Audit, list[str]]:
             f"--reference {reference}: is of another architecture than {workdir}; name a control of its trunk"
         )
     audit = Audit(workdir, cfg, model, make_plan(shapes, model, cfg.quant), found, steps, [])
-    notes += _unequal(audit)
+    notes += [*_other_settings(model, found), *_unequal(audit)]
     return dataclasses.replace(audit, rows=_rows(audit, shapes, notes)), notes
 
 
@@ -153,6 +153,26 @@ def _reference(workdir: Path, text: str) -> Reference:
     if step is None:
         raise UserError(f"{workdir}: the reference, phase {phase}, has no checkpoint; train it first")
     return Reference(name or phase, workdir, cfg, phase, step)
+
+
+def _other_settings(model: ModelConfig, reference: Reference) -> list[str]:
+    """Settings of the model that shapes do not show and that the reference has otherwise: its KLD holds them too."""
+    free = {
+        "experts",
+        "eval_experts",
+        "capacity_factor",
+        "expert_block",
+        "attention",
+        "scan_layers",
+        "remat",
+        "init_std",
+    }
+    here, there = dataclasses.asdict(model), dataclasses.asdict(reference.model)
+    return [
+        f"model.{name} is {here[name]!r}, and {there[name]!r} in the reference, {reference.name}"
+        for name in here
+        if name not in free and here[name] != there[name]
+    ]
 
 
 def _unequal(audit: Audit) -> list[str]:

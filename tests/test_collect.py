@@ -76,3 +76,13 @@ def test_nothing_is_finished_yet(tmp_path, capsys):
 def test_a_folder_that_is_no_sweep(tmp_path, capsys):
     assert collect.main([str(tmp_path / "nowhere")]) == 2
     assert "nowhere holds no sweep (sweep.json: No such file or directory)" in capsys.readouterr().err
+
+
+def test_branches_of_each_seeds_trunk_are_of_one_mean():
+    rows = [
+        {"run": f"{i}", "init_from": f"runs/t/seed={i}-abc{at}", "train.seed": i, "loss_qat": 4.0 + i}
+        for at in ("", ":trunk@720")
+        for i in (0, 1)
+    ]
+    rows = [row | {"bits_per_weight": 2.25} for row in rows]
+    assert [(m["seeds"], m["loss_qat"]) for m in collect.over_seeds(rows)] == [(2, "4.5000 ±0.5000")] * 2

@@ -1,7 +1,9 @@
 """Studies: which runs branch from which, what is judged of them, and the figures over seeds."""
 
+import io
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from conftest import ROOT
 from matplotlib.figure import Figure
 
+from experiments import scales
 from launch import points, study, study_tables, sweep
 from launch.algebra import chain, values
 from launch.points import Sweep
@@ -60,11 +63,22 @@ def test_from_random_weights_beside_a_trunk(trunks):
     assert found.references == tuple(f"{run.folder}:control" for run in runs_of(trunks))
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "heldout").mkdir()
+    for name in ("train-0.jsonl.xz", *(f"heldout/{name}.jsonl" for name in scales.HELDOUT)):
+        (folder / name).write_text("")
+    return folder
+
+
 @pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.parent.name)
 @pytest.mark.parametrize("scale", ["small", "h100"])
-def test_the_studies_can_be_run(file, scale):
-    """Every point is a run that qatmoe.train accepts, and what a branch starts from and is compared with is trained."""
-    stages = study.load(str(file))["get_study"](scale, "CORPUS").stages
+def test_the_studies_can_be_run_and_reported(file, scale, corpus):
+    """Every point is a run that qatmoe.train accepts, and what a branch starts from and is compared with is trained.
+    Every table and the figure can be made from what is judged."""
+    functions = study.load(str(file))
+    stages = functions["get_study"](scale, str(corpus) if scale == "h100" else "").stages
     trained = {str(run.folder): run.config for s in stages for run in runs_of(s)}
     kept = [f"runs/{s.sweep.name}" for s in stages]
     assert len(set(kept)) == len(kept)
@@ -80,6 +94,70 @@ def test_the_studies_can_be_run(file, scale):
                 assert steps == int(at or steps) <= start.phases["trunk"].steps
                 assert steps % start.checkpoint_every == 0
                 assert start.phases["trunk"].steps - steps < start.checkpoint_every * start.keep
+    made = functions["report"]({scale: [row for stage in stages for row in made_up(stage)]})
+    page = (file.parent / "README.md").read_text()
+    assert made.tables and all(f"<!-- {name}: " in page for name in made.tables)
+    assert not any("nan" in table for table in made.tables.values())
+    made.figure.savefig(io.BytesIO())
+
+
+NAMES = ["trunk", "control", "qat"] + [
+    f"control/{n}"
+    for n in ("q2_0/absmax", "q2_0/search", "q4_0/search", "mxfp4/search", "IQ2_XS/imatrix", "IQ3_S/imatrix")
+]
+
+
+def made_up(stage):
+    """Rows as `judge` makes them, with losses that depend on the run and the branch."""
+    rows = []
+    for n, run in enumerate(runs_of(stage)):
+        reference = (stage.references or (f"{run.folder}:control",) * (n + 1))[n]
+        for i, name in enumerate(NAMES):
+            if not re.search(stage.judged, name) or name.split("/")[0] not in run.config.train.phases:
+                continue
+            quantized = 1_000 * run.config.model.n_experts
+            figures = {"loss": 4 + 0.01 * n + (0.1 + 1e-6 * quantized) * (i != 1), "tokens": 1000, "steps": 10}
+            if name == "qat":
+                figures["steps"] = run.config.train.phases["qat"].steps
+            rows.append(
+                row(stage.sweep.name, name, run.config.train.seed, figures.pop("loss"), **figures)
+                | study._identity(stage, run)
+                | {"reference": reference, "rule": name.partition("/")[2], "quantized": quantized, "parameters": 1}
+                | {"bytes": 1000, "joined_rows": 4 if "IQ" in name else 1}
+            )
+    return rows
+
+
+def test_the_law_finds_an_exponent(corpus):
+    functions = study.load(str(ROOT / "experiments" / "resilience" / "study.py"))
+    sizes = [100, 200, 400, 800]
+    controls = [row("t", "control", seed, 4.0, run=f"r{n}-{seed}") for n in sizes for seed in (0, 1, 2)]
+    groups = [
+        Group(str(n), [
+            row("t", "qat", seed, 4.0 + 0.1 * seed * n**-0.5 + n**-0.5, quantized=n, reference=f"r{n}-{seed}:control")
+            for seed in (0, 1, 2)
+        ])
+        for n in sizes
+    ]  # fmt: skip
+    assert functions["law"](groups, controls) == pytest.approx([-0.5] * 3)
+    groups[0].rows[0]["loss"] = 3.9
+    assert functions["law"](groups, controls) == []
+
+
+def test_a_corpus_must_be_whole(corpus, tmp_path):
+    assert scales.on("h100", f"{corpus}/").common == scales.on("h100", str(corpus)).common
+    for name, folder, message in (
+        ("h100", "", r"--corpus '': scale h100 needs a folder with train\*.jsonl\*"),
+        ("h100", str(tmp_path), "needs a folder with train"),
+        ("small", str(corpus), "scale small has its own text"),
+        ("big", "", "--scale big: must be small or h100"),
+    ):
+        with pytest.raises(UserError, match=message):
+            scales.on(name, folder)
+    shutil.copytree(corpus, tmp_path / "c")
+    (tmp_path / "c" / "heldout" / "code.jsonl").unlink()
+    with pytest.raises(UserError, match="needs a folder with heldout/code.jsonl"):
+        scales.on("h100", str(tmp_path / "c"))
 
 
 @pytest.mark.parametrize("file", [f for f in STUDIES if list(f.parent.glob("*.json"))], ids=lambda f: f.parent.name)
@@ -122,6 +200,10 @@ def test_what_starts_from_others_waits_for_them(trunks, tmp_path, monkeypatch, c
     assert "2 runs are not finished. The same command continues." in capsys.readouterr().err
 
 
+def NOTHING(where):
+    """A check that never stops."""
+
+
 @pytest.fixture
 def tiny_stages(tiny_run, tmp_path, monkeypatch):
     """A trunk's run and a branch's, finished: copies of one run, as far as this goes."""
@@ -143,7 +225,7 @@ def tiny_stages(tiny_run, tmp_path, monkeypatch):
 def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch):
     trunk, branch = tiny_stages
     asked = Study((trunk, branch), tokens=640)
-    rows = [row for stage in asked.stages for row in study.judge(asked, stage)]
+    rows = [row for stage in asked.stages for row in study.judge(asked, stage, False, NOTHING)]
     assert [(r["stage"], r["row"]) for r in rows] == [
         ("t", "control"), ("t", "control/q2_0/search"), ("t", "qat"), ("b", "qat")
     ]  # fmt: skip
@@ -153,15 +235,25 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch):
     assert other["kld"] == pytest.approx(qat["kld"], rel=1e-5)  # the same weights in two runs
     assert other["overrides"] == {"train.seed": 0, "optim.lr": 0.5} and other["run"] != qat["run"]
     assert (control["tokens"], qat["bits_per_weight"]) == (4 * 4 * 64, 2.25)
-    assert list(control["domains"]) == ["valid"] and control["bytes"] > qat["bytes"] > 0
+    assert list(control["domains"]) == ["valid"] and control["bytes"] > qat["bytes"] > 0 and rounded["bytes"] is None
+    assert "train.keep" not in qat["overrides"] and qat["seconds"] > 0
     assert set(qat["health"]) == set(study.HEALTH) and control["health"] == {}
     study.write_results(tmp_path / "r.json", rows)
     assert json.loads((tmp_path / "r.json").read_text()) == rows
     monkeypatch.setattr(evaluate.Bench, "judge", lambda *_: pytest.fail("judged twice"))
-    assert study.judge(asked, branch) == rows[3:]
+    assert study.judge(asked, branch, False, NOTHING) == rows[3:]
     (Path(other["run"]) / "summary.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
-        study.judge(asked, branch)
+        study.judge(asked, branch, False, NOTHING)
+    (failed,) = study.judge(asked, branch, True, NOTHING)
+    assert failed["failed"].startswith("partial: qat at step 2") and failed["overrides"] == other["overrides"]
+    group = study_tables.select([*rows[:3], failed], "x", "b")
+    assert group == (f"x (seed 0 failed: {failed['failed']})", [])
+    assert group.label in study_tables.table([group], [], rows)
+    longer = Stage(branch.sweep, branch.judged, (branch.references[0].replace(":control", ":trunk"),))
+    shutil.copy(Path(qat["run"]) / "summary.json", other["run"])
+    with pytest.raises(UserError, match="qat was trained on 1,024 tokens and .*:trunk on 512: give both"):
+        study.judge(asked, longer, False, NOTHING)
 
 
 # ---- Figures over seeds ----------------------------------------------------------------------------------------------
@@ -172,7 +264,8 @@ def row(stage, name, seed, loss, **more):
     usual = {
         "stage": stage, "row": name, "seed": seed, "loss": loss, "run": run, "reference": f"{run}:control", "rule": "",
         "format": "q2_0", "bits_per_weight": 2.25, "kld": 0.1, "same_top1": 0.5, "expert_agreement": 0.75,
-        "health": {"flipped": 0.25}, "seconds": 120.0, "tokens": 1000, "config": "configs/c.py", "overrides": {},
+        "health": {"flipped": 0.25}, "seconds": 120.0, "joined_rows": 1,
+        "domains": {"d": {"bits_per_byte": 1.5}}, "tokens": 1000, "config": "configs/c.py", "overrides": {},
     }  # fmt: skip
     return usual | more
 
@@ -223,9 +316,10 @@ def test_the_table():
 
 
 def test_roundings_are_found_and_ordered():
-    more = [row("t", "control/IQ2_XXS/imatrix", s, 4.1, rule="imatrix", bits_per_weight=2.0625) for s in (0, 1)]
+    usual = {"rule": "imatrix", "bits_per_weight": 2.0625, "joined_rows": 4}
+    more = [row("t", "control/IQ2_XXS/imatrix", seed, 4.1, **usual) for seed in (0, 1)]
     found = study_tables.roundings([*ROWS, *more], "t", "^control/(q2_0|IQ2)")
-    assert [g.label for g in found] == ["PTQ: IQ2_XXS, imatrix", "PTQ: q2_0, search"]
+    assert [g.label for g in found] == ["PTQ: IQ2_XXS, imatrix †4", "PTQ: q2_0, search"]
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -251,9 +345,21 @@ def test_the_command(tmp_path, capsys):
     file.write_text(FILE)
     assert study.main([str(file), "--dry_run", "--scale", "big"]) == 0
     out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "1 runs, 15,360 tokens"
     assert "missing" in out and "--config.train.seed=3" in out and not Path("runs/sbig").exists()
     assert study.main([str(file), "--report"]) == 2
     assert "has no results yet" in capsys.readouterr().err
+    (tmp_path / "a.json").write_text("[")
+    assert study.main([str(file), "--report"]) == 2
+    assert study.main([str(file), "--dir", "x"]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert "a.json is not JSON" in err[0] and "--dir x: the runs of a study lie under runs/" in err[1]
+    (tmp_path / "broken.py").write_text("def get_study(a, b): 1 / 0\ndef report(r): pass\n")
+    assert study.main([str(tmp_path / "broken.py")]) == 2
+    (tmp_path / "broken.py").write_text("def (")
+    assert study.main([str(tmp_path / "broken.py")]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert "ZeroDivisionError: division by zero" in err[0] and "SyntaxError" in err[1]
     for name in ("a", "b"):
         study.write_results(tmp_path / f"{name}.json", [])
     (tmp_path / "README.md").write_text("<!-- t: x -->\nold\n<!-- end -->\n")

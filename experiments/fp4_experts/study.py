@@ -9,32 +9,30 @@ from matplotlib.figure import Figure
 
 from experiments import scales
 from experiments.scales import experts_on
-from launch.algebra import Points, chain
 from launch.study import Report, Results, Row, Study, branches
 from launch.study_tables import Group, above_control, dots, mean_se, roundings, select, table, with_se
 from qatmoe.text_table import markdown
 
 PTQ = r"^control/(mxfp4|nvfp4|q4_0|iq4_nl|MXFP4|NVFP4|Q4_0|IQ4_NL|IQ4_XS|Q4_K)/"
 GRIDS = ("mxfp4", "nvfp4", "q4_0")
-VARIANTS: dict[str, Points] = {
-    "mxfp4, down projection on q8_0": experts_on("mxfp4", **{"quant.down": "q8_0"}),
-    "mxfp4, SwiGLU clamped at 10": experts_on("mxfp4", **{"model.swiglu_limit": 10.0}),
-    "mxfp4, dynamic scales": experts_on("mxfp4", **{"quant.scale": "dynamic"}),
-}
+MIXED = experts_on("mxfp4", **{"quant.down": "q8_0"})
+CLAMPED = experts_on("mxfp4", **{"model.swiglu_limit": 10.0})
 
 
 def get_study(scale: str, corpus: str) -> Study:
     """Trunks; each grid; the down projection one step higher; DeepSeek-V4's clamp."""
-    s = scales.get(scale, corpus)
+    s = scales.on(scale, corpus)
     trunks = s.trunks(f"^control$|{PTQ}")
     return Study(
         stages=(
             trunks,
             *(s.on_grid(trunks, grid) for grid in GRIDS),
-            branches(trunks, f"{s.name}_fp4", s.branch, chain(*VARIANTS.values())),
+            branches(trunks, f"{s.name}_mxfp4_down", s.branch, MIXED),
+            branches(trunks, f"{s.name}_mxfp4_clamped", s.config, CLAMPED, judged="^(control|qat)$"),
         ),
         tokens=s.tokens,
         texts=s.texts,
+        needs_llama=True,
     )
 
 
@@ -46,8 +44,13 @@ def report(results: Results) -> Report:
         control = select(rows, "control", f"{scale}_trunks", row="control")
         rounded = roundings(rows, f"{scale}_trunks", PTQ)
         grids = [select(rows, f"{grid}, learned scales", f"{scale}_{grid}") for grid in GRIDS]
-        more = [select(rows, name, f"{scale}_fp4", **point) for name, (point,) in VARIANTS.items()]
-        tables[f"{scale}_fp4"] = table([control, *rounded, *grids, *more], [], rows)
+        clamped = f"{scale}_mxfp4_clamped"
+        more = [
+            select(rows, "mxfp4, learned scales, down projection on q8_0", f"{scale}_mxfp4_down"),
+            select(rows, "mxfp4, learned scales, SwiGLU clamped at 10", clamped),
+        ]
+        controls = [control, select(rows, "control, SwiGLU clamped at 10", clamped, row="control")]
+        tables[f"{scale}_fp4"] = table([*controls, *rounded, *grids, *more], [], rows)
         tables[f"{scale}_goals"] = goals(grids, rows)
         dots(axes, [*((g, "black") for g in rounded), *((g, "tab:red") for g in (*grids, *more))], rows)
         axes.set_title(f"{scale}: rounding (black) and QAT (red), {len(control.rows)} seeds", fontsize=10)

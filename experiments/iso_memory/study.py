@@ -19,7 +19,7 @@ from qatmoe.text_table import markdown
 
 def get_study(scale: str, corpus: str) -> Study:
     """Trunks of N, 2N and 4N; Q4_0 of N and 2N; ternary from the first step of 2N and 4N. The trunks make Q2_0."""
-    s = scales.get(scale, corpus)
+    s = scales.on(scale, corpus)
     n, middle, large = s.experts[1:]
     trunks = {size: s.size(size, "^(control|qat)$") for size in (n, middle, large)}
     ternary = experts_on("ternary")

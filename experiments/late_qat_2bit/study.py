@@ -36,7 +36,7 @@ def recipes_of(s: Scale) -> dict[str, Points]:
 
 def get_study(scale: str, corpus: str) -> Study:
     """Trunks; recipes; shares of the tokens; rates."""
-    s = scales.get(scale, corpus)
+    s = scales.on(scale, corpus)
     trunks = s.trunks(f"^(trunk|control|qat)$|{PTQ}")
     shares = [
         {
@@ -58,6 +58,7 @@ def get_study(scale: str, corpus: str) -> Study:
         ),
         tokens=s.tokens,
         texts=s.texts,
+        needs_llama=True,
     )
 
 
@@ -128,19 +129,22 @@ def shares_table(shares: Sequence[tuple[float, Group, Group]], rows: Sequence[Ro
 
 
 def draw_shares(axes: Axes, shares: Sequence[tuple[float, Group, Group]], rows: Sequence[Row]) -> None:
-    """Loss above the control of the same steps, by share."""
+    """Loss by share: of QAT, of the control of the same steps, and of that control rounded."""
     x = [share for share, _, _ in shares]
-    for i, (label, color) in enumerate((("QAT", "tab:red"), ("rounding the control", "black"))):
-        points = [mean_se(above_control(share[1 + i], rows)) for share in shares]
-        axes.errorbar(
-            x, [m for m, _ in points], [se for _, se in points], marker="o", color=color, label=label, capsize=3
-        )
+    losses = {r["run"]: r["loss"] for r in rows if r.get("row") == "control"}
+    lines = (
+        ("control, rounded", "black", [[r["loss"] for r in rounded.rows] for _, _, rounded in shares]),
+        ("QAT", "tab:red", [[r["loss"] for r in qat.rows] for _, qat, _ in shares]),
+        ("control", "tab:blue", [[losses[r["run"]] for r in qat.rows] for _, qat, _ in shares]),
+    )
+    for label, color, values_of in lines:
+        y, se = zip(*map(mean_se, values_of), strict=True)
+        axes.errorbar(x, y, se, marker="o", color=color, label=label, capsize=3)
     axes.set_xscale("log")
     axes.set_xticks(x, [f"{100 * share:g} %" for share in x])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("share of all tokens")
-    axes.set_ylabel("loss above control (nats per token)")
+    axes.set_xlabel("share of all tokens in which rates fall, and QAT is on its grid")
+    axes.set_ylabel("validation loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
 from experiments import scales
 from experiments.scales import Scale
@@ -24,12 +25,15 @@ COLORS = {"2": "tab:red", "3": "tab:green", "4": "tab:blue"}
 
 def get_study(scale: str, corpus: str) -> Study:
     """Trunks of every size with Q2_0 QAT, and Q4_0 QAT from them; where K-quants fit, Q3_K QAT too."""
-    s = scales.get(scale, corpus)
+    s = scales.on(scale, corpus)
     judged = "^(control|qat)$|^control/(" + "|".join(PTQ.values()) + ")$"
     trunks = [s.size(size, judged) for size in s.experts]
     grids = ("q3_k", "q4_0") if s.k_quants else ("q4_0",)
     return Study(
-        stages=(*trunks, *(s.on_grid(t, grid) for t in trunks for grid in grids)), tokens=s.tokens, texts=s.texts
+        stages=(*trunks, *(s.on_grid(t, grid) for t in trunks for grid in grids)),
+        tokens=s.tokens,
+        texts=s.texts,
+        needs_llama=True,
     )
 
 
@@ -41,15 +45,16 @@ def report(results: Results) -> Report:
         found = series(scales.get(scale), rows)
         tables[f"{scale}_gaps"] = gaps_table(found, rows)
         laws = {name: law(groups, rows) for name, groups in found.items()}
-        tables[f"{scale}_laws"] = laws_table(laws)
+        tables[f"{scale}_laws"] = laws_table(laws, found, rows)
         for name, groups in found.items():
             x = np.asarray([g.rows[0]["quantized"] for g in groups])
             y, se = zip(*(mean_se(above_control(g, rows)) for g in groups), strict=True)
             style = {"color": COLORS[name[0]], "ls": "--" if "PTQ" in name else "-"}
             axes.errorbar(x, y, se, fmt="s" if "PTQ" in name else "o", color=style["color"], capsize=3, label=name)
             if laws[name]:
-                a, b = np.median(laws[name], axis=0)
-                axes.plot(x, np.exp(a) * (x / x[0]) ** b, lw=1, **style)
+                b = mean_se(laws[name])[0]
+                middle = np.exp(np.mean(np.log(y)) - b * np.mean(np.log(x)))
+                axes.plot(x, middle * x**b, lw=1, **style)
         axes.set_xscale("log")
         axes.set_yscale("symlog", linthresh=0.003)
         axes.set_xlabel("quantized parameters")
@@ -87,31 +92,29 @@ def gaps_table(found: dict[str, list[Group]], rows: Sequence[Row]) -> str:
     return markdown(lines)
 
 
-def law(groups: Sequence[Group], rows: Sequence[Row], draws: int = 2000) -> list[tuple[float, float]]:
-    """(log a, b) of gap = a (N / N_0)^b by least squares of logarithms, N_0 the smallest size, for resampled seeds.
+def law(groups: Sequence[Group], rows: Sequence[Row]) -> list[float]:
+    """b of gap = a (N / N_0)^b by least squares of logarithms, N_0 the smallest size: one exponent a seed.
 
+    A seed's models see the same batches, so what a seed shifts, it may shift at all sizes: fits are made seed by seed.
     Empty where a gap is not above 0: a power law cannot hold it.
     """
-    gaps = [np.asarray(above_control(g, rows)) for g in groups]
-    if min(gap.min() for gap in gaps) <= 0:
+    gaps = np.asarray([above_control(g, rows) for g in groups])
+    if gaps.min() <= 0:
         return []
     x = np.log([g.rows[0]["quantized"] / groups[0].rows[0]["quantized"] for g in groups])
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(draws):
-        y = [math.log(rng.choice(gap, len(gap)).mean()) for gap in gaps]
-        b, a = np.polyfit(x, y, 1)
-        found.append((float(a), float(b)))
-    return found
+    return [float(np.polyfit(x, np.log(gap), 1)[0]) for gap in gaps.T]
 
 
-def laws_table(laws: dict[str, list[tuple[float, float]]]) -> str:
-    """Exponents, with the range that 95 % of the resamples lie in."""
-    lines = [["", "gap of the smallest", "exponent b", "95 % of resampled seeds"]]
-    for name, draws in laws.items():
-        if not draws:
-            lines.append([name, "", "no law: a gap of some seed is not above 0", ""])
+def laws_table(laws: dict[str, list[float]], found: dict[str, list[Group]], rows: Sequence[Row]) -> str:
+    """Exponents: mean over seeds and Student's 95 % interval."""
+    lines = [["", "gap of the smallest", "exponent b", "95 % interval"]]
+    for name, exponents in laws.items():
+        smallest = with_se(above_control(found[name][0], rows))
+        if not exponents:
+            lines.append([name, smallest, "no law: a gap of some seed is not above 0", ""])
             continue
-        (a, b), (low, high) = np.median(draws, axis=0), np.percentile([b for _, b in draws], [2.5, 97.5])
-        lines.append([name, f"{math.exp(a):.4f}", f"{b:+.2f}", f"{low:+.2f} .. {high:+.2f}"])
+        mean, se = mean_se(exponents)
+        half = se * stats.t.ppf(0.975, len(exponents) - 1) if len(exponents) > 1 else math.nan
+        interval = "-" if math.isnan(half) else f"{mean - half:+.2f} .. {mean + half:+.2f}"
+        lines.append([name, smallest, f"{mean:+.2f}", interval])
     return markdown(lines)
