@@ -109,7 +109,7 @@ def table(groups: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) ->
                 group.label,
                 Path(first["config"]).stem,
                 " ".join(str(r["seed"]) for r in group.rows),
-                f"{first['bits_per_weight']:g}",
+                f"{first['bits_per_weight']:.5g}",
                 with_se([r["loss"] for r in group.rows]),
                 "" if is_control else with_se(above),
                 with_se([100 * s for s in recovered(group, ptq, rows)], ".0f") + " %" if quantized and ptq else "",
