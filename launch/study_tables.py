@@ -130,7 +130,7 @@ def dots(axes: Axes, drawn: Sequence[tuple[Group, str]], rows: Sequence[Row]) ->
     for y, (group, color) in enumerate(drawn):
         mean, se = mean_se(above_control(group, rows))
         axes.errorbar(mean, y, xerr=0 if math.isnan(se) else se, fmt="o", color=color, capsize=3)
-    axes.set_yticks(range(len(drawn)), [group.label for group, _ in drawn], fontsize=8)
+    axes.set_yticks(range(len(drawn)), [group.label.replace("*", "") for group, _ in drawn], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", lw=0.8)
     axes.set_xlabel("loss above control (nats per token)")

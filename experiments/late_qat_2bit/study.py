@@ -107,7 +107,7 @@ def shares_of(s: Scale, rows: Sequence[Row]) -> list[tuple[float, Group, Group]]
     for steps in s.share_steps:
         at = {"train.phases.qat.steps": steps}
         stage, share = f"{s.name}_shares", steps / s.trunk_steps
-        label = f"last {share:.3g} of the tokens"
+        label = f"last {100 * share:g} % of the tokens"
         found.append(
             (
                 share,
