@@ -195,8 +195,10 @@ def judge(
         reference = reference or f"{run.folder}:control"
         if not points.finished(run.folder):
             if not partial:
-                raise UserError(f"{run.folder} is not finished ({points.state(run).text}): give the same command again")
-            rows.append(_identity(stage, run) | {"failed": points.state(run).text})
+                raise UserError(
+                    f"{run.folder} is not finished ({points.state_of(run.folder).text}): give the same command again"
+                )
+            rows.append(_identity(stage, run) | {"failed": points.state_of(run.folder).text})
             continue
         found, notes = audit.open_run(run.folder, reference)
         wanted = audit.choose(found, stage.judged)
