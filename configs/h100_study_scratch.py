@@ -5,16 +5,10 @@
 Hardware: one H100.
 """
 
-from configs import h100_study
-from qatmoe.config import phase
+from configs import h100_study, moe_2bit_scratch
 
 
 def get_config():
-    config = h100_study.get_config()
+    config = moe_2bit_scratch.from_scratch(h100_study.get_config())
     config.name = "h100_study_scratch"
-    config.quant.experts = config.quant.shared = "ternary"
-    trunk, branch = config.train.phases.trunk, config.train.phases.qat
-    config.train.phases = {
-        "qat": phase(steps=trunk.steps + branch.steps, warmup=trunk.warmup, decay=branch.decay, quantize=True)
-    }
     return config

@@ -11,8 +11,13 @@ from qatmoe.config import phase
 
 
 def get_config():
-    config = moe_2bit.get_config()
+    config = from_scratch(moe_2bit.get_config())
     config.name = "moe_2bit_scratch"
+    return config
+
+
+def from_scratch(config):
+    """The config of a trunk and its branches, as one ternary phase of as many steps, with their warmup and decay."""
     config.quant.experts = config.quant.shared = "ternary"
     trunk, branch = config.train.phases.trunk, config.train.phases.qat
     config.train.phases = {

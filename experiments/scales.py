@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.algebra import Points, product, values, zip_
+from launch.algebra import Point, Points, product, values, zip_
 from launch.points import Sweep
-from launch.study import Stage, branches
+from launch.study import Stage, Study, branches
 from qatmoe.errors import UserError
 
 
@@ -24,7 +24,6 @@ class Scale:
     config: str  # trunk, control and q2_0 QAT
     branch: str  # q2_0 QAT alone, from a trunk
     scratch: str  # on the grid from the first step
-    common: Points  # one point: what is set in every run
     experts: Sequence[int]  # sizes: numbers of experts, the second is the config's
     share_steps: Sequence[int]  # of a share's branch; they divide the trunk's steps, as does the first all others
     trunk_steps: int
@@ -32,20 +31,29 @@ class Scale:
     scale_rates: Sequence[float]  # searched for learned scales, besides the config's
     k_quants: bool  # rows are whole blocks of the K formats
     tokens: int
-    texts: tuple[str, ...]
+    common: Point = dataclasses.field(default_factory=dict)  # what is set in every run
+    texts: tuple[str, ...] = ()
     seeds: Sequence[int] = (0, 1, 2)
+
+    def study(self, *stages: Stage, needs_llama: bool = True) -> Study:
+        """Stages, judged on this size's text."""
+        return Study(stages, self.tokens, self.texts, needs_llama)
 
     def trunks(self, judged: str) -> Stage:
         """Trunk, control and q2_0 QAT with learned scales, every seed. Checkpoints stand where shares branch off."""
         kept = self.share_steps[-1] // self.share_steps[0] + 4  # and some that signals leave
         return Stage(Sweep(f"{self.name}_trunks", self.config, self._seeds(kept)), judged)
 
+    def suffix(self, n_experts: int) -> str:
+        """What the names of a size's sweeps end in; nothing for the config's own."""
+        return "" if n_experts == self.experts[1] else f"_{n_experts}"
+
     def size(self, n_experts: int, judged: str) -> Stage:
         """The same with another number of experts."""
         if n_experts == self.experts[1]:
             return self.trunks(judged)
         points = product(values("model.n_experts", [n_experts]), self._seeds(kept=1))
-        return Stage(Sweep(f"{self.name}_trunks_{n_experts}", self.config, points), judged)
+        return Stage(Sweep(f"{self.name}_trunks{self.suffix(n_experts)}", self.config, points), judged)
 
     def on_grid(self, trunks: Stage, grid: str) -> Stage:
         """QAT of all experts on a grid, from trunks of any size."""
@@ -54,7 +62,7 @@ class Scale:
 
     def _seeds(self, kept: int) -> Points:
         shared = {"train.checkpoint_every": self.share_steps[0], "train.keep": kept}
-        return product(self.common, [shared], values("train.seed", self.seeds))
+        return product([self.common], [shared], values("train.seed", self.seeds))
 
 
 def experts_on(grid: str, **more: object) -> Points:
@@ -67,7 +75,6 @@ SMALL = Scale(
     config="configs/moe_2bit.py",
     branch="configs/moe_2bit_branch.py",
     scratch="configs/moe_2bit_scratch.py",
-    common=[{}],
     experts=(4, 8, 16, 32),
     share_steps=(45, 90, 180, 360),
     trunk_steps=900,
@@ -75,14 +82,12 @@ SMALL = Scale(
     scale_rates=(1e-5, 1e-4, 1e-3),
     k_quants=False,
     tokens=32_768,
-    texts=(),
 )
 H100 = Scale(
     name="h100",
     config="configs/h100_study.py",
     branch="configs/h100_study_branch.py",
     scratch="configs/h100_study_scratch.py",
-    common=[{}],
     experts=(16, 32, 64, 128),
     share_steps=(120, 240, 480, 960),
     trunk_steps=4_800,
@@ -90,7 +95,6 @@ H100 = Scale(
     scale_rates=(1e-5, 1e-4, 1e-3),
     k_quants=True,
     tokens=262_144,
-    texts=(),
 )
 
 
@@ -123,6 +127,6 @@ def on(name: str, corpus: str) -> Scale:
     missing = [pattern for pattern in wanted if not corpus or not any(folder.glob(pattern))]
     if missing:
         raise UserError(f"--corpus {corpus!r}: scale h100 needs a folder with {missing[0]}")
-    common: Points = [{"data.source": f"{folder}/train*.jsonl*", "data.valid": f"{folder}/heldout/{HELDOUT[0]}.jsonl"}]
+    common = {"data.source": f"{folder}/train*.jsonl*", "data.valid": f"{folder}/heldout/{HELDOUT[0]}.jsonl"}
     texts = tuple(f"{text}={folder}/heldout/{text}.jsonl" for text in HELDOUT[1:])
     return dataclasses.replace(scale, common=common, texts=texts)

@@ -23,7 +23,7 @@ import json
 import re
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +102,8 @@ def load(file: str | Path) -> Sweep:
     Raises:
       UserError: there is no such file, it fails, or it does not return a sweep.
     """
-    if not Path(file).is_file():
-        raise UserError(f"sweep {file}: no such file")
-    try:
-        sweep = runpy.run_path(str(file))["get_sweep"]()
-    except UserError:
-        raise
-    except KeyError as e:
-        if e.args != ("get_sweep",):
-            raise UserError(f"sweep {file}: KeyError: {e}") from e
-        raise UserError(f"sweep {file}: has no get_sweep(); launch/sweeps/toy.py shows one") from e
-    except Exception as e:  # whatever the file's own code raised
-        raise UserError(f"sweep {file}: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    where = f"sweep {file}"
+    sweep = called(where, functions_of(where, file, ["get_sweep"], "launch/sweeps/toy.py")["get_sweep"])
     if not isinstance(sweep, Sweep):
         raise UserError(f"sweep {file}: get_sweep() returns a {type(sweep).__name__}; return a launch.points.Sweep")
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", sweep.name):
@@ -126,6 +116,27 @@ def load(file: str | Path) -> Sweep:
         if not isinstance(point, dict) or not all(isinstance(key, str) for key in point):
             raise UserError(f"sweep {file}: point {n} is no dict of values under names: write {{'dotted.key': value}}")
     return sweep
+
+
+def functions_of(where: str, file: str | Path, names: Sequence[str], example: str) -> dict[str, Any]:
+    """What a Python file defines. Raises UserError where there is no such file, it fails, or it lacks a name."""
+    if not Path(file).is_file():
+        raise UserError(f"{where}: no such file")
+    found = called(where, lambda: runpy.run_path(str(file)))
+    for name in names:
+        if name not in found:
+            raise UserError(f"{where}: has no {name}(); {example} shows one")
+    return found
+
+
+def called(where: str, function: Callable[[], Any]) -> Any:
+    """What a function of such a file returns. Raises UserError, its own or one that tells what it raised."""
+    try:
+        return function()
+    except UserError:
+        raise
+    except Exception as e:  # whatever the file's own code raised
+        raise UserError(f"{where}: {type(e).__name__}: {' '.join(str(e).split())}") from e
 
 
 def runs_of(sweep: Sweep, folder: Path) -> list[Run]:

@@ -18,7 +18,6 @@ import dataclasses
 import json
 import math
 import os
-import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -279,22 +278,7 @@ def _plain(x: float | None) -> float | None:
 
 def load(file: str) -> dict[str, Any]:
     """The functions of a study file. Raises UserError where there is none, it fails, or one is missing."""
-    if not Path(file).is_file():
-        raise UserError(f"study {file}: no such file")
-    found = _explained(file, lambda: runpy.run_path(file))
-    for name in ("get_study", "report"):
-        if name not in found:
-            raise UserError(f"study {file}: has no {name}(); experiments/late_qat_2bit/study.py shows one")
-    return found
-
-
-def _explained(file: str, run: Callable[[], Any]) -> Any:
-    try:
-        return run()
-    except UserError:
-        raise
-    except Exception as e:  # whatever the file's own code raised
-        raise UserError(f"study {file}: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    return points.functions_of(f"study {file}", file, ["get_study", "report"], "experiments/late_qat_2bit/study.py")
 
 
 def write_results(file: Path, rows: Sequence[Row]) -> None:
@@ -320,7 +304,7 @@ def report(file: str, make: Callable[[Results], Report]) -> None:
         raise UserError(f"{folder} has no results yet: run the study without --report")
     if not (folder / "README.md").is_file():
         raise UserError(f"{folder}/README.md: no such file; it needs lines `<!-- NAME: command -->` and `<!-- end -->`")
-    made = _explained(file, lambda: make(results))
+    made = points.called(f"study {file}", lambda: make(results))
     fill_tables(folder / "README.md", made.tables)
     made.figure.savefig(folder / "figure.png", dpi=110)
     print(f"{folder}/README.md  {folder}/figure.png")
@@ -344,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.dir:
             raise UserError(f"--dir {options.dir}: the runs of a study lie under runs/, where other studies find them")
         if not args.report:
-            study: Study = _explained(args.file, lambda: functions["get_study"](args.scale, args.corpus))
+            study: Study = points.called(f"study {args.file}", lambda: functions["get_study"](args.scale, args.corpus))
             if study.needs_llama and not llama.installed():
                 raise UserError(f"study {args.file}: judges llama.cpp's types: pip install -e '.[deploy]'")
             code = train(study, options)

@@ -19,6 +19,16 @@ class Group(NamedTuple):
     label: str
     rows: Sequence[Row]
 
+    @property
+    def config(self) -> str:
+        """The config file's name."""
+        return Path(self.rows[0]["config"]).stem
+
+    @property
+    def seeds(self) -> str:
+        """As a cell of a table."""
+        return " ".join(str(r["seed"]) for r in self.rows)
+
 
 def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **overrides: Any) -> Group:
     """The rows of a stage whose runs have these overrides, one for each seed. Failed runs are named in the label.
@@ -107,8 +117,8 @@ def table(groups: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) ->
         lines.append(
             [
                 group.label,
-                Path(first["config"]).stem,
-                " ".join(str(r["seed"]) for r in group.rows),
+                group.config,
+                group.seeds,
                 f"{first['bits_per_weight']:.5g}",
                 with_se([r["loss"] for r in group.rows]),
                 "" if is_control else with_se(above),

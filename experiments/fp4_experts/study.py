@@ -1,6 +1,8 @@
 """What does FP4 QAT of the experts cost against full precision, rounding and Q4_0?
 
-python -m launch.study experiments/fp4_experts/study.py --slots 2
+    python -m launch.study experiments/fp4_experts/study.py --slots 2
+
+The trunks are those of late_qat_2bit.
 """
 
 from collections.abc import Sequence
@@ -23,16 +25,11 @@ def get_study(scale: str, corpus: str) -> Study:
     """Trunks; each grid; the down projection one step higher; DeepSeek-V4's clamp."""
     s = scales.on(scale, corpus)
     trunks = s.trunks(f"^control$|{PTQ}")
-    return Study(
-        stages=(
-            trunks,
-            *(s.on_grid(trunks, grid) for grid in GRIDS),
-            branches(trunks, f"{s.name}_mxfp4_down", s.branch, MIXED),
-            branches(trunks, f"{s.name}_mxfp4_clamped", s.config, CLAMPED, judged="^(control|qat)$"),
-        ),
-        tokens=s.tokens,
-        texts=s.texts,
-        needs_llama=True,
+    return s.study(
+        trunks,
+        *(s.on_grid(trunks, grid) for grid in GRIDS),
+        branches(trunks, f"{s.name}_mxfp4_down", s.branch, MIXED),
+        branches(trunks, f"{s.name}_mxfp4_clamped", s.config, CLAMPED, judged="^(control|qat)$"),
     )
 
 

@@ -23,14 +23,11 @@ def get_study(scale: str, corpus: str) -> Study:
     n, middle, large = s.experts[1:]
     trunks = {size: s.size(size, "^(control|qat)$") for size in (n, middle, large)}
     ternary = experts_on("ternary")
-    return Study(
-        stages=(
-            *trunks.values(),
-            *(s.on_grid(trunks[size], "q4_0") for size in (n, middle)),
-            *(beside(trunks[size], f"{s.name}_scratch_{size}", s.scratch, ternary) for size in (middle, large)),
-        ),
-        tokens=s.tokens,
-        texts=s.texts,
+    return s.study(
+        *trunks.values(),
+        *(s.on_grid(trunks[size], "q4_0") for size in (n, middle)),
+        *(beside(trunks[size], f"{s.name}_scratch_{size}", s.scratch, ternary) for size in (middle, large)),
+        needs_llama=False,
     )
 
 
@@ -63,7 +60,7 @@ def models(s: Scale, rows: Sequence[Row]) -> dict[tuple[int, str], Group]:
     """{(experts, kind): its rows}."""
     found = {}
     for size in s.experts[1:]:
-        suffix = "" if size == s.experts[1] else f"_{size}"
+        suffix = s.suffix(size)
         for kind, stage, row in (
             ("bf16", f"{s.name}_trunks{suffix}", "control"),
             ("Q4_0", f"{s.name}_q4_0{suffix}", "qat"),
@@ -83,8 +80,8 @@ def models_table(found: dict[tuple[int, str], Group]) -> str:
         lines.append(
             [
                 group.label + (" from the first step" if "scratch" in first["stage"] else ""),
-                first["config"].split("/")[-1].removesuffix(".py"),
-                " ".join(str(r["seed"]) for r in group.rows),
+                group.config,
+                group.seeds,
                 f"{first['parameters']:,}",
                 f"{first['bytes'] / 1e6:.3f}",
                 f"{first['tokens']:,}",

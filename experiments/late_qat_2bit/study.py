@@ -1,6 +1,8 @@
 """Which recipe of late 2-bit QAT is best, by how much, and how late is too late?
 
-python -m launch.study experiments/late_qat_2bit/study.py --slots 2
+    python -m launch.study experiments/late_qat_2bit/study.py --slots 2
+
+Recipes branch from whole trunks, shares from earlier steps of the same trunks; rates are searched at the first seed.
 """
 
 from collections.abc import Sequence
@@ -48,17 +50,12 @@ def get_study(scale: str, corpus: str) -> Study:
     ]
     rates = [{f"train.phases.{phase}.lr": rate for phase in ("control", "qat")} for rate in s.rates]
     scale_rates = values("optim.scale_lr", s.scale_rates)
-    return Study(
-        stages=(
-            trunks,
-            branches(trunks, f"{s.name}_recipes", s.branch, chain(*recipes_of(s).values())),
-            branches(trunks, f"{s.name}_shares", s.config, shares, judged="^(control|qat)$|^control/q2_0/search$"),
-            branches(trunks, f"{s.name}_rates", s.config, rates, judged="^(control|qat)$", seeds=s.seeds[:1]),
-            branches(trunks, f"{s.name}_scale_rates", s.branch, scale_rates, seeds=s.seeds[:1]),
-        ),
-        tokens=s.tokens,
-        texts=s.texts,
-        needs_llama=True,
+    return s.study(
+        trunks,
+        branches(trunks, f"{s.name}_recipes", s.branch, chain(*recipes_of(s).values())),
+        branches(trunks, f"{s.name}_shares", s.config, shares, judged="^(control|qat)$|^control/q2_0/search$"),
+        branches(trunks, f"{s.name}_rates", s.config, rates, judged="^(control|qat)$", seeds=s.seeds[:1]),
+        branches(trunks, f"{s.name}_scale_rates", s.branch, scale_rates, seeds=s.seeds[:1]),
     )
 
 

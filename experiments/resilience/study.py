@@ -29,12 +29,7 @@ def get_study(scale: str, corpus: str) -> Study:
     judged = "^(control|qat)$|^control/(" + "|".join(PTQ.values()) + ")$"
     trunks = [s.size(size, judged) for size in s.experts]
     grids = ("q3_k", "q4_0") if s.k_quants else ("q4_0",)
-    return Study(
-        stages=(*trunks, *(s.on_grid(t, grid) for t in trunks for grid in grids)),
-        tokens=s.tokens,
-        texts=s.texts,
-        needs_llama=True,
-    )
+    return s.study(*trunks, *(s.on_grid(t, grid) for t in trunks for grid in grids))
 
 
 def report(results: Results) -> Report:
@@ -69,7 +64,7 @@ def series(s: Scale, rows: Sequence[Row]) -> dict[str, list[Group]]:
     """{name: a group for each size}."""
     found: dict[str, list[Group]] = {}
     for size in s.experts:
-        suffix = "" if size == s.experts[1] else f"_{size}"
+        suffix = s.suffix(size)
         label = f"{size} experts"
         for name, row in PTQ.items():
             found.setdefault(name, []).append(select(rows, label, f"{s.name}_trunks{suffix}", row=f"control/{row}"))
@@ -84,8 +79,8 @@ def gaps_table(found: dict[str, list[Group]], rows: Sequence[Row]) -> str:
     """Loss above control by size."""
     sizes = next(iter(found.values()))
     lines = [["", *(f"{g.label}: {g.rows[0]['quantized']:,} quantized" for g in sizes)]]
-    lines.append(["config", *(g.rows[0]["config"].split("/")[-1].removesuffix(".py") for g in sizes)])
-    lines.append(["seeds", *(" ".join(str(r["seed"]) for r in g.rows) for g in sizes)])
+    lines.append(["config", *(g.config for g in sizes)])
+    lines.append(["seeds", *(g.seeds for g in sizes)])
     lines.append(["tokens of a branch, its trunk's included", *(f"{g.rows[0]['tokens']:,}" for g in sizes)])
     for name, groups in found.items():
         lines.append([name, *(with_se(above_control(g, rows)) for g in groups)])
