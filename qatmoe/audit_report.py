@@ -231,14 +231,21 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", _measured_on(rows), *_headlines(rows), *_notes(rows, columns)])
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row], shown: Container[str] | None = None) -> str:
     """The audit as Markdown for a model card: headlines, the table, its footnotes, and KLD by text where there are
     several. QAT rows are bold.
+
+    Args:
+      rows: all that was measured; headlines and the marks of the best roundings are of all of them.
+      shown: names of the rows that the table has; all of them unless given.
     """
     if not rows:
         return "Nothing has been measured yet.\n"
-    edge, columns = frontier(rows), _columns(rows, list(_COLUMNS))
+    edge, headlines = frontier(rows), _headlines(rows)
     best = {r["row"] for r in edge}
+    names: Container[str] = {r["row"] for r in rows} if shown is None else shown
+    rows, edge = [r for r in rows if r["row"] in names], [r for r in edge if r["row"] in names]
+    columns = _columns(rows, list(_COLUMNS))
     body = []
     for heading, members in _sections(rows):
         for row in members:
@@ -246,20 +253,20 @@ def markdown(rows: Sequence[Row]) -> str:
             cells += [_COLUMNS[c](row) for c in columns]
             body.append([f"**{c}**" for c in cells] if row["group"] == "qat" else cells)
     parts = [
-        _escaped(" ".join([_measured_on(rows), *_headlines(rows)])),
+        _escaped(" ".join([_measured_on(rows), *headlines])),
         _grid(["weights", "format", "bits", *columns], body),
         "\n".join(f"- {_escaped(note)}" for note in _notes(rows, columns)),
     ]
     texts = list(rows[0].get("domains") or {})
     if len(texts) > 1:
-        shown = [r for group in ("trunk", "qat") for r in _of_group(rows, group)] + edge
+        listed = [r for group in ("trunk", "qat") for r in _of_group(rows, group)] + edge
         body = [
             [
                 _escaped(r["row"]) + _joined(r),
                 _bits(r),
                 *(_with_error(r["domains"].get(t, {}), "kld") for t in texts),
             ]
-            for r in shown
+            for r in listed
         ]
         parts += ["KLD by text:", _grid(["row", "bits", *map(_escaped, texts)], body)]
     return "\n\n".join(parts) + "\n"

@@ -1,5 +1,6 @@
 """What entry points share: command lines of `--config FILE` and `--config.key=value`, and how a program ends."""
 
+import dataclasses
 import io
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from qatmoe.config import Config, resolve
+from qatmoe.config import Config, check_key, resolve
 from qatmoe.errors import UserError
 
 
@@ -62,13 +63,23 @@ def parse(argv: Sequence[str], usage: str, options: Mapping[str, str | bool]) ->
     given = _config_file(argv)
     if given and not Path(given.partition(":")[0]).is_file():
         raise UserError(f"--config {given}: no such file")
+    for key in _overridden(argv):
+        check_key(key)
     before, sys.argv = sys.argv, list(argv)  # config_flags looks for overrides there
     try:
         rest = values(list(argv))
+    except flags.UnrecognizedFlagError as e:
+        group = e.flagname.partition(".")[0]
+        known = {field.name for field in dataclasses.fields(Config)}
+        hint = f"; did you mean --config.{e.flagname}?" if group in known else ""
+        raise UserError(f"{_one_line(e)}{hint}") from e
     except flags.Error as e:
         raise UserError(_one_line(e)) from e
-    except (AttributeError, KeyError) as e:  # how a ConfigDict reports a key that it does not have
-        raise UserError(f"--config.*: no such key {_one_line(e)}") from e
+    except (AttributeError, KeyError) as e:  # how a ConfigDict reports a phase that it does not have
+        raise UserError(f"--config.train.phases.*: no such key {_one_line(e)}") from e
+    except ModuleNotFoundError as e:  # a config that builds on another one
+        hint = "; run it from the repository's root" if e.name == "configs" else ""
+        raise UserError(f"--config {given}: {_one_line(e)}{hint}") from e
     except Exception as e:  # whatever the file's own code raised
         raise UserError(f"--config {given}: {type(e).__name__}: {_one_line(e)}") from e
     finally:
@@ -78,6 +89,12 @@ def parse(argv: Sequence[str], usage: str, options: Mapping[str, str | bool]) ->
     if config.value is None:
         raise UserError("no configuration: give --config FILE, e.g. --config configs/moe_2bit.py")
     return resolve(config.value), {name: flag.value for name, flag in found.items()}
+
+
+def _overridden(argv: Sequence[str]) -> list[str]:
+    """Keys of the configuration that a command line sets."""
+    names = [argument.partition("=")[0] for argument in argv if argument.startswith("-")]
+    return [name.lstrip("-").removeprefix("config.") for name in names if name.lstrip("-").startswith("config.")]
 
 
 def _config_file(argv: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ml_collections
@@ -274,6 +274,28 @@ def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name in tree for k, v in leaves(tree[name], f"{prefix}.{name}" if prefix else name).items()}
 
 
+def check_key(path: str) -> None:
+    """Raises UserError where a dotted path, such as "quant.experts", names no key. Phases may have any name."""
+    hint: Any = Config
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if typing.get_origin(hint) is dict:
+            hint = typing.get_args(hint)[1]
+        elif dataclasses.is_dataclass(hint):
+            hints = typing.get_type_hints(hint)
+            if part not in hints:
+                raise UserError(_no_such_key(".".join(["config", *parts[:i]]), part, hints))
+            hint = hints[part]
+        else:
+            raise UserError(f"config.{path}: no such key; config.{'.'.join(parts[:i])} is a value")
+
+
+def _no_such_key(path: str, key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {path}.{close[0]}?" if close else f"known keys: {', '.join(known)}"
+    return f"{path}.{key}: no such key; {hint}"
+
+
 def _build(cls: type, raw: Mapping[str, Any], path: str) -> Any:
     if not isinstance(raw, Mapping | ml_collections.ConfigDict):
         raise UserError(
@@ -284,9 +306,7 @@ def _build(cls: type, raw: Mapping[str, Any], path: str) -> Any:
     values = {}
     for key in raw:
         if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {path}.{close[0]}?" if close else f"known keys: {', '.join(fields)}"
-            raise UserError(f"{path}.{key}: no such key; {hint}")
+            raise UserError(_no_such_key(path, key, fields))
         values[key] = _convert(hints[key], raw[key], f"{path}.{key}")
     return cls(**values)
 

@@ -54,7 +54,7 @@ def opened(tasks: Sequence[str]) -> Iterator[Any]:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as e:
-        raise UserError(f"qatmoe.tasks needs lm-evaluation-harness ({e}): pip install 'qatmoe[eval]'") from e
+        raise UserError(f"qatmoe.tasks needs lm-evaluation-harness ({e}): pip install -e '.[eval]'") from e
     with tempfile.TemporaryDirectory(prefix="qatmoe_tasks_") as folder:
         cloze.write(Path(folder))
         manager = TaskManager(include_path=folder, include_defaults=not set(tasks) <= set(cloze.NAMES))

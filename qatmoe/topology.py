@@ -153,7 +153,7 @@ def prepare(topology: Topology) -> None:
     package, extra = {"gpu": ("jax_cuda12_plugin", "gpu"), "cpu": ("jax", "")}.get(topology.kind, ("libtpu", "tpu"))
     if importlib.util.find_spec(package) is None:
         raise UserError(
-            f"--topology={topology.name}: compiling for it needs the package {package}: pip install 'qatmoe[{extra}]'"
+            f"--topology={topology.name}: compiling for it needs the package {package}: pip install -e '.[{extra}]'"
         )
     jax.config.update("jax_platforms", "cpu")
     if topology.kind == "cpu":

@@ -95,7 +95,7 @@ def test_a_compiler_that_is_not_installed(monkeypatch, capsys):
     monkeypatch.setattr(aot.machines.importlib.util, "find_spec", lambda name: None)
     for topology, extra in (("v5p:4x4x4", "tpu"), ("gpu:8", "gpu")):
         assert train.main(["train", f"--config={ROOT}/configs/toy.py", "--compile_only", f"--topology={topology}"]) == 2
-        assert f"pip install 'qatmoe[{extra}]'" in capsys.readouterr().err
+        assert f"pip install -e '.[{extra}]'" in capsys.readouterr().err
 
 
 # ---- verdict and suggestion ------------------------------------------------------------------------------------------

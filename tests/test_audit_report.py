@@ -208,6 +208,16 @@ def test_markdown_table():
     assert "KLD by text" not in text
 
 
+def test_a_table_of_some_rows_has_the_headline_and_the_marks_of_all():
+    some = {r["row"] for r in ROWS if r["group"] in ("control", "qat", "grid")}
+    text, whole = audit_report.markdown(ROWS, some), audit_report.markdown(ROWS)
+    assert text.splitlines()[0] == whole.splitlines()[0] and "(Q3_K stock †4)" in text
+    body = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(body) == 2 + len(some)
+    marked = [line for line in whole.splitlines() if r"q2_0 search \*" in line]
+    assert len(marked) == 1 and sum(r"q2_0 search \*" in line for line in body) == 1
+
+
 def test_markdown_escapes_names():
     rows = [r | {"branch": "a|b_*c", "row": "x"} for r in ROWS[:1]] + [ROWS[2] | {"branch": "_q_a_"}]
     text = audit_report.markdown(rows)

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 
@@ -123,18 +124,32 @@ def test_command_line_overrides(config_files):
     [
         ([], "no configuration: give --config FILE"),
         (["--config", "nowhere.py"], "--config nowhere.py: no such file"),
-        (["--config", "TOY", "--config.model.dimm=3"], "no such key 'dimm'.*dim"),
-        (["--config", "TOY", "--config.modle.dim=3"], "no such key.*'modle'.*model"),
+        (
+            ["--config", "TOY", "--config.model.dimm=3"],
+            r"config\.model\.dimm: no such key; did you mean config\.model\.dim\?",
+        ),
+        (["--config", "TOY", "--config.modle.dim", "3"], r"config\.modle: no such key; did you mean config\.model\?"),
+        (
+            ["--config", "TOY", "--config.model.dim.x=3"],
+            r"model\.dim\.x: no such key; config\.model\.dim is a value",
+        ),
+        (["--config", "TOY", "--config.train.phases.tunk.steps=3"], r"train\.phases\.\*: no such key 'tunk'.*trunk"),
+        (["--config", "TOY", "--quant.experts=mxfp4"], r"'quant\.experts'; did you mean --config\.quant\.experts\?"),
+        (["--config", "MOVED"], "No module named 'configs'; run it from the repository's root"),
         (["--config", "TOY", "--config.model.dim=many"], "--config.model.dim=many"),
         (["--config", "TOY", "--confg.model.dim=3"], "confg.model.dim"),
         (["--config", "TOY", "more"], "unexpected argument 'more'"),
         (["--config", "BROKEN"], "SyntaxError"),
     ],
 )
-def test_command_line_mistakes_are_one_line(args, message, config_files, tmp_path):
+def test_command_line_mistakes_are_one_line(args, message, config_files, tmp_path, monkeypatch):
     toy = next(f for f in config_files if f.stem == "toy")
     (tmp_path / "broken.py").write_text("def get_config(:\n")
-    names = {"TOY": str(toy), "BROKEN": str(tmp_path / "broken.py")}
+    (tmp_path / "moved.py").write_text("from configs import toy\n")
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p not in ("", str(toy.parent.parent))])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    names = {"TOY": str(toy), "BROKEN": str(tmp_path / "broken.py"), "MOVED": str(tmp_path / "moved.py")}
     with pytest.raises(UserError, match=message) as error:
         cli.parse(["x", *(names.get(a, a) for a in args)], "", {})
     assert "\n" not in str(error.value)

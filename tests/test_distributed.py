@@ -179,7 +179,7 @@ def test_killed_stopped_and_continued_on_other_processes_and_meshes(whole, job, 
 @pytest.mark.parametrize(
     ("slurm", "wrong", "message"),
     [
-        (True, "--config.model.dimm=3", "--config.*: no such key 'dimm'"),
+        (True, "--config.model.dimm=3", "config.model.dimm: no such key; did you mean config.model.dim?"),
         (False, "--config.train.seed=5", 'another configuration than process 0: "seed": 5, here, "seed": 0, there'),
     ],
 )

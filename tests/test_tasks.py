@@ -201,7 +201,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(run, caps
 
 def test_without_the_harness_the_extra_is_named(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    assert "pip install 'qatmoe[eval]'" in refused(capsys, f"--run={run}")
+    assert "pip install -e '.[eval]'" in refused(capsys, f"--run={run}")
 
 
 def test_a_data_set_that_cannot_be_reached(run, capsys, monkeypatch, tmp_path):

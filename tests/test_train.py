@@ -195,7 +195,7 @@ def cache(child_env, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--config.model.dimm=3", "no such key 'dimm'"),
+        ("--config.model.dimm=3", "config.model.dimm: no such key; did you mean config.model.dim?"),
         ("--config.data.source=/no/such.txt", "/no/such.txt"),
         ("--config.data.source=EMPTY", "empty.txt"),
         ("--config.data.source=LATIN1", "latin1.txt"),

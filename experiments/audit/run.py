@@ -58,15 +58,17 @@ def make(runs: Path) -> None:
         shutil.copy(cache / name, HERE / name.replace("audit", "cache"))
 
 
-def chosen(rows: list[dict]) -> list[dict]:
-    """What the main README shows: the branches, the best roundings, conversions of the QAT model, and caches."""
-    edge = frontier(rows)
-    beside = [r for qat in rows if qat["group"] == "qat" for r in rivals(rows, qat) if r]
-    names = {r["row"] for r in edge + beside}
+def chosen(rows: list[dict]) -> set[str]:
+    """The rows that the main README shows: branches, the best roundings, with and without joined rows, conversions of
+    the QAT model, and caches.
+    """
+    in_files = [r for r in rows if r["joined_rows"] == 1]
+    beside = [r for qat in rows if qat["group"] == "qat" for of in (rows, in_files) for r in rivals(of, qat) if r]
+    names = {r["row"] for r in frontier(rows) + beside}
     names |= {f"control/q2_0/{rule}" for rule in ("absmax", "search")}
     names |= {f"qat/{kind}/stock" for kind in AGAIN}
     names |= {f"{branch}/kv/{cache}" for branch in BRANCHES for cache in CACHES}
-    return [r for r in rows if r["row"] in names or r["group"] in ("control", "trunk", "qat")]
+    return names | {r["row"] for r in rows if r["group"] in ("control", "trunk", "qat")}
 
 
 def tasks_table(rows: list[dict]) -> str:
@@ -87,7 +89,7 @@ def write() -> None:
     minutes = f"{cost['seconds'] / 60:.1f} minutes on {cost['cores']} cores"
     spent = f"{len(rows)} rows of {rows[0]['tokens']:,} tokens in {minutes}."
     fill_tables(ROOT / "README.md", {
-        "audit": f"{markdown(chosen(rows))}\n\n{spent}",
+        "audit": f"{markdown(rows, chosen(rows))}\n\n{spent}",
         "tasks": tasks_table(json.loads((HERE / "tasks.json").read_text())["rows"]),
     })  # fmt: skip
     cached = json.loads((HERE / "cache.json").read_text())

@@ -43,7 +43,7 @@ def report(results: Results) -> Report:
         grids = [select(rows, f"{grid}, learned scales", f"{scale}_{grid}") for grid in GRIDS]
         clamped = f"{scale}_mxfp4_clamped"
         more = [
-            select(rows, "mxfp4, learned scales, down projection on q8_0", f"{scale}_mxfp4_down"),
+            select(rows, "mxfp4, learned scales, routed down projection on q8_0", f"{scale}_mxfp4_down"),
             select(rows, "mxfp4, learned scales, SwiGLU clamped at 10", clamped),
         ]
         controls = [control, select(rows, "control, SwiGLU clamped at 10", clamped, row="control")]

@@ -1,9 +1,9 @@
 """The main job at three seeds, and the cost of its fake quantization: makes the tables of the README.
 
-    python experiments/main_job/run.py [--runs DIR]     trains, benchmarks: 20 minutes on 2 cores
-    python experiments/main_job/run.py --write          writes the tables from results.json into README.md
+    python experiments/main_job/run.py            trains what is not trained, benchmarks -> results.json, curves.png
+    python experiments/main_job/run.py --write    writes the tables from results.json into README.md
 
-Finished runs under DIR are not repeated.
+The runs are those of sweep.py, which are the studies' trunks too.
 """
 
 import argparse
@@ -19,8 +19,8 @@ from qatmoe.report import fill_tables
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CONFIG = ROOT / "configs" / "moe_2bit.py"
+RUNS = ROOT / "runs" / "small_trunks"
 RESULTS = HERE / "results.json"
-SEEDS = (0, 1, 2)
 
 
 def run(*args: str) -> None:
@@ -28,15 +28,14 @@ def run(*args: str) -> None:
     subprocess.run([sys.executable, "-m", *args], cwd=ROOT, check=True)
 
 
-def make(runs: Path) -> None:
+def make() -> None:
     """Trains the seeds, times the step, stores what the tables need."""
-    summaries = []
-    for seed in SEEDS:
-        workdir = runs / f"seed_{seed}"
-        run("qatmoe.train", f"--config={CONFIG}", f"--workdir={workdir}", f"--config.train.seed={seed}")
-        summaries.append(json.loads((workdir / "summary.json").read_text()))
-    shutil.copy(runs / f"seed_{SEEDS[0]}" / "curves.png", HERE / "curves.png")
-    timing = runs / "benchmark.json"
+    run("launch.sweep", f"{HERE / 'sweep.py'}", "--slots=2")
+    summaries = [json.loads(file.read_text()) for file in RUNS.glob("*/summary.json")]
+    summaries.sort(key=lambda summary: summary["seed"])
+    (first,) = RUNS.glob("seed=0-*")
+    shutil.copy(first / "curves.png", HERE / "curves.png")
+    timing = RUNS / "benchmark.json"
     run("qatmoe.benchmark", f"--config={CONFIG}", f"--json={timing}")
     result = {"runs": summaries, "benchmark": json.loads(timing.read_text())}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
@@ -72,19 +71,20 @@ def loss_table(runs: list[dict]) -> str:
         f"**QAT recovers {statistics.mean(recovered):.1%}** of what PTQ loses, (PTQ - QAT) / (PTQ - control), PTQ at "
         f"its better scale rule: {', '.join(f'{r:.1%}' for r in recovered)}. The whole model takes "
         f"{runs[0]['bytes']['deployed'] / 1e6:.2f} MB instead of {runs[0]['bytes']['bf16'] / 1e6:.2f} MB in bfloat16. "
-        f"{runs[0]['tokens']['total']:,.0f} tokens, {min(r['wall_s'] for r in runs):.0f} to "
-        f"{max(r['wall_s'] for r in runs):.0f} s a seed on {runs[0]['devices']} {runs[0]['device']} device.",
+        f"{runs[0]['tokens']['total']:,.0f} tokens a seed.",
     ]
     return "\n".join(lines)
 
 
 def benchmark_table(result: dict) -> str:
     """Step times as the benchmark measured them."""
-    lines = ["| step | ms | tokens/s | cost |", "|---|---|---|---|"]
+    lines = ["| step | ms | tokens/s | cost (quartiles) |", "|---|---|---|---|"]
     for r in result["rows"]:
-        cost = "" if r is result["rows"][0] else f"{r['cost']:+.1%}"
+        low, high = r["cost_quartiles"]
+        cost = "" if r is result["rows"][0] else f"{r['cost']:+.1%} ({low:+.1%} .. {high:+.1%})"
         lines.append(f"| {r['variant']} | {r['step_ms']:.0f} | {r['tokens_per_s']:,.0f} | {cost} |")
-    return "\n".join([*lines, "", f"On {result['devices']} {result['device']} device, jax {result['jax']}."])
+    machine = f"On {result['devices']} {result['device']} device, jax {result['jax']}."
+    return "\n".join([*lines, "", f"{machine} Cost: median of the ratios of neighbouring steps."])
 
 
 def write() -> None:
@@ -97,11 +97,10 @@ def write() -> None:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "main_job", help="where the runs lie")
     parser.add_argument("--write", action="store_true", help="only write the tables into README.md")
     options = parser.parse_args()
     if not options.write:
-        make(options.runs.absolute())
+        make()
     write()
 
 

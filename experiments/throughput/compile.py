@@ -1,7 +1,7 @@
 """The training step compiled for an H100 on a machine without one: memory, compile time, traffic of its kernels.
 
-    python experiments/throughput/compile.py            compiles, writes compiled.json and the table of the README
-    python experiments/throughput/compile.py --write    writes the table of the README from compiled.json
+    python -m experiments.throughput.compile            compiles, writes compiled.json and the table of the README
+    python -m experiments.throughput.compile --write    writes the table of the README from compiled.json
 
 Needs an environment with `pip install -e . 'jax[cuda12]==0.11.2'` (Python 3.12 or newer); no GPU, no CUDA driver. XLA
 compiles for a description of the chip, without trying kernels on it (no autotuning). The figures are the compiler's:
@@ -120,12 +120,12 @@ def measure() -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The README's table."""
     lines = [
-        "| step | state GiB | temporary | peak | GB moved | matmul TFLOP | compile s |",
+        "| step | state GiB | temporary | peak | GB moved | TFLOP | compile s |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in result["rows"]:
         if "failed" in r:
-            lines.append(f"| {r['variant']} | {r['failed']} | | | | | |")
+            lines.append(f"| {r['variant']} | does not compile: {r['failed'].partition(' for HLO')[0]} | | | | | |")
             continue
         lines.append(
             f"| {r['variant']} | {r['state_gib']:.1f} | {r['temporary_gib']:.1f} | {r['peak_gib']:.1f} | "

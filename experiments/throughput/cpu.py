@@ -100,7 +100,9 @@ def table(result: dict) -> str:
         lines.append(f"| {name} | {statistics.median(speed):,.0f} ({min(speed):,.0f} .. {max(speed):,.0f}) |")
     low, high = min(result["ratios"]), max(result["ratios"])
     ratio = f"**{result['ratio']:.2f}** ({low:.2f} .. {high:.2f})"
-    lines.append(f"\nqatmoe / MaxText's best: {ratio}, {result['cores']} cores.")
+    lines.append(
+        f"\nqatmoe / MaxText's best: {ratio}, {result['cores']} cores; median and range of the rounds' own ratios."
+    )
     return "\n".join(lines)
 
 

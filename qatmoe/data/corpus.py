@@ -288,7 +288,7 @@ def _hf_dataset(source: str) -> Any:
     try:
         import datasets
     except ImportError as e:
-        raise UserError(f"{source!r} needs the optional package `datasets`: pip install 'qatmoe[hf]'") from e
+        raise UserError(f"{source!r} needs the optional package `datasets`: pip install -e '.[hf]'") from e
     name, config, split = (*source.removeprefix("hf:").split(":"), "", "")[:3]
     if not name or source.count(":") > 3:
         raise UserError(f"{source!r}: write hf:DATASET, hf:DATASET:CONFIG or hf:DATASET:CONFIG:SPLIT")

@@ -490,6 +490,6 @@ def get(name: str) -> Grid:
     """The grid of that name; UserError with the closest name and the whole list otherwise."""
     if name not in GRIDS:
         close = difflib.get_close_matches(str(name), GRIDS, 1, 0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f"; did you mean {close[0]!r}?" if close else "."
         raise UserError(f"unknown grid {name!r}{hint} Grids: {', '.join(GRIDS)}, or 'none'")
     return GRIDS[name]

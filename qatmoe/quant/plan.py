@@ -76,6 +76,8 @@ def make_plan(shapes: Shapes, model: ModelConfig, quant: QuantConfig) -> Plan:
 
 def _grids(model: ModelConfig, quant: QuantConfig) -> list[tuple[str, str, Grid]]:
     """(config key, path pattern, grid) of every rule that is on."""
+    for key in ("experts", "mtp", *dict(RULES)):
+        _check_name(key, getattr(quant, key))
     names = {key: getattr(quant, key) for key, _ in RULES}
     for key in ("gate_up", "down"):
         names[key] = quant.experts if names[key] == "same" else names[key]
@@ -92,6 +94,15 @@ def _grids(model: ModelConfig, quant: QuantConfig) -> list[tuple[str, str, Grid]
         wanted += [("mtp", pattern, experts.get(key, names[key])) for key, pattern in MTP_RULES]
     grids = [(key, pattern, get(name)) for key, pattern, name in wanted if name != "none"]
     return grids if quant.signed else [(key, pattern, grid.unsigned()) for key, pattern, grid in grids]
+
+
+def _check_name(key: str, name: str) -> None:
+    if name == "none" or (name == "same" and key in ("gate_up", "down", "mtp")):
+        return
+    try:
+        get(name)
+    except UserError as e:
+        raise UserError(f"config.quant.{key}: {e}") from e
 
 
 def _check_row(path: str, shape: tuple[int, ...], grid: Grid) -> None:

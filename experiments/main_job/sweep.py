@@ -1,0 +1,9 @@
+"""The main job at three seeds: the trunks of every study at the small scale, runs/small_trunks."""
+
+from experiments import scales
+from launch.points import Sweep
+
+
+def get_sweep() -> Sweep:
+    """One point a seed."""
+    return scales.get("small").trunks("").sweep
