@@ -94,7 +94,7 @@ H100 = Scale(
     rates=(1.5e-3, 6e-3),
     scale_rates=(1e-5, 1e-4, 1e-3),
     k_quants=True,
-    tokens=262_144,
+    tokens=65_536,
 )
 
 

@@ -68,7 +68,7 @@ class _Child:
 def slots(n: int) -> list[Slot]:
     """Divides this machine in `n`: its GPUs, else its TPU chips, else its CPU cores.
 
-    With more slots than GPUs as many share each; what one takes of its memory then grows as it needs it.
+    With more slots than GPUs as many share each, and its memory is divided among them.
 
     Raises:
       UserError: fewer than one, or accelerators that do not divide by `n` (GPUs: nor `n` by them).
@@ -80,13 +80,15 @@ def slots(n: int) -> list[Slot]:
     for what, devices, environment in (("GPUs", _gpus(), _gpu_environment), ("TPU chips", _tpus(), _tpu_environment)):
         if devices:
             if what == "GPUs" and n > len(devices) and n % len(devices) == 0:
-                own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+                # Taken at once: memory that grows in pieces, which never become one, holds less.
+                share = f"{0.9 * len(devices) / n:.3f}"
+                own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": share}
                 shared = [devices[i % len(devices)] for i in range(n)]
                 return [Slot(f"slot {i}, GPU {d}", _gpu_environment([d], n) | own) for i, d in enumerate(shared)]
             if len(devices) % n:
                 raise UserError(f"--slots {n}: does not divide the {len(devices)} {what} of this machine")
-            share = len(devices) // n
-            parts = [devices[i * share : (i + 1) * share] for i in range(n)]
+            each = len(devices) // n
+            parts = [devices[i * each : (i + 1) * each] for i in range(n)]
             return [Slot(f"slot {i}, {what} {','.join(p)}", environment(p, n)) for i, p in enumerate(parts)]
     if not hasattr(os, "sched_getaffinity"):  # not on macOS: the processes share all cores
         return [Slot(f"slot {i}", {}) for i in range(n)]
@@ -101,7 +103,7 @@ def _gpus() -> list[str]:
         return []
     if given is not None:
         return [d for d in given.split(",") if d.strip()]
-    return _numbers("/dev", r"nvidia(\d+)")
+    return [str(i) for i in range(len(_numbers("/dev", r"nvidia(\d+)")))]  # CUDA counts those that it sees
 
 
 def _tpus() -> list[str]:

@@ -3,6 +3,7 @@
     python -m launch.study experiments/late_qat_2bit/study.py --slots 2              trains and judges what is missing
     python -m launch.study experiments/late_qat_2bit/study.py --dry_run              its runs, how far they are
     python -m launch.study experiments/late_qat_2bit/study.py --report               tables and figure from the results
+    python -m launch.study experiments/late_qat_2bit/study.py --only 'trunks/.*seed=0'     a part of the runs
 
 Run it from the repository's root. `--scale NAME` chooses the size; what else is given (--slots, --backend, --option,
 ...) goes to launch.sweep. A study file is Python with two functions, get_study(scale, corpus) -> Study and
@@ -11,6 +12,10 @@ report(results) -> Report.
 Runs lie under runs/SWEEP, and a study that shares a sweep with another one shares its runs. Results are written beside
 the study file as SCALE.json, one line for every judged branch; README.md and figure.png are made from all of them.
 Where runs fail for good (a loss that is not finite), --partial judges the others; tables name those that failed.
+
+On a machine that is lent for a while a study can be run in parts: `--only PATTERN` trains and judges the runs in whose
+folders (runs/SWEEP/NAME) a regular expression is found, and keeps what SCALE.json has of the others, whose folders need
+not be there; `--judge` trains nothing and judges what is finished.
 """
 
 import argparse
@@ -18,6 +23,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -126,11 +132,15 @@ def _trunks(stage: Stage, seeds: Sequence[int] | None) -> list[Run]:
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def train(study: Study, options: argparse.Namespace) -> int:
+def train(study: Study, options: argparse.Namespace, only: str = "") -> int:
     """Trains what is not finished: first what starts from random weights, then what starts from that.
 
     On this machine the runs of either kind stand in one queue. Another backend is given sweep after sweep, and what
     starts from runs that are not finished yet is left for the next time.
+
+    Args:
+      options: of launch.sweep.
+      only: a regular expression that is found in the folders of the runs that are wanted; another backend takes "".
 
     Returns:
       The exit code: 0 all done, 1 some runs failed or are not finished, 143 stopped by a signal.
@@ -139,13 +149,13 @@ def train(study: Study, options: argparse.Namespace) -> int:
     later = [stage for stage in study.stages if stage not in first]
     if options.dry_run:
         for stage in (*first, *later):
-            print(f"{stage.sweep.name}\n{sweep.describe(_runs(stage))}")
-        runs = [run for stage in study.stages for run in _runs(stage)]
+            print(f"{stage.sweep.name}\n{sweep.describe(_runs(stage, only))}")
+        runs = [run for stage in study.stages for run in _runs(stage, only)]
         print(f"{len(runs)} runs, {sum(map(_tokens, runs)):,} tokens")
         return 0
     for stages in (first, later):
-        code = _train_stages(stages, options)
-        unfinished = [run for stage in stages for run in _runs(stage) if not points.finished(run.folder)]
+        code = _train_stages(stages, options, only)
+        unfinished = [run for stage in stages for run in _runs(stage, only) if not points.finished(run.folder)]
         if code or unfinished:
             print(f"{len(unfinished)} runs are not finished. The same command continues.", file=sys.stderr)
             return code or 1
@@ -158,32 +168,39 @@ def _tokens(run: Run) -> int:
     return sum(phase.steps for phase in phases) * run.config.train.batch_size * run.config.data.seq_len
 
 
-def _train_stages(stages: Sequence[Stage], options: argparse.Namespace) -> int:
+def _train_stages(stages: Sequence[Stage], options: argparse.Namespace, only: str) -> int:
     if options.backend != "local":
         return max((sweep.launch(options, s.sweep, folder_of(s.sweep)) for s in stages), default=0)
     places = local.slots(1 if options.slots is None else options.slots)
     for stage in stages:
         points.check_folder(stage.sweep, folder_of(stage.sweep))
-    todo = [run for s in stages for run in sweep.enter(s.sweep, _runs(s), folder_of(s.sweep))]
+    todo = [run for s in stages if _runs(s, only) for run in sweep.enter(s.sweep, _runs(s), folder_of(s.sweep), only)]
     restarts = sweep.RESTARTS if options.restarts is None else options.restarts
     return sweep.run_locally(todo, places, restarts) if todo else 0
 
 
-def _runs(stage: Stage) -> list[Run]:
-    return points.runs_of(stage.sweep, folder_of(stage.sweep))
+def _runs(stage: Stage, only: str = "") -> list[Run]:
+    return [r for r in points.runs_of(stage.sweep, folder_of(stage.sweep)) if re.search(only, str(r.folder))]
 
 
 # ---- Judging ---------------------------------------------------------------------------------------------------------
 
 
 def judge(
-    study: Study, stage: Stage, partial: bool = False, check: Callable[[str], None] = lambda _: None
+    study: Study,
+    stage: Stage,
+    partial: bool = False,
+    check: Callable[[str], None] = lambda _: None,
+    only: str = "",
+    before: Sequence[Row] = (),
 ) -> list[Row]:
     """Audits every run of a stage, where that was not done before, and returns the rows.
 
     Args:
       partial: a run that is not finished gives a row that says so, under "failed", instead of an error.
       check: called between audits' rows; may raise to stop.
+      only: a regular expression; of runs in whose folders it is not found, rows are taken from `before`.
+      before: rows from an earlier time.
 
     Raises:
       UserError: a run is not finished, or was trained on another number of tokens than its control.
@@ -192,6 +209,10 @@ def judge(
     runs = _runs(stage)
     for run, reference in zip(runs, stage.references or ("",) * len(runs), strict=True):
         reference = reference or f"{run.folder}:control"
+        if not re.search(only, str(run.folder)):
+            known = [row for row in before if (row["stage"], row["run"]) == (stage.sweep.name, str(run.folder))]
+            rows += known or [_identity(stage, run) | {"failed": "not run"}]
+            continue
         if not points.finished(run.folder):
             if not partial:
                 raise UserError(
@@ -281,6 +302,27 @@ def load(file: str) -> dict[str, Any]:
     return points.functions_of(f"study {file}", file, ["get_study", "report"], "experiments/late_qat_2bit/study.py")
 
 
+def _read(file: Path) -> list[Row]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{file} is not JSON: remove it and run the study again") from e
+
+
+def _check(args: argparse.Namespace, options: argparse.Namespace, study: Study) -> None:
+    """Raises UserError for what cannot be done, before anything is started."""
+    if study.needs_llama and not llama.installed():
+        raise UserError(f"study {args.file}: judges llama.cpp's types: pip install -e '.[deploy]'")
+    try:
+        re.compile(args.only)
+    except re.error as e:
+        raise UserError(f"--only {args.only}: not a regular expression: {e}") from e
+    if args.only and options.backend != "local":
+        raise UserError(f"--only {args.only}: belongs to the local backend; {options.backend} is given whole sweeps")
+    if not any(_runs(stage, args.only) for stage in study.stages):
+        raise UserError(f"--only {args.only}: found in no run's folder; --dry_run without it lists them")
+
+
 def write_results(file: Path, rows: Sequence[Row]) -> None:
     """One line a row, so that a change shows what changed."""
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
@@ -296,10 +338,7 @@ def report(file: str, make: Callable[[Results], Report]) -> None:
     folder = Path(file).parent
     results = {}
     for found in sorted(folder.glob("*.json")):
-        try:
-            results[found.stem] = json.loads(found.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise UserError(f"{found} is not JSON: remove it and run the study again") from e
+        results[found.stem] = _read(found)
     if not results:
         raise UserError(f"{folder} has no results yet: run the study without --report")
     if not (folder / "README.md").is_file():
@@ -320,6 +359,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--corpus", default="", help="folder of text, for a size that needs one")
     parser.add_argument("--report", action="store_true", help="only make tables and figure from the results")
     parser.add_argument("--partial", action="store_true", help="judge what is finished, also where runs failed")
+    parser.add_argument("--judge", action="store_true", help="train nothing, and judge what is finished")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="of the runs, those whose folder it is found in")
     args, rest = parser.parse_known_args(argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the runs have the GPU first, then the audits
     try:
@@ -329,14 +370,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--dir {options.dir}: the runs of a study lie under runs/, where other studies find them")
         if not args.report:
             study: Study = points.called(f"study {args.file}", lambda: functions["get_study"](args.scale, args.corpus))
-            if study.needs_llama and not llama.installed():
-                raise UserError(f"study {args.file}: judges llama.cpp's types: pip install -e '.[deploy]'")
-            code = train(study, options)
+            _check(args, options, study)
+            code = 0 if args.judge else train(study, options, args.only)
             if options.dry_run or (code and not (args.partial and code == 1)):
                 return code
+            file = Path(args.file).parent / f"{args.scale}.json"
+            before = _read(file) if args.only and file.exists() else []
+            partial = args.partial or args.judge
             with Stop() as stop:
-                rows = [row for stage in study.stages for row in judge(study, stage, args.partial, stop.check)]
-            write_results(Path(args.file).parent / f"{args.scale}.json", rows)
+                parts = [judge(study, stage, partial, stop.check, args.only, before) for stage in study.stages]
+            write_results(file, [row for part in parts for row in part])
         report(args.file, functions["report"])
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

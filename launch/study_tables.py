@@ -83,6 +83,12 @@ def recovered(group: Group, ptq: Sequence[Group], rows: Sequence[Row]) -> list[f
     return shares
 
 
+def by_seed(*groups: Group) -> list[tuple[Row, ...]]:
+    """The rows of several groups side by side, for each seed that all of them have."""
+    found = [{row["seed"]: row for row in group.rows} for group in groups]
+    return [tuple(rows[seed] for rows in found) for seed in sorted(set.intersection(*map(set, found)))]
+
+
 def mean_se(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and its standard error from the spread between the values; nan for one value."""
     n, mean = len(values), sum(values) / len(values)
@@ -101,7 +107,7 @@ def table(groups: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) ->
     """A Markdown table with a line for each group: means over seeds, with standard errors.
 
     Args:
-      ptq: roundings of the control, of which the better one is what `recovered` counts from.
+      ptq: roundings of the control, of which the best one is what "recovered" counts from; without any, no such column.
       rows: all rows, the controls' among them.
     """
     head = ["branch", "config", "seeds", "bits", "loss", "above control", "recovered", "KLD", "same top-1 %"]
@@ -131,6 +137,9 @@ def table(groups: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) ->
                 "" if first["rule"] else f"{mean_se([r['seconds'] / 60 for r in group.rows])[0]:.1f}",
             ]
         )
+    if not ptq:
+        column = head.index("recovered")
+        lines = [line[:column] + line[column + 1 :] for line in lines]
     return markdown(lines)
 
 

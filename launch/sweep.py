@@ -13,6 +13,7 @@ results come from `python -m launch.collect runs/NAME`.
 import argparse
 import contextlib
 import functools
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -80,12 +81,17 @@ def run_locally(runs: Sequence[Run], places: Sequence[local.Slot], restarts: int
     return 1 if failed else 0
 
 
-def enter(sweep: Sweep, runs: Sequence[Run], folder: Path) -> list[Run]:
-    """Opens a sweep's folder, says which runs are done or running, and returns the others. Raises as `points.state`."""
+def enter(sweep: Sweep, runs: Sequence[Run], folder: Path, only: str = "") -> list[Run]:
+    """Opens a sweep's folder, says which runs are done or running, and returns the others. Raises as `points.state`.
+
+    Args:
+      runs: all runs of the sweep.
+      only: a regular expression; runs in whose folders it is not found are left alone.
+    """
     states = {run.name: points.state(run) for run in runs}
     points.open_folder(sweep, runs, folder)
     todo = []
-    for run in runs:
+    for run in (run for run in runs if re.search(only, str(run.folder))):
         if states[run.name].kind in ("done", "running"):
             print(f"{states[run.name].text:8s} {run.name}")
         else:

@@ -32,7 +32,7 @@ from qatmoe import step as steps
 from qatmoe.config import CHOICES, Config, PhaseConfig, QuantConfig
 from qatmoe.data import batches
 from qatmoe.errors import UserError
-from qatmoe.files import check_place
+from qatmoe.files import check_place, write_atomically
 from qatmoe.mesh import make_mesh, spec
 from qatmoe.model import transformer
 from qatmoe.quant.grid import GRIDS, get
@@ -131,27 +131,31 @@ def ceiling(dtype: str) -> float:
     return best
 
 
-def measure(cfg: Config, quants: dict[str, QuantConfig], rounds: int) -> list[Row]:
+def measure(cfg: Config, quants: dict[str, QuantConfig], rounds: int) -> Iterator[Row]:
     """Times the full-precision step and one QAT step per {name: quantization}; the first row is the baseline."""
     mesh = make_mesh(cfg.mesh)
     batch = random_batch(cfg, mesh)
     base = Variant("full precision", cfg, False, batch, mesh)
     for _ in range(WARM_UP + rounds):
         base.run()
-    rows = [_row(cfg, base, base.seconds[WARM_UP:], None)]
+    yield _row(cfg, base, base.seconds[WARM_UP:], None)
     for name, quant in quants.items():
         try:
-            other = Variant(name, dataclasses.replace(cfg, quant=quant), True, batch, mesh)
-            base.seconds.clear()
-            for _ in range(WARM_UP + rounds):
-                base.run()
-                other.run()
-        except jax.errors.JaxRuntimeError as e:  # memory: the rows so far are worth keeping
-            rows.append({"variant": name, "failed": " ".join(str(e).split())[:200]})
-            continue
-        rows.append(_row(cfg, other, other.seconds[WARM_UP:], base.seconds[WARM_UP:]))
-        del other  # its state, before the next one's
-    return rows
+            yield _beside(base, name, dataclasses.replace(cfg, quant=quant), rounds)
+        except jax.errors.JaxRuntimeError as e:  # memory: the other rows are worth having
+            yield {"variant": name, "failed": " ".join(str(e).split())[:200]}
+        if any(leaf.is_deleted() for leaf in jax.tree.leaves(base.state)):  # donated to a step that failed
+            base = Variant(base.name, cfg, False, batch, mesh)
+
+
+def _beside(base: Variant, name: str, cfg: Config, rounds: int) -> Row:
+    """A QAT step in turns with the full-precision one. Its state is gone when this returns."""
+    other = Variant(name, cfg, True, base.batch, make_mesh(cfg.mesh))
+    base.seconds.clear()
+    for _ in range(WARM_UP + rounds):
+        base.run()
+        other.run()
+    return _row(cfg, other, other.seconds[WARM_UP:], base.seconds[WARM_UP:])
 
 
 def variants(cfg: Config, grids: str, scales: Sequence[str]) -> dict[str, QuantConfig]:
@@ -260,15 +264,11 @@ def table(result: Row) -> str:
     return "\n".join(lines)
 
 
-def run(cfg: Config, quants: dict[str, QuantConfig], rounds: int, with_parts: bool, data: bool) -> Row:
-    """Everything that was asked for, as the JSON that --json writes."""
+def run(cfg: Config, quants: dict[str, QuantConfig], rounds: int, with_parts: bool, data: bool) -> Iterator[Row]:
+    """What was asked for, as the JSON that --json writes: after every row all that is known."""
     with jax.set_mesh(make_mesh(cfg.mesh)):
-        with_text = measure_data(cfg, rounds) if data else None  # first: its settings may be unusable
-        rows = measure(cfg, quants, rounds)
         top = ceiling(cfg.model.dtype)
-        for row in [r for r in rows if "failed" not in r]:
-            row["ceiling_share"] = row["model_tflops"] * 1e12 / top / jax.device_count()
-        return {
+        result: Row = {
             "config": cfg.name,
             **environment(),
             "params": sum(p.size for p in jax.tree.leaves(transformer.abstract_params(cfg.model))),
@@ -277,10 +277,18 @@ def run(cfg: Config, quants: dict[str, QuantConfig], rounds: int, with_parts: bo
             "seq_len": cfg.data.seq_len,
             "flops_per_step": model_flops(cfg),
             "ceiling_tflops": top / 1e12,
-            "rows": rows,
-            "data": with_text,
-            "parts": parts.measure(cfg, rounds) if with_parts else None,
+            "rows": [],
+            "data": measure_data(cfg, rounds) if data else None,  # first: its settings may be unusable
+            "parts": None,
         }
+        for row in measure(cfg, quants, rounds):
+            if "failed" not in row:
+                row["ceiling_share"] = row["model_tflops"] * 1e12 / top / jax.device_count()
+            result["rows"].append(row)
+            yield result
+        if with_parts:
+            result["parts"] = parts.measure(cfg, rounds)
+            yield result
 
 
 def _listed(given: str, name: str) -> list[str]:
@@ -315,13 +323,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--scales={given['scales']!r}: name at least one of {', '.join(CHOICES['quant.scale'])}")
         check_mesh(cfg, make_mesh(cfg.mesh))
         quants = variants(cfg, given["grids"], scales)
-        result = run(cfg, quants, rounds, given["parts"] == "yes", given["data"] == "yes")
+        for result in run(cfg, quants, rounds, given["parts"] == "yes", given["data"] == "yes"):
+            if given["json"]:  # after every row: a long measurement may be cut short
+                write_atomically(Path(given["json"]), json.dumps(result, indent=1) + "\n")
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
     print(table(result))
-    if given["json"]:
-        Path(given["json"]).write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

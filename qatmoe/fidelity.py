@@ -27,7 +27,6 @@ from qatmoe.model.cache import CacheType
 QUANTILES = {"kld_median": 0.5, "kld_p99": 0.99, "kld_p999": 0.999}
 RESAMPLES = 400
 POSITIONS = 8  # parts of a window
-_CELLS = 1 << 24  # numbers held at once by the bootstrap of quantiles
 
 Tokens = dict[str, np.ndarray]
 
@@ -253,20 +252,30 @@ def ratios(
 def quantiles(
     values_T: np.ndarray, units: Units, weights_RU: np.ndarray, shares: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest value that at least a share of the tokens do not exceed, (Q,), and of every resample, (R, Q)."""
+    """The smallest value that at least a share of the tokens do not exceed, (Q,), and of every resample, (R, Q).
+
+    Sorted tokens are counted by unit in stretches of about sqrt(T), so that a resample needs one product for the
+    stretch that a quantile lies in, and its weights one by one only there.
+    """
     order = np.argsort(values_T, kind="stable")
     sorted_T, unit_T = values_T[order], units.unit_T[order]
-    n, shares_Q = len(values_T), np.asarray(shares)
+    n, n_units, width = len(values_T), len(units.domain_U), math.isqrt(len(values_T)) + 1
+    stretches = -(-n // width)
+    count_US = np.bincount(unit_T * stretches + np.arange(n) // width, minlength=n_units * stretches)
+    count_US = count_US.reshape(n_units, stretches).astype(np.float64)
 
-    def at(weight_RT: np.ndarray) -> np.ndarray:
-        seen_RT = np.cumsum(weight_RT, axis=1, dtype=np.int64)
-        wanted_RQ = np.ceil(shares_Q * seen_RT[:, -1:] - 1e-9)
-        first_RQ = [np.searchsorted(seen_T, wanted_Q) for seen_T, wanted_Q in zip(seen_RT, wanted_RQ, strict=True)]
-        return sorted_T[np.stack(first_RQ)]
+    def at(weight_U: np.ndarray) -> np.ndarray:
+        seen_S = np.cumsum(weight_U.astype(np.float64) @ count_US)  # whole numbers, exact in f64
+        wanted_Q = np.ceil(np.asarray(shares) * seen_S[-1] - 1e-9)
+        found = []
+        for stretch, wanted in zip(np.searchsorted(seen_S, wanted_Q), wanted_Q, strict=True):
+            part = slice(stretch * width, (stretch + 1) * width)
+            before = seen_S[stretch - 1] if stretch else 0.0
+            seen = np.cumsum(weight_U[unit_T[part]], dtype=np.float64)
+            found.append(sorted_T[part][np.searchsorted(seen, wanted - before)])
+        return np.asarray(found)
 
-    step = max(1, _CELLS // n)
-    drawn = [at(weights_RU[i : i + step, unit_T]) for i in range(0, len(weights_RU), step)]
-    return at(np.ones((1, n)))[0], np.concatenate(drawn)
+    return at(np.ones(n_units)), np.stack([at(weight_U) for weight_U in weights_RU])
 
 
 def standard_errors(drawn_RC: np.ndarray) -> np.ndarray:

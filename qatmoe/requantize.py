@@ -22,6 +22,7 @@ grid "nvfp4" has the factor.
 import concurrent.futures
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ Params = dict[str, Any]
 Importance = Mapping[str, np.ndarray]  # path -> mean squared input of each column, f32 (..., I): per matrix, per expert
 
 FLOATS = {"BF16": jnp.bfloat16, "F16": np.float16}
-THREADS = 2
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _CHUNK = 1 << 20  # weights that a thread quantizes at a time
 
 # The types of weights in files, by bits. Q8_1 and Q8_K hold activations.

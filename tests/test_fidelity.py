@@ -232,14 +232,6 @@ def test_quantiles_of_a_resample_are_those_of_the_repeated_tokens():
         np.testing.assert_array_equal(found, np.quantile(repeated, [0.5, 0.9], method="inverted_cdf"))
 
 
-def test_the_cut_into_blocks_of_resamples_changes_nothing(monkeypatch):
-    values = np.random.default_rng(2).normal(size=50)
-    weights_RU = fidelity.resample(np.zeros(50, int), 20)
-    whole = fidelity.quantiles(values, single(values), weights_RU, [0.5])[1]
-    monkeypatch.setattr(fidelity, "_CELLS", 150)
-    np.testing.assert_array_equal(fidelity.quantiles(values, single(values), weights_RU, [0.5])[1], whole)
-
-
 def test_standard_error_of_a_mean_of_independent_units():
     values = np.random.default_rng(3).normal(size=500)
     weights_RU = fidelity.resample(np.zeros(500, int), 4000)

@@ -155,8 +155,8 @@ def test_gpus_are_divided(accelerators, monkeypatch):
 
 
 def test_gpus_are_shared_evenly(accelerators, monkeypatch):
-    accelerators["/dev", "nvidia"] = list("01")
-    own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    accelerators["/dev", "nvidia"] = list("35")  # of a machine with more, of which a container sees two
+    own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.450"}
     assert [s.env for s in slots(4)] == [{"CUDA_VISIBLE_DEVICES": d} | own for d in "0101"]
     with pytest.raises(UserError, match="--slots 5: does not divide the 2 GPUs"):
         slots(5)

@@ -101,6 +101,23 @@ def test_the_studies_can_be_run_and_reported(file, scale, corpus):
     made.figure.savefig(io.BytesIO())
 
 
+@pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.parent.name)
+@pytest.mark.parametrize("seeds", [{0}, {0, 1}], ids=str)
+def test_the_studies_can_be_reported_before_all_is_run(file, seeds):
+    """Of the first seeds trunks and their own branches are judged, and of the last of them nothing else."""
+    functions = study.load(str(file))
+    stages = functions["get_study"]("small", "").stages
+    rows = []
+    for stage in stages:
+        for row in made_up(stage):
+            done = row["seed"] in seeds and ("trunks" in stage.sweep.name or row["seed"] == 0)
+            hidden = {key: row[key] for key in ("stage", "config", "overrides", "seed", "run")} | {"failed": "not run"}
+            rows += [row] if done else [hidden] if hidden not in rows else []
+    made = functions["report"]({"small": rows})
+    assert made.tables and not any("nan" in table for table in made.tables.values())
+    made.figure.savefig(io.BytesIO())
+
+
 NAMES = ["trunk", "control", "qat"] + [
     f"control/{n}"
     for n in ("q2_0/absmax", "q2_0/search", "q4_0/search", "mxfp4/search", "IQ2_XS/imatrix", "IQ3_S/imatrix")
@@ -195,6 +212,10 @@ def test_what_starts_from_others_waits_for_them(trunks, tmp_path, monkeypatch, c
     finished.clear()
     assert study.train(asked, options) == 0
     assert started == [(["trunks"] * 2, 2, 0), (["b"] * 2 + ["c"] * 2, 2, 0)]
+    finished.clear()
+    started[:] = []
+    assert study.train(asked, options, r"/b/.*seed=0") == 0
+    assert started == [(["b"], 2, 0)]
     monkeypatch.setattr(points, "finished", lambda folder: False)
     assert study.train(asked, options) == 1
     assert "2 runs are not finished. The same command continues." in capsys.readouterr().err
@@ -251,6 +272,9 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch):
         study.judge(asked, branch, False, NOTHING)
     (failed,) = study.judge(asked, branch, True, NOTHING)
     assert failed["failed"].startswith("partial: qat at step 2") and failed["overrides"] == other["overrides"]
+    of_others = study.judge(asked, branch, False, NOTHING, "/t/", [rows[0], rows[3]])
+    assert of_others == rows[3:]  # its folder is not looked at
+    assert study.judge(asked, branch, False, NOTHING, "/t/")[0]["failed"] == "not run"
     group = study_tables.select([*rows[:3], failed], "x", "b")
     assert group == (f"x (seed 0 failed: {failed['failed']})", [])
     assert group.label in study_tables.table([group], [], rows)
@@ -358,6 +382,15 @@ def test_the_command(tmp_path, capsys):
     assert study.main([str(file), "--dir", "x"]) == 2
     err = capsys.readouterr().err.splitlines()
     assert "a.json is not JSON" in err[0] and "--dir x: the runs of a study lie under runs/" in err[1]
+    for only, more, message in (
+        ("(", [], "--only (: not a regular expression"),
+        ("nowhere", [], "--only nowhere: found in no run's folder"),
+        ("small", ["--backend", "slurm"], "--only small: belongs to the local backend"),
+    ):
+        assert study.main([str(file), "--dry_run", "--only", only, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert study.main([str(file), "--dry_run", "--only", "ssmall/"]) == 0
+    assert "1 runs" in capsys.readouterr().out
     (tmp_path / "broken.py").write_text("def get_study(a, b): 1 / 0\ndef report(r): pass\n")
     assert study.main([str(tmp_path / "broken.py")]) == 2
     (tmp_path / "broken.py").write_text("def (")

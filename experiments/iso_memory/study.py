@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from experiments import scales
 from experiments.scales import Scale, experts_on
 from launch.study import Report, Results, Row, Study, beside
-from launch.study_tables import Group, mean_se, select, with_se
+from launch.study_tables import Group, by_seed, mean_se, select, with_se
 from qatmoe.text_table import markdown
 
 
@@ -41,7 +41,9 @@ def report(results: Results) -> Report:
         tables[f"{scale}_models"] = models_table(found)
         tables[f"{scale}_pairs"] = pairs_table(s, found)
         for kind, color in (("bf16", "black"), ("Q4_0", "tab:blue"), ("Q2_0", "tab:red"), ("ternary", "tab:green")):
-            drawn = [(size, g) for (size, k), g in found.items() if k == kind]
+            drawn = [(size, g) for (size, k), g in found.items() if k == kind and g.rows]
+            if not drawn:
+                continue
             y, se = zip(*(mean_se([r["loss"] for r in g.rows]) for _, g in drawn), strict=True)
             x = [g.rows[0]["bytes"] / 1e6 for _, g in drawn]
             axes.errorbar(x, y, se, marker="o", capsize=3, color=color, label=kind)
@@ -76,6 +78,9 @@ def models_table(found: dict[tuple[int, str], Group]) -> str:
     """Every model with its size and loss."""
     lines = [["model", "config", "seeds", "parameters", "MB", "tokens", "loss", "minutes"]]
     for group in found.values():
+        if not group.rows:
+            lines.append([group.label, *[""] * (len(lines[0]) - 1)])
+            continue
         first = group.rows[0]
         lines.append(
             [
@@ -99,11 +104,15 @@ def pairs_table(s: Scale, found: dict[tuple[int, str], Group]) -> str:
     for small, big in ((n, middle), (middle, large)):
         for kind in ("Q2_0", "ternary"):
             a, b = found[small, "Q4_0"], found[big, kind]
-            gains = [y["loss"] - x["loss"] for x, y in zip(a.rows, b.rows, strict=True)]
+            pairs = by_seed(a, b)
+            if not pairs:
+                lines.append([f"{a.label}; {b.label}", "", "no seed has both", ""])
+                continue
+            gains = [y["loss"] - x["loss"] for x, y in pairs]
             lines.append(
                 [
                     f"{a.label}; {b.label}",
-                    f"{b.rows[0]['bytes'] / a.rows[0]['bytes']:.3f}",
+                    f"{pairs[0][1]['bytes'] / pairs[0][0]['bytes']:.3f}",
                     with_se(gains),
                     f"{sum(g < 0 for g in gains)} of {len(gains)} seeds",
                 ]

@@ -16,7 +16,7 @@ from scipy import stats
 from experiments import scales
 from experiments.scales import Scale
 from launch.study import Report, Results, Row, Study
-from launch.study_tables import Group, above_control, mean_se, select, with_se
+from launch.study_tables import Group, above_control, by_seed, mean_se, select, with_se
 from qatmoe.text_table import markdown
 
 PTQ = {"2 bits, PTQ": "q2_0/search", "3 bits, PTQ": "IQ3_S/imatrix", "4 bits, PTQ": "q4_0/search"}
@@ -38,6 +38,9 @@ def report(results: Results) -> Report:
     figure = Figure(figsize=(8, 0.5 + 4.5 * len(results)), layout="constrained")
     for (scale, rows), axes in zip(results.items(), figure.subplots(len(results), squeeze=False)[:, 0], strict=True):
         found = series(scales.get(scale), rows)
+        if not found:
+            tables |= {f"{scale}_{name}": "No size is complete." for name in ("gaps", "laws")}
+            continue
         tables[f"{scale}_gaps"] = gaps_table(found, rows)
         laws = {name: law(groups, rows) for name, groups in found.items()}
         tables[f"{scale}_laws"] = laws_table(laws, found, rows)
@@ -61,10 +64,14 @@ def report(results: Results) -> Report:
 
 
 def series(s: Scale, rows: Sequence[Row]) -> dict[str, list[Group]]:
-    """{name: a group for each size}."""
+    """{name: a group for each size that has rows of all of them}."""
     found: dict[str, list[Group]] = {}
+    grids = ("trunks", "q3_k", "q4_0") if s.k_quants else ("trunks", "q4_0")
+    judged = {r["stage"] for r in rows if "row" in r}
     for size in s.experts:
         suffix = s.suffix(size)
+        if not judged >= {f"{s.name}_{grid}{suffix}" for grid in grids}:
+            continue
         label = f"{size} experts"
         for name, row in PTQ.items():
             found.setdefault(name, []).append(select(rows, label, f"{s.name}_trunks{suffix}", row=f"control/{row}"))
@@ -91,13 +98,13 @@ def law(groups: Sequence[Group], rows: Sequence[Row]) -> list[float]:
     """b of gap = a (N / N_0)^b by least squares of logarithms, N_0 the smallest size: one exponent a seed.
 
     A seed's models see the same batches, so what a seed shifts, it may shift at all sizes: fits are made seed by seed.
-    Empty where a gap is not above 0: a power law cannot hold it.
+    Empty where there is a single size, or a gap is not above 0: a power law cannot hold it.
     """
-    gaps = np.asarray([above_control(g, rows) for g in groups])
-    if gaps.min() <= 0:
+    gaps = np.asarray([above_control(Group("", seed), rows) for seed in by_seed(*groups)])
+    if len(groups) < 2 or not gaps.size or gaps.min() <= 0:
         return []
     x = np.log([g.rows[0]["quantized"] / groups[0].rows[0]["quantized"] for g in groups])
-    return [float(np.polyfit(x, np.log(gap), 1)[0]) for gap in gaps.T]
+    return [float(np.polyfit(x, np.log(gap), 1)[0]) for gap in gaps]
 
 
 def laws_table(laws: dict[str, list[float]], found: dict[str, list[Group]], rows: Sequence[Row]) -> str:
@@ -106,7 +113,7 @@ def laws_table(laws: dict[str, list[float]], found: dict[str, list[Group]], rows
     for name, exponents in laws.items():
         smallest = with_se(above_control(found[name][0], rows))
         if not exponents:
-            lines.append([name, smallest, "no law: a gap of some seed is not above 0", ""])
+            lines.append([name, smallest, "no law: a single size, or a gap that is not above 0", ""])
             continue
         mean, se = mean_se(exponents)
         half = se * stats.t.ppf(0.975, len(exponents) - 1) if len(exponents) > 1 else math.nan

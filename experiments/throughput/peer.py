@@ -13,7 +13,8 @@ import statistics
 import time
 
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, masking_utils
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 SHAPE = {
     "layers": 12, "dim": 1024, "heads": 16, "kv_heads": 8, "head_dim": 64, "experts": 64, "top_k": 8, "expert_dim": 512,
@@ -43,8 +44,9 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true")
     o = parser.parse_args()
     torch.manual_seed(0)
-    # Under torch.compile the search for packed documents makes a dense mask, with which there is no flash attention.
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    # Under torch.compile transformers makes a dense mask, with which PyTorch has no flash attention; without one
+    # attention is causal.
+    modeling_qwen3_moe.create_causal_mask = lambda *args, **kwargs: None
     model = model_of(o)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(o.vocab, (o.batch, o.length), device="cuda")

@@ -17,6 +17,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,14 +30,16 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RESULT = HERE / "h100.json"
 BATCHES = (8, 16, 32)
-STEPS = ("peer", "bf16", "best", "grids", "fine", "small")
+STEPS = ("peer", "bf16", "best", "grids", "parts", "fine", "small")
+GROUPS = ("q2_0,ternary,ternary_256", "q2_k,q3_k,q4_0", "iq4_nl,mxfp4,nvfp4,q8_0")  # of grids: a program each
+PROGRAM_S = 540  # that one program may take
 
 
 def peer(batch: int, *flags: str) -> dict:
     """One row of the peer; a failure (memory) is a row too."""
     done = _python(str(HERE / "peer.py"), f"--batch={batch}", *flags)
     if done.returncode:
-        return {"variant": "transformers", "batch_size": batch, "failed": _reason(done)}
+        return {"variant": "transformers", "batch_size": batch, **_failure(done)}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -47,24 +50,28 @@ def ours(config: str, batch: int, *flags: str) -> dict:
         options = [f"--config={ROOT / config}", f"--json={out}", f"--config.train.batch_size={batch}", *flags]
         done = _python("-m", "qatmoe.benchmark", *options)
         print(done.stdout, flush=True)
-        if done.returncode:
-            return {"config": Path(config).stem, "batch_size": batch, "failed": _reason(done), "rows": []}
-        return json.loads(out.read_text())
+        found = json.loads(out.read_text()) if out.exists() else {"config": Path(config).stem, "batch_size": batch}
+        return {"rows": []} | found | (_failure(done) if done.returncode else {})
 
 
 def _python(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT, env=_env())
+    """A program that has the GPU for itself. Its memory is taken at once: what grows in pieces holds less."""
+    own = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93", "JAX_PLATFORMS": "cuda"}  # no GPU: an error, not a CPU's figures
+    command = [sys.executable, *args]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env=os.environ | own, timeout=PROGRAM_S
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "", f"Error: it took more than {PROGRAM_S} s")
 
 
-def _reason(done: subprocess.CompletedProcess) -> str:
-    """The last line of what a program said, with nothing in it that would break a table."""
-    said = " ".join((done.stderr.strip().splitlines() or ["it said nothing"])[-1].replace("|", "/").split())
-    return f"exit {done.returncode}: {said[-200:]}"
-
-
-def _env() -> dict[str, str]:
-    """One program at a time has the GPU, and takes what it needs as it goes."""
-    return os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+def _failure(done: subprocess.CompletedProcess) -> dict[str, str]:
+    """Why a program failed: the last line that names an error, for the table, and the end of what it said."""
+    lines = [" ".join(line.replace("|", "/").split()) for line in done.stderr.splitlines() if line.strip()]
+    named = [line for line in lines if re.search(r"\w*Error\b|^error:", line)]
+    said = (named or lines or ["it said nothing"])[-1]
+    return {"failed": f"exit {done.returncode}: {said[:200]}", "stderr": done.stderr[-4000:]}
 
 
 def measure(only: set[str], found: dict) -> None:
@@ -74,7 +81,8 @@ def measure(only: set[str], found: dict) -> None:
         "peer": [functools.partial(peer, b) for b in BATCHES] + [lambda: peer(BATCHES[0], "--no-compile")],
         "bf16": [functools.partial(ours, big, b, "--grids=none") for b in BATCHES],
         "best": [lambda: ours(big, 16, "--grids=q2_0")],
-        "grids": [lambda: ours(big, 8, "--grids=all", "--scales=learned", "--rounds=10", "--parts=yes", "--data=yes")],
+        "grids": [functools.partial(ours, big, 8, f"--grids={g}", "--scales=learned", "--rounds=10") for g in GROUPS],
+        "parts": [lambda: ours(big, 8, "--grids=q2_0", "--scales=learned", "--parts=yes", "--data=yes")],
         "fine": [lambda: ours("configs/h100_fine.py", 8, "--grids=none", "--parts=yes")],
         "small": [lambda: ours("configs/h100_study.py", 128, "--grids=q2_0")],
     }
@@ -99,7 +107,7 @@ def summary(found: dict) -> dict:
     rows = [
         {"config": r["config"], "batch_size": r["batch_size"], **row}
         for r in results
-        for row in (r["rows"] or [{"variant": "full precision", "failed": r["failed"]}])
+        for row in r["rows"] + ([{"variant": "the rest", "failed": r["failed"]}] if "failed" in r else [])
     ]
     return {
         "ratio_to_peer": max(bf16) / max(peers) if bf16 and peers else None,
