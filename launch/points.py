@@ -30,7 +30,7 @@ from typing import Any
 from launch.algebra import Point, Points
 from qatmoe import metrics
 from qatmoe.checkpoint import FREE_KEYS, differences
-from qatmoe.config import Config, PhaseConfig, leaves, resolve, to_json
+from qatmoe.config import Config, default, leaves, resolve, to_json
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.quant.grid import RULES
@@ -294,16 +294,8 @@ def _in_a_name(value: Any) -> str:
 
 def _digits(cfg: Config, ignored: set[str]) -> str:
     """Ten hex digits of the keys that have another value than their default."""
-    defaults = leaves(dataclasses.asdict(Config()))
-    of_a_phase = leaves(dataclasses.asdict(PhaseConfig()))
-
-    def default(key: str) -> Any:
-        group, phases, rest = key.partition("train.phases.")
-        return of_a_phase.get(rest.partition(".")[2]) if phases and not group else defaults.get(key)
-
     there = leaves(json.loads(to_json(cfg)))
-    usual = {key: json.loads(json.dumps(default(key))) for key in there}
-    special = {key: v for key, v in there.items() if key not in ignored and v != usual[key]}
+    special = {key: v for key, v in there.items() if key not in ignored and v != default(key)}
     return hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 

@@ -132,7 +132,7 @@ def _trunks(stage: Stage, seeds: Sequence[int] | None) -> list[Run]:
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def train(study: Study, options: argparse.Namespace, only: str = "") -> int:
+def train(study: Study, options: argparse.Namespace, only: str = "", partial: bool = False) -> int:
     """Trains what is not finished: first what starts from random weights, then what starts from that.
 
     On this machine the runs of either kind stand in one queue. Another backend is given sweep after sweep, and what
@@ -141,6 +141,7 @@ def train(study: Study, options: argparse.Namespace, only: str = "") -> int:
     Args:
       options: of launch.sweep.
       only: a regular expression that is found in the folders of the runs that are wanted; another backend takes "".
+      partial: where runs from random weights fail, what starts from the others is trained all the same.
 
     Returns:
       The exit code: 0 all done, 1 some runs failed or are not finished, 143 stopped by a signal.
@@ -153,13 +154,16 @@ def train(study: Study, options: argparse.Namespace, only: str = "") -> int:
         runs = [run for stage in study.stages for run in _runs(stage, only)]
         print(f"{len(runs)} runs, {sum(map(_tokens, runs)):,} tokens")
         return 0
+    worst = 0
     for stages in (first, later):
         code = _train_stages(stages, options, only)
         unfinished = [run for stage in stages for run in _runs(stage, only) if not points.finished(run.folder)]
         if code or unfinished:
             print(f"{len(unfinished)} runs are not finished. The same command continues.", file=sys.stderr)
-            return code or 1
-    return 0
+            worst = max(worst, code or 1)
+            if worst > 1 or not partial:
+                break
+    return worst
 
 
 def _tokens(run: Run) -> int:
@@ -175,8 +179,15 @@ def _train_stages(stages: Sequence[Stage], options: argparse.Namespace, only: st
     for stage in stages:
         points.check_folder(stage.sweep, folder_of(stage.sweep))
     todo = [run for s in stages if _runs(s, only) for run in sweep.enter(s.sweep, _runs(s), folder_of(s.sweep), only)]
+    todo = [run for run in todo if _can_start(run)]
     restarts = sweep.RESTARTS if options.restarts is None else options.restarts
     return sweep.run_locally(todo, places, restarts) if todo else 0
+
+
+def _can_start(run: Run) -> bool:
+    """Whether the run that it starts from, if any, is finished."""
+    start = run.config.init_from.partition(":")[0]
+    return not start or points.finished(Path(start))
 
 
 def _runs(stage: Stage, only: str = "") -> list[Run]:
@@ -197,9 +208,10 @@ def judge(
     """Audits every run of a stage, where that was not done before, and returns the rows.
 
     Args:
-      partial: a run that is not finished gives a row that says so, under "failed", instead of an error.
+      partial: a run that is not finished gives a row that says so, under "failed", instead of an error; one whose
+        folder is not there keeps its rows of `before`.
       check: called between audits' rows; may raise to stop.
-      only: a regular expression; of runs in whose folders it is not found, rows are taken from `before`.
+      only: a regular expression; runs in whose folders it is not found keep their rows of `before`.
       before: rows from an earlier time.
 
     Raises:
@@ -209,7 +221,7 @@ def judge(
     runs = _runs(stage)
     for run, reference in zip(runs, stage.references or ("",) * len(runs), strict=True):
         reference = reference or f"{run.folder}:control"
-        if not re.search(only, str(run.folder)):
+        if not re.search(only, str(run.folder)) or (partial and not run.folder.exists()):
             known = [row for row in before if (row["stage"], row["run"]) == (stage.sweep.name, str(run.folder))]
             rows += known or [_identity(stage, run) | {"failed": "not run"}]
             continue
@@ -223,7 +235,7 @@ def judge(
         found, notes = audit.open_run(run.folder, reference)
         wanted = audit.choose(found, stage.judged)
         ref = found.reference
-        expected = audit.trained_tokens(ref.cfg, ref.phase, ref.step)
+        expected = audit.trained_tokens(ref.cfg, ref.phase, ref.steps)
         for phase in {row.branch for row in wanted} - {"trunk"}:
             if found.trained_tokens(phase) != expected:
                 raise UserError(
@@ -259,7 +271,7 @@ def _row(stage: Stage, run: Run, reference: str, judged: Row) -> Row:
     health = [r for r in records if r["split"] == "health"]
     trained = [r for r in records if r["split"] == "train"]
     if judged["loss"] is None:
-        return _identity(stage, run) | {"failed": f"the loss of {judged['row']} is not finite"}
+        return _identity(stage, run) | {"row": judged["row"], "failed": "its loss is not finite"}
     deployed = totals["bytes_total"] if run.config.train.phases[branch].quantize else totals["bytes_bf16"]
     starts = [0, *(r["step"] for r in trained)]
     return _identity(stage, run) | {
@@ -329,8 +341,11 @@ def write_results(file: Path, rows: Sequence[Row]) -> None:
     write_atomically(file, f"[\n{lines}\n]\n")
 
 
-def report(file: str, make: Callable[[Results], Report]) -> None:
+def report(file: str, make: Callable[[Results], Report], new: Results | None = None) -> None:
     """README.md's tables and figure.png from every SCALE.json beside a study file.
+
+    Args:
+      new: results that take the place of their SCALE.json, which is written once tables could be made of them.
 
     Raises:
       UserError: there are no results, they are damaged or lack a row, or README.md lacks a table's markers.
@@ -338,12 +353,16 @@ def report(file: str, make: Callable[[Results], Report]) -> None:
     folder = Path(file).parent
     results = {}
     for found in sorted(folder.glob("*.json")):
-        results[found.stem] = _read(found)
+        if found.stem not in (new or {}):
+            results[found.stem] = _read(found)
+    results = dict(sorted((results | (new or {})).items()))
     if not results:
         raise UserError(f"{folder} has no results yet: run the study without --report")
     if not (folder / "README.md").is_file():
         raise UserError(f"{folder}/README.md: no such file; it needs lines `<!-- NAME: command -->` and `<!-- end -->`")
     made = points.called(f"study {file}", lambda: make(results))
+    for scale, rows in (new or {}).items():
+        write_results(folder / f"{scale}.json", rows)
     fill_tables(folder / "README.md", made.tables)
     made.figure.savefig(folder / "figure.png", dpi=110)
     print(f"{folder}/README.md  {folder}/figure.png")
@@ -368,19 +387,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = sweep.parse([args.file, *rest])
         if options.dir:
             raise UserError(f"--dir {options.dir}: the runs of a study lie under runs/, where other studies find them")
+        new: Results = {}
         if not args.report:
             study: Study = points.called(f"study {args.file}", lambda: functions["get_study"](args.scale, args.corpus))
             _check(args, options, study)
-            code = 0 if args.judge else train(study, options, args.only)
+            code = 0 if args.judge else train(study, options, args.only, args.partial)
             if options.dry_run or (code and not (args.partial and code == 1)):
                 return code
             file = Path(args.file).parent / f"{args.scale}.json"
-            before = _read(file) if args.only and file.exists() else []
+            before = _read(file) if file.exists() else []
             partial = args.partial or args.judge
             with Stop() as stop:
                 parts = [judge(study, stage, partial, stop.check, args.only, before) for stage in study.stages]
-            write_results(file, [row for part in parts for row in part])
-        report(args.file, functions["report"])
+            new = {args.scale: [row for part in parts for row in part]}
+        report(args.file, functions["report"], new)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code

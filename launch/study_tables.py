@@ -37,8 +37,11 @@ def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **over
       UserError: there is none, or more than one for a seed.
     """
     runs = [r for r in rows if r["stage"] == stage and all(r["overrides"].get(k) == v for k, v in overrides.items())]
-    found = [r for r in runs if r.get("row") == row]
-    failed = [r for r in runs if "failed" in r]
+    found = [r for r in runs if r.get("row") == row and "failed" not in r]
+    failed = [r for r in runs if "failed" in r and r.get("row", row) == row]
+    controls = {f"{r['run']}:{r['row']}" for r in rows if "row" in r and "failed" not in r}
+    failed += [r | {"failed": "its control failed"} for r in found if r["reference"] not in controls]
+    found = [r for r in found if r["reference"] in controls]
     seeds = [r["seed"] for r in found]
     if not (found or failed) or len(set(seeds)) < len(seeds):
         which = "more than one row of a seed" if found else "no row"
@@ -53,7 +56,8 @@ def roundings(rows: Sequence[Row], stage: str, pattern: str) -> list[Group]:
 
     "†4": blocks of the format are longer than the rows; four were joined, which no file can hold.
     """
-    found = {r["row"]: r["joined_rows"] for r in rows if r["stage"] == stage and re.search(pattern, r.get("row", ""))}
+    measured = [r for r in rows if "row" in r and "failed" not in r]
+    found = {r["row"]: r["joined_rows"] for r in measured if r["stage"] == stage and re.search(pattern, r["row"])}
     labels = {n: "PTQ: " + n.removeprefix("control/").replace("/", ", ") for n in found}
     labels = {n: label + (f" †{found[n]}" if found[n] > 1 else "") for n, label in labels.items()}
     groups = [select(rows, label, stage, row=n) for n, label in labels.items()]
@@ -62,7 +66,7 @@ def roundings(rows: Sequence[Row], stage: str, pattern: str) -> list[Group]:
 
 def above_control(group: Group, rows: Sequence[Row]) -> list[float]:
     """Loss of each row minus that of the control it is compared with, which must be among `rows`."""
-    controls = {f"{r['run']}:{r['row']}": r["loss"] for r in rows if "row" in r}
+    controls = {f"{r['run']}:{r['row']}": r["loss"] for r in rows if "row" in r and "failed" not in r}
     missing = [r["reference"] for r in group.rows if r["reference"] not in controls]
     if missing:
         raise UserError(f"the results have no row of {missing[0]}, the control of {group.label}: run the study again")
@@ -90,7 +94,9 @@ def by_seed(*groups: Group) -> list[tuple[Row, ...]]:
 
 
 def mean_se(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and its standard error from the spread between the values; nan for one value."""
+    """Mean, and its standard error from the spread between the values; nan for one value. Both nan for none."""
+    if not values:
+        return math.nan, math.nan
     n, mean = len(values), sum(values) / len(values)
     if n < 2:
         return mean, math.nan
@@ -98,7 +104,9 @@ def mean_se(values: Sequence[float]) -> tuple[float, float]:
 
 
 def with_se(values: Sequence[float], form: str = ".4f") -> str:
-    """ "mean ±standard error" over seeds; a single value alone."""
+    """ "mean ±standard error" over seeds; a single value alone; "" for none."""
+    if not values:
+        return ""
     mean, se = mean_se(values)
     return f"{mean:{form}}" if math.isnan(se) else f"{mean:{form}} ±{se:{form}}"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -43,7 +44,12 @@ class Reference:
     workdir: Path
     cfg: Config
     phase: str
-    step: int
+    steps: dict[str, int]  # newest checkpoints of it and of the phases that it comes from
+
+    @property
+    def step(self) -> int:
+        """Its newest checkpoint."""
+        return self.steps[self.phase]
 
     @property
     def model(self) -> ModelConfig:
@@ -73,7 +79,7 @@ class Audit:
 
     def trained_tokens(self, phase: str) -> int:
         """Tokens of training up to the phase's checkpoint, those of the phases that it comes from included."""
-        return trained_tokens(self.cfg, phase, self.steps[phase])
+        return trained_tokens(self.cfg, phase, self.steps)
 
 
 def lineage(cfg: Config, phase: str) -> list[str]:
@@ -84,10 +90,13 @@ def lineage(cfg: Config, phase: str) -> list[str]:
     return phases
 
 
-def trained_tokens(cfg: Config, phase: str, step: int) -> int:
-    """Tokens of training up to a step of a phase, those of the phases that it comes from included."""
-    before = sum(cfg.train.phases[name].steps for name in lineage(cfg, phase)[1:])
-    return (before + step) * cfg.train.batch_size * cfg.data.seq_len
+def trained_tokens(cfg: Config, phase: str, steps: Mapping[str, int]) -> int:
+    """Tokens of training up to a phase's checkpoint, those of the phases that it comes from included.
+
+    steps: of their newest checkpoints. What config.init_from names may be at another one than the configuration says.
+    """
+    n = sum(steps.get(name, cfg.train.phases[name].steps) for name in lineage(cfg, phase))
+    return n * cfg.train.batch_size * cfg.data.seq_len
 
 
 # ---- what is judged --------------------------------------------------------------------------------------------------
@@ -149,10 +158,10 @@ def _reference(workdir: Path, text: str) -> Reference:
     if not plain:
         raise UserError(f"{workdir} has no phase in full precision to compare with: add one without quantize")
     phase = phase or ("control" if "control" in plain else plain[-1])
-    step = _newest(workdir, phase)
-    if step is None:
+    steps = {name: step for name in lineage(cfg, phase) if (step := _newest(workdir, name)) is not None}
+    if phase not in steps:
         raise UserError(f"{workdir}: the reference, phase {phase}, has no checkpoint; train it first")
-    return Reference(name or phase, workdir, cfg, phase, step)
+    return Reference(name or phase, workdir, cfg, phase, steps)
 
 
 def _other_settings(model: ModelConfig, reference: Reference) -> list[str]:
@@ -178,7 +187,7 @@ def _other_settings(model: ModelConfig, reference: Reference) -> list[str]:
 def _unequal(audit: Audit) -> list[str]:
     """Which phases are unfinished, or were trained on another number of tokens than the reference."""
     ref, notes = audit.reference, []
-    expected = trained_tokens(ref.cfg, ref.phase, ref.step)
+    expected = trained_tokens(ref.cfg, ref.phase, ref.steps)
     own = lineage(ref.cfg, ref.phase) if ref.workdir == audit.workdir else []
     for name, step in audit.steps.items():
         if step != (last := audit.cfg.train.phases[name].steps):
@@ -230,11 +239,8 @@ def _formats(audit: Audit, notes: list[str]) -> list[Format]:
         return []
     found = []
     tree = abstract_params(audit.model)
-    modules = any(path.startswith("mtp/") for path in audit.plan)
     for fmt in rounding.formats():
         fault = rounding.misfit(tree, audit.plan, fmt)
-        if not fault and fmt.rule == "imatrix" and modules:
-            fault = f"{fmt.name} imatrix: the inputs of MTP modules, which are on the plan, are not measured"
         if fault:
             notes.append(f"left out: {fault}")
         else:

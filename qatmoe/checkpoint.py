@@ -24,6 +24,7 @@ import math
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from qatmoe import distributed
-from qatmoe.config import MeshConfig, leaves
+from qatmoe.config import MeshConfig, default, leaves
 from qatmoe.errors import RunError, UserError
 from qatmoe.files import write_atomically
 from qatmoe.tree import path_of
@@ -49,6 +50,7 @@ _MAPPED = ts.Context({"file_io_mode": {"mode": "memmap"}})
 Json = dict[str, Any]
 
 # May differ when a run is continued: no number depends on them, or, on the mesh, only up to rounding.
+LOCK_TRIES = 10  # a tenth of a second apart
 FREE_KEYS = {
     *("data.cache_dir", "data.prefetch"),
     *("train.keep", "train.tensorboard", "train.profile_step", "train.profile_steps"),
@@ -57,10 +59,14 @@ FREE_KEYS = {
 
 
 def differences(there: Json, here: Json) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (there, here)} where two configurations are not of one run; "absent" for a key that one lacks."""
+    """{dotted key: (there, here)} where two configurations are not of one run; "absent" for a key that one lacks.
+
+    A key that came to the configuration since then has its default there.
+    """
     a, b = leaves(there), leaves(here)
     pairs = {key: (a.get(key, "absent"), b.get(key, "absent")) for key in a | b if key not in FREE_KEYS}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+    new = {key for key, (before, now) in pairs.items() if before == "absent" and now == default(key)}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key not in new}
 
 
 class DamagedCheckpoint(UserError):
@@ -557,15 +563,20 @@ def open_workdir(workdir: str | Path, config_json: str) -> RunLock:
 
 def _lock(workdir: Path) -> RunLock:
     fd = os.open(workdir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        pid = os.read(fd, 100).decode(errors="replace").strip()
-        os.close(fd)
-        raise UserError(
-            f"workdir {workdir} is in use by process {pid or 'unknown'}: wait for it, stop it, or choose another "
-            "workdir"
-        ) from e
+    for left in reversed(range(LOCK_TRIES)):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as e:
+            if left:  # a program that only looks at a run's state holds its lock for an instant
+                time.sleep(0.1)
+                continue
+            pid = os.read(fd, 100).decode(errors="replace").strip()
+            os.close(fd)
+            raise UserError(
+                f"workdir {workdir} is in use by process {pid or 'unknown'}: wait for it, stop it, or choose another "
+                "workdir"
+            ) from e
     os.ftruncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())
     return RunLock(fd)

@@ -7,6 +7,7 @@ ConfigDict. Every field has its default and its meaning here and nowhere else.
 
 import dataclasses
 import difflib
+import functools
 import json
 import types
 import typing
@@ -101,7 +102,8 @@ class OptimConfig:
 
     name: str = "adamw"  # "adamw", or "muon": weight matrices by Muon, the rest by AdamW
     lr: float = 2e-3
-    scale_lr: float = 1e-4  # rate of learned scales (absolute: a scale is about the size of a weight)
+    # Rate of learned scales (absolute: a scale is about the size of a weight); a phase's `lr` moves it in proportion.
+    scale_lr: float = 1e-4
     betas: tuple[float, ...] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1  # on matrices only
@@ -216,14 +218,15 @@ RANGES: dict[str, tuple[float, float]] = {
     **{f"optim.{name}": (0, 1) for name in ("final_lr", "ema")},
     **{f"train.{name}": (1, _INF) for name in ("batch_size", "grad_accum", "log_every", "checkpoint_every", "keep")},
     "train.profile_steps": (1, _INF),
-    **{f"train.{name}": (0, _INF) for name in ("seed", "loss_chunk", "profile_step", *_WEIGHTS)},
+    "train.seed": (0, 2**32 - 1),  # of which jax.random.key makes different keys
+    **{f"train.{name}": (0, _INF) for name in ("loss_chunk", "profile_step", *_WEIGHTS)},
     **{f"eval.{name}": (0, _INF) for name in ("every", "batches", "final_batches")},
 }
 
 
 def _range(low: float, high: float) -> str:
     if high < _INF:
-        return f"from {low:g} to {high:g}"
+        return f"from {low:.10g} to {high:.10g}"
     return "more than 0" if low == _TINY else f"at least {low:g}"
 
 
@@ -272,6 +275,24 @@ def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     return {k: v for name in tree for k, v in leaves(tree[name], f"{prefix}.{name}" if prefix else name).items()}
+
+
+def default(key: str) -> Any:
+    """The default of a dotted key, as JSON has it; None where there is none."""
+    group, phases, rest = key.partition("train.phases.")
+    if phases and not group:
+        return _defaults_of_a_phase().get(rest.partition(".")[2])
+    return _defaults().get(key)
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return leaves(json.loads(json.dumps(dataclasses.asdict(Config()))))
+
+
+@functools.cache
+def _defaults_of_a_phase() -> dict[str, Any]:
+    return leaves(json.loads(json.dumps(dataclasses.asdict(PhaseConfig()))))
 
 
 def check_key(path: str) -> None:
@@ -368,6 +389,7 @@ def _check_training(cfg: Config) -> None:
     for name, p in t.phases.items():
         where = f"config.train.phases.{name}"
         _require(name.isidentifier(), f"{where}: a phase name is letters, digits and '_'")
+        _require(name != "ptq", f"{where}: 'ptq' is what reports call the rounded control; choose another name")
         _require(p.steps >= 1, f"{where}.steps={p.steps}: must be at least 1")
         _require(
             min(p.warmup, p.decay) >= 0 and p.warmup + p.decay <= p.steps,

@@ -101,11 +101,24 @@ def schedule(cfg: OptimConfig, phase: PhaseConfig, step: jax.Array) -> jax.Array
 
 
 def carry_over(new: Any, old: Any) -> Any:
-    """Optimizer state of a branch: the trunk's moments where path and shape agree, `new` (fresh) elsewhere."""
+    """Optimizer state of a branch: the trunk's moments where path and shape agree, `new` (fresh) elsewhere.
+
+    A count of steps belongs to the moments beside it: it begins anew where any of them does, as Adam divides them by
+    what that many steps would have gathered.
+    """
     known = {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(old)[0]}
+    wanted = {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(new)[0]}
+    kept = {
+        path
+        for path, leaf in wanted.items()
+        if path in known and (known[path].shape, known[path].dtype) == (leaf.shape, leaf.dtype)
+    }
+    begun = {path.rpartition("/")[0] for path in wanted if path.endswith("/count")}
+    begun = {group for group in begun if any(p.startswith(f"{group}/") for p in wanted.keys() - kept)}
 
     def pick(path: tuple[Any, ...], fresh: jax.Array) -> jax.Array:
-        leaf = known.get(path_of(path))
-        return leaf if leaf is not None and leaf.shape == fresh.shape and leaf.dtype == fresh.dtype else fresh
+        name = path_of(path)
+        group, _, last = name.rpartition("/")
+        return known[name] if name in kept and not (last == "count" and group in begun) else fresh
 
     return jax.tree_util.tree_map_with_path(pick, new)

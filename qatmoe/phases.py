@@ -356,6 +356,7 @@ class Log:
         self._per_step = run.cfg.train.batch_size * run.cfg.data.seq_len
         self._last = (start, time.perf_counter())
         self._pause = 0.0
+        self._compiled = False
         self._speed = 0.0  # at the last record
         self._progress = metrics_lib.Progress(name, start, total, steps_after=sum(p.steps for _, p in phases[after:]))
 
@@ -371,6 +372,9 @@ class Log:
         self._progress.update(n, loss=float(values["ce"]), tokens_per_s=self._speed or self._rate(n))
         if n % self.run.cfg.train.log_every == 0 or n == self.total:
             self._record(n, values)
+        elif not self._compiled:  # the first step was compiled too: the clock starts after it
+            self._last, self._pause = (n, time.perf_counter()), 0.0
+        self._compiled = True
 
     def _rate(self, n: int) -> float:
         """Tokens per second since the last record."""

@@ -272,7 +272,9 @@ def check_mesh(cfg: Config, mesh: Mesh) -> None:
             f"config.model.attention='splash' needs a TPU, heads of 128 and a seq_len that 128 divides, and here are "
             f"{platform}, model.head_dim={m.head_dim} and data.seq_len={cfg.data.seq_len}: use 'auto'"
         )
-    tokens, chunk, groups = rows * cfg.data.seq_len, cfg.train.loss_chunk, batch_groups(mesh)
-    if chunk and tokens > chunk and (tokens % chunk or chunk % groups):
-        over = f" and be a multiple of the {groups} parts that the mesh splits a batch into" if groups > 1 else ""
-        raise UserError(f"config.train.loss_chunk={chunk} must divide the {tokens} tokens of a micro-batch{over}")
+    chunk, groups = cfg.train.loss_chunk, batch_groups(mesh)
+    for what, n in (("micro-batch", rows), ("batch, which validation takes at once", cfg.train.batch_size)):
+        tokens = n * cfg.data.seq_len
+        if chunk and tokens > chunk and (tokens % chunk or chunk % groups):
+            over = f" and be a multiple of the {groups} parts that the mesh splits a batch into" if groups > 1 else ""
+            raise UserError(f"config.train.loss_chunk={chunk} must divide the {tokens} tokens of a {what}{over}")

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -426,6 +428,22 @@ def test_another_config_is_refused_by_key(tmp_path):
     assert "seed" not in message
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(CONFIG)
     open_workdir(tmp_path, CONFIG).close()  # the refused attempt holds no lock
+
+
+def test_a_key_that_came_later_has_its_default_in_an_older_run(tmp_path):
+    open_workdir(tmp_path, CONFIG).close()
+    later = json.loads(CONFIG) | {"quant": {"signed": True}}
+    open_workdir(tmp_path, json.dumps(later)).close()
+    with pytest.raises(UserError, match=r"quant.signed: 'absent' there, False here"):
+        open_workdir(tmp_path, json.dumps(later | {"quant": {"signed": False}}))
+
+
+def test_a_look_at_the_lock_stops_no_run(tmp_path):
+    open_workdir(tmp_path, CONFIG).close()
+    with open(tmp_path / "lock") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.3, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        open_workdir(tmp_path, CONFIG).close()
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path):

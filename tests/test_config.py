@@ -67,6 +67,8 @@ def test_every_config_file_resolves(config_files):
         ({"optim__betas": (0.9, 1.5)}, "from 0 to below 1"),
         ({"train__loss_chunk": -1}, "loss_chunk=-1"),
         ({"train__seed": -1}, "seed=-1"),
+        ({"train__seed": 2**32}, "seed=4294967296: must be from 0 to 4294967295"),
+        ({"train__phases": {"ptq": {"steps": 3}}}, "'ptq' is what reports call the rounded control"),
         ({"train__phases": {}}, "name at least one"),
         ({"train__profile_step": -1}, "profile_step=-1: must be at least 0"),
         ({"train__profile_step": 5, "train__profile_steps": 0}, "profile_steps=0: must be at least 1"),

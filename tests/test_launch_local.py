@@ -173,7 +173,11 @@ def test_tpu_chips_are_divided(accelerators):
 
 def test_cores_are_divided(accelerators, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert [s.cores for s in slots(2)] == [{0, 5}, {2}]
+    assert [s.env for s in slots(2)] == [{"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}] * 2
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=1")
+    assert [s.env for s in slots(2)] == [{}] * 2
     assert [s.cores for s in slots(4)] == [{0}, {2}, {5}, {0}]
     accelerators["/dev", "nvidia"] = ["0"]
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

@@ -1,11 +1,14 @@
+import contextlib
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from qatmoe.config import MeshConfig
+from qatmoe.config import Config, DataConfig, MeshConfig, TrainConfig
 from qatmoe.errors import UserError
 from qatmoe.mesh import AXES, RULES, constrain, fitted, kept, make_mesh, spec
+from qatmoe.run import check_mesh
 
 
 class FakeDevice:
@@ -39,6 +42,23 @@ def test_free_axis_takes_what_is_left(cfg, sizes):
 def test_impossible_meshes_are_refused(cfg):
     with pytest.raises(UserError, match="mesh="):
         make_mesh(cfg, [FakeDevice(i) for i in range(8)])
+
+
+@pytest.mark.parametrize(
+    ("chunk", "accum", "message"),
+    [
+        (100, 1, "loss_chunk=100 must divide the 512 tokens of a micro-batch"),
+        (160, 4, "loss_chunk=160 must divide the 512 tokens of a batch, which validation takes at once"),
+        (128, 4, ""),
+        (600, 4, ""),
+    ],
+)
+def test_chunks_of_the_loss_divide_what_is_trained_and_what_is_validated(chunk, accum, message):
+    train = TrainConfig(batch_size=8, grad_accum=accum, loss_chunk=chunk)
+    cfg = Config(data=DataConfig(seq_len=64), train=train)
+    mesh = make_mesh(cfg.mesh, jax.devices()[:1])
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_mesh(cfg, mesh)
 
 
 def test_two_axes_on_one_mesh_axis_are_refused():

@@ -87,6 +87,27 @@ def test_branch_keeps_moments_that_fit():
     leaves = {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(kept)[0]}
     assert any(path.endswith("mu/model/embed") and np.any(leaf) for path, leaf in leaves.items())
     assert all(not np.any(leaf) for path, leaf in leaves.items() if "/mu/scales/" in path)
+    counts = {
+        path.split("inner_states/")[1].split("/")[0]: int(leaf) for path, leaf in leaves.items() if "count" in path
+    }
+    assert counts["scale"] == 0 and set(counts.values()) == {0, 1}, counts
+    again = optim.carry_over(optimizer.init(PARAMS), optimizer.update(PARAMS, kept, PARAMS)[1])
+    again = {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(again)[0] if "count" in path_of(p)}
+    assert {int(leaf) for leaf in again.values()} == {1, 2}  # a branch that has scales hands theirs on
+
+
+def test_new_scales_learn_at_the_rate_that_they_were_given():
+    """Adam's first step is its rate, in a trunk's first step as in a branch's."""
+    cfg = OptimConfig(scale_lr=1e-3, clip=0.0)
+    optimizer = optim.make_optimizer(cfg)
+    trunk = {"model": PARAMS["model"], "scales": {}}
+    old = optimizer.init(trunk)
+    for _ in range(20):
+        _, old = optimizer.update(jax.tree.map(jnp.ones_like, trunk), old, trunk)
+    state = optim.carry_over(optimizer.init(PARAMS), old)
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, PARAMS), state, PARAMS)
+    for leaf in jax.tree.leaves(updates["scales"]):
+        np.testing.assert_allclose(leaf, -1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -118,6 +118,27 @@ def test_the_studies_can_be_reported_before_all_is_run(file, seeds):
     made.figure.savefig(io.BytesIO())
 
 
+@pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.parent.name)
+def test_the_studies_can_be_reported_where_runs_failed(file):
+    """Every sweep of branches in turn with all its seeds; then a trunk, and with it the control of all its branches."""
+    functions = study.load(str(file))
+    stages = [made_up(stage) for stage in functions["get_study"]("small", "").stages]
+    trunks = {row["stage"]: row["run"] for row in stages[0]}
+    lost = [{row["run"] for row in rows} for rows in stages[1:] if "trunks" not in rows[0]["stage"]]
+    for runs in [*lost, {trunks["small_trunks"] if "small_trunks" in trunks else stages[0][0]["run"]}]:
+        rows = [
+            {k: row[k] for k in ("stage", "config", "overrides", "seed", "run")} | {"failed": "diverged"}
+            if row["run"] in runs
+            else row
+            for rows in stages
+            for row in rows
+        ]
+        made = functions["report"]({"small": list({json.dumps(row): row for row in rows}.values())})
+        assert any("failed" in table for table in made.tables.values())
+        assert not any("nan" in table for table in made.tables.values())
+        made.figure.savefig(io.BytesIO())
+
+
 NAMES = ["trunk", "control", "qat"] + [
     f"control/{n}"
     for n in ("q2_0/absmax", "q2_0/search", "q4_0/search", "mxfp4/search", "IQ2_XS/imatrix", "IQ3_S/imatrix")
@@ -212,10 +233,16 @@ def test_what_starts_from_others_waits_for_them(trunks, tmp_path, monkeypatch, c
     finished.clear()
     assert study.train(asked, options) == 0
     assert started == [(["trunks"] * 2, 2, 0), (["b"] * 2 + ["c"] * 2, 2, 0)]
-    finished.clear()
     started[:] = []
+    finished -= {folder for folder in finished if folder.parent.name != "trunks"}
     assert study.train(asked, options, r"/b/.*seed=0") == 0
     assert started == [(["b"], 2, 0)]
+    seed_1 = runs_of(trunks)[1].folder
+    monkeypatch.setattr(points, "finished", lambda folder: folder in finished and folder != seed_1)
+    finished.clear()
+    started[:] = []
+    assert study.train(asked, options, partial=True) == 1
+    assert [names for names, *_ in started] == [["trunks"] * 2, ["b", "c"]]  # from the trunk that was trained
     monkeypatch.setattr(points, "finished", lambda folder: False)
     assert study.train(asked, options) == 1
     assert "2 runs are not finished. The same command continues." in capsys.readouterr().err

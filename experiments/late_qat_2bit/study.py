@@ -90,7 +90,7 @@ def report(results: Results) -> Report:
 
 def domains_table(groups: Sequence[Group]) -> str:
     """Bits per byte on each domain."""
-    names = list(groups[0].rows[0]["domains"])
+    names = list(next(r["domains"] for group in groups for r in group.rows))
     lines = [["bits per byte", *names]]
     for group in groups:
         cells = [with_se([r["domains"][name]["bits_per_byte"] for r in group.rows]) for name in names]
@@ -119,6 +119,9 @@ def shares_table(shares: Sequence[tuple[float, Group, Group]], rows: Sequence[Ro
     """QAT and rounding by share, each beside the control that decays in the same steps."""
     groups, ptq = [], []
     for _, qat, rounded in shares:
+        if not qat.rows:
+            groups.append(qat)
+            continue
         stage, at = qat.rows[0]["stage"], {"train.phases.qat.steps": qat.rows[0]["steps"]}
         groups += [select(rows, rounded.label.replace("PTQ", "control"), stage, row="control", **at), rounded, qat]
         ptq.append(rounded)
@@ -128,7 +131,7 @@ def shares_table(shares: Sequence[tuple[float, Group, Group]], rows: Sequence[Ro
 def draw_shares(axes: Axes, shares: Sequence[tuple[float, Group, Group]], rows: Sequence[Row]) -> None:
     """Loss by share: of QAT, of the control of the same steps, and of that control rounded."""
     x = [share for share, _, _ in shares]
-    losses = {r["run"]: r["loss"] for r in rows if r.get("row") == "control"}
+    losses = {r["run"]: r["loss"] for r in rows if r.get("row") == "control" and "failed" not in r}
     lines = (
         ("control, rounded", "black", [[r["loss"] for r in rounded.rows] for _, _, rounded in shares]),
         ("QAT", "tab:red", [[r["loss"] for r in qat.rows] for _, qat, _ in shares]),

@@ -41,7 +41,10 @@ def report(results: Results) -> Report:
         if not found:
             tables |= {f"{scale}_{name}": "No size is complete." for name in ("gaps", "laws")}
             continue
-        tables[f"{scale}_gaps"] = gaps_table(found, rows)
+        whole = {g.label for groups in found.values() for g in groups}
+        lost = [label for size in scales.get(scale).experts if (label := f"{size} experts") not in whole]
+        left_out = f"\n\nLeft out, as runs failed or were not run: {', '.join(lost)}." if lost else ""
+        tables[f"{scale}_gaps"] = gaps_table(found, rows) + left_out
         laws = {name: law(groups, rows) for name, groups in found.items()}
         tables[f"{scale}_laws"] = laws_table(laws, found, rows)
         for name, groups in found.items():
@@ -67,7 +70,7 @@ def series(s: Scale, rows: Sequence[Row]) -> dict[str, list[Group]]:
     """{name: a group for each size that has rows of all of them}."""
     found: dict[str, list[Group]] = {}
     grids = ("trunks", "q3_k", "q4_0") if s.k_quants else ("trunks", "q4_0")
-    judged = {r["stage"] for r in rows if "row" in r}
+    judged = {r["stage"] for r in rows if "failed" not in r}
     for size in s.experts:
         suffix = s.suffix(size)
         if not judged >= {f"{s.name}_{grid}{suffix}" for grid in grids}:
