@@ -46,7 +46,9 @@ def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **over
     if not (found or failed) or len(set(seeds)) < len(seeds):
         which = "more than one row of a seed" if found else "no row"
         raise UserError(f"the results have {which} {row!r} of {stage} with {overrides}: run the study again")
-    if failed:
+    if not found and all(r["failed"] == "not run" for r in failed):
+        label += " (not run)"
+    elif failed:
         label += "".join(f" (seed {r['seed']} failed: {r['failed']})" for r in failed)
     return Group(label, sorted(found, key=lambda r: r["seed"]))
 
