@@ -126,7 +126,7 @@ def test_hugging_face_errors(monkeypatch):
     with pytest.raises(UserError, match="could not load 'hf:x': FileNotFoundError: no such dataset"):
         texts("hf:x")
     monkeypatch.setitem(sys.modules, "datasets", None)  # makes the import fail
-    with pytest.raises(UserError, match=r"pip install 'qatmoe\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[hf\]'"):
         texts("hf:x")
 
 
