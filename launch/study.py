@@ -178,8 +178,11 @@ def _train_stages(stages: Sequence[Stage], options: argparse.Namespace, only: st
     places = local.slots(1 if options.slots is None else options.slots)
     for stage in stages:
         points.check_folder(stage.sweep, folder_of(stage.sweep))
-    todo = [run for s in stages if _runs(s, only) for run in sweep.enter(s.sweep, _runs(s), folder_of(s.sweep), only)]
-    todo = [run for run in todo if _can_start(run)]
+    todo = []
+    for stage in stages:
+        runs = _runs(stage)
+        if wanted := [run for run in runs if _matches(run, only)]:
+            todo += [run for run in sweep.enter(stage.sweep, runs, folder_of(stage.sweep), wanted) if _can_start(run)]
     restarts = sweep.RESTARTS if options.restarts is None else options.restarts
     return sweep.run_locally(todo, places, restarts) if todo else 0
 
@@ -191,7 +194,11 @@ def _can_start(run: Run) -> bool:
 
 
 def _runs(stage: Stage, only: str = "") -> list[Run]:
-    return [r for r in points.runs_of(stage.sweep, folder_of(stage.sweep)) if re.search(only, str(r.folder))]
+    return [run for run in points.runs_of(stage.sweep, folder_of(stage.sweep)) if _matches(run, only)]
+
+
+def _matches(run: Run, only: str) -> bool:
+    return bool(re.search(only, str(run.folder)))
 
 
 # ---- Judging ---------------------------------------------------------------------------------------------------------
@@ -221,7 +228,7 @@ def judge(
     runs = _runs(stage)
     for run, reference in zip(runs, stage.references or ("",) * len(runs), strict=True):
         reference = reference or f"{run.folder}:control"
-        if not re.search(only, str(run.folder)) or (partial and not run.folder.exists()):
+        if not _matches(run, only) or (partial and not run.folder.exists()):
             known = [row for row in before if (row["stage"], row["run"]) == (stage.sweep.name, str(run.folder))]
             rows += known or [_identity(stage, run) | {"failed": "not run"}]
             continue
@@ -331,7 +338,7 @@ def _check(args: argparse.Namespace, options: argparse.Namespace, study: Study) 
         raise UserError(f"--only {args.only}: not a regular expression: {e}") from e
     if args.only and options.backend != "local":
         raise UserError(f"--only {args.only}: belongs to the local backend; {options.backend} is given whole sweeps")
-    if not any(_runs(stage, args.only) for stage in study.stages):
+    if args.only and not any(_runs(stage, args.only) for stage in study.stages):
         raise UserError(f"--only {args.only}: found in no run's folder; --dry_run without it lists them")
 
 
@@ -350,18 +357,15 @@ def report(file: str, make: Callable[[Results], Report], new: Results | None = N
     Raises:
       UserError: there are no results, they are damaged or lack a row, or README.md lacks a table's markers.
     """
-    folder = Path(file).parent
-    results = {}
-    for found in sorted(folder.glob("*.json")):
-        if found.stem not in (new or {}):
-            results[found.stem] = _read(found)
-    results = dict(sorted((results | (new or {})).items()))
+    folder, new = Path(file).parent, new or {}
+    before = {found.stem: _read(found) for found in folder.glob("*.json") if found.stem not in new}
+    results = dict(sorted((before | new).items()))
     if not results:
         raise UserError(f"{folder} has no results yet: run the study without --report")
     if not (folder / "README.md").is_file():
         raise UserError(f"{folder}/README.md: no such file; it needs lines `<!-- NAME: command -->` and `<!-- end -->`")
     made = points.called(f"study {file}", lambda: make(results))
-    for scale, rows in (new or {}).items():
+    for scale, rows in new.items():
         write_results(folder / f"{scale}.json", rows)
     fill_tables(folder / "README.md", made.tables)
     made.figure.savefig(folder / "figure.png", dpi=110)

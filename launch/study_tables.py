@@ -30,6 +30,16 @@ class Group(NamedTuple):
         return " ".join(str(r["seed"]) for r in self.rows)
 
 
+def judged(rows: Sequence[Row]) -> list[Row]:
+    """The rows that have figures: neither of failed runs, nor of a loss that is not finite."""
+    return [r for r in rows if "failed" not in r]
+
+
+def _losses(rows: Sequence[Row]) -> dict[str, float]:
+    """{RUN:ROW, as references name it: loss}."""
+    return {f"{r['run']}:{r['row']}": r["loss"] for r in judged(rows)}
+
+
 def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **overrides: Any) -> Group:
     """The rows of a stage whose runs have these overrides, one for each seed. Failed runs are named in the label.
 
@@ -37,9 +47,9 @@ def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **over
       UserError: there is none, or more than one for a seed.
     """
     runs = [r for r in rows if r["stage"] == stage and all(r["overrides"].get(k) == v for k, v in overrides.items())]
-    found = [r for r in runs if r.get("row") == row and "failed" not in r]
+    found = [r for r in judged(runs) if r["row"] == row]
     failed = [r for r in runs if "failed" in r and r.get("row", row) == row]
-    controls = {f"{r['run']}:{r['row']}" for r in rows if "row" in r and "failed" not in r}
+    controls = _losses(rows)
     failed += [r | {"failed": "its control failed"} for r in found if r["reference"] not in controls]
     found = [r for r in found if r["reference"] in controls]
     seeds = [r["seed"] for r in found]
@@ -58,8 +68,8 @@ def roundings(rows: Sequence[Row], stage: str, pattern: str) -> list[Group]:
 
     "†4": blocks of the format are longer than the rows; four were joined, which no file can hold.
     """
-    measured = [r for r in rows if "row" in r and "failed" not in r]
-    found = {r["row"]: r["joined_rows"] for r in measured if r["stage"] == stage and re.search(pattern, r["row"])}
+    of_stage = [r for r in judged(rows) if r["stage"] == stage]
+    found = {r["row"]: r["joined_rows"] for r in of_stage if re.search(pattern, r["row"])}
     labels = {n: "PTQ: " + n.removeprefix("control/").replace("/", ", ") for n in found}
     labels = {n: label + (f" †{found[n]}" if found[n] > 1 else "") for n, label in labels.items()}
     groups = [select(rows, label, stage, row=n) for n, label in labels.items()]
@@ -68,7 +78,7 @@ def roundings(rows: Sequence[Row], stage: str, pattern: str) -> list[Group]:
 
 def above_control(group: Group, rows: Sequence[Row]) -> list[float]:
     """Loss of each row minus that of the control it is compared with, which must be among `rows`."""
-    controls = {f"{r['run']}:{r['row']}": r["loss"] for r in rows if "row" in r and "failed" not in r}
+    controls = _losses(rows)
     missing = [r["reference"] for r in group.rows if r["reference"] not in controls]
     if missing:
         raise UserError(f"the results have no row of {missing[0]}, the control of {group.label}: run the study again")

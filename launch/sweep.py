@@ -13,7 +13,6 @@ results come from `python -m launch.collect runs/NAME`.
 import argparse
 import contextlib
 import functools
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -81,17 +80,17 @@ def run_locally(runs: Sequence[Run], places: Sequence[local.Slot], restarts: int
     return 1 if failed else 0
 
 
-def enter(sweep: Sweep, runs: Sequence[Run], folder: Path, only: str = "") -> list[Run]:
+def enter(sweep: Sweep, runs: Sequence[Run], folder: Path, wanted: Sequence[Run]) -> list[Run]:
     """Opens a sweep's folder, says which runs are done or running, and returns the others. Raises as `points.state`.
 
     Args:
       runs: all runs of the sweep.
-      only: a regular expression; runs in whose folders it is not found are left alone.
+      wanted: those that may be started.
     """
     states = {run.name: points.state(run) for run in runs}
     points.open_folder(sweep, runs, folder)
     todo = []
-    for run in (run for run in runs if re.search(only, str(run.folder))):
+    for run in wanted:
         if states[run.name].kind in ("done", "running"):
             print(f"{states[run.name].text:8s} {run.name}")
         else:
@@ -118,7 +117,7 @@ def launch(args: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
         jobset_options = options.read(cloud.JobSetOptions, args.option)
         _ = [cloud.jobset(run, sweep, jobset_options) for run in runs]
     # What there is to do.
-    todo = enter(sweep, runs, folder)
+    todo = enter(sweep, runs, folder, runs)
     if not todo:
         print(f"nothing to start. Results: python -m launch.collect {folder}")
         return 0

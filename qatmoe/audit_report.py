@@ -418,7 +418,10 @@ def _place(axes: Axes, labels: Sequence[Label]) -> None:
     at_N2 = axes.transData.transform([(label.x, label.y) for label in labels])
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in at_N2]
     if (legend := axes.get_legend()) is not None:
-        taken.append(legend.get_window_extent())
+        box = legend.get_window_extent()
+        taken.append(box)
+        # It stays there: to look for the best place among all labels, too, is slow, and they keep clear of this one.
+        legend.set_loc(tuple(axes.transAxes.inverted().transform((box.x0, box.y0))))
     inside = axes.get_window_extent()
     for i in np.argsort(-at_N2[:, 1], kind="stable"):
         (x, y), label = at_N2[i], labels[i]

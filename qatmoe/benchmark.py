@@ -267,6 +267,7 @@ def table(result: Row) -> str:
 def run(cfg: Config, quants: dict[str, QuantConfig], rounds: int, with_parts: bool, data: bool) -> Iterator[Row]:
     """What was asked for, as the JSON that --json writes: after every row all that is known."""
     with jax.set_mesh(make_mesh(cfg.mesh)):
+        with_text = measure_data(cfg, rounds) if data else None  # first: its settings may be unusable
         top = ceiling(cfg.model.dtype)
         result: Row = {
             "config": cfg.name,
@@ -278,7 +279,7 @@ def run(cfg: Config, quants: dict[str, QuantConfig], rounds: int, with_parts: bo
             "flops_per_step": model_flops(cfg),
             "ceiling_tflops": top / 1e12,
             "rows": [],
-            "data": measure_data(cfg, rounds) if data else None,  # first: its settings may be unusable
+            "data": with_text,
             "parts": None,
         }
         for row in measure(cfg, quants, rounds):

@@ -15,6 +15,7 @@ before a single array is read.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import fcntl
 import importlib.metadata
@@ -49,8 +50,9 @@ _MAPPED = ts.Context({"file_io_mode": {"mode": "memmap"}})
 
 Json = dict[str, Any]
 
-# May differ when a run is continued: no number depends on them, or, on the mesh, only up to rounding.
 LOCK_TRIES = 10  # a tenth of a second apart
+
+# May differ when a run is continued: no number depends on them, or, on the mesh, only up to rounding.
 FREE_KEYS = {
     *("data.cache_dir", "data.prefetch"),
     *("train.keep", "train.tensorboard", "train.profile_step", "train.profile_steps"),
@@ -563,20 +565,18 @@ def open_workdir(workdir: str | Path, config_json: str) -> RunLock:
 
 def _lock(workdir: Path) -> RunLock:
     fd = os.open(workdir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    for left in reversed(range(LOCK_TRIES)):
-        try:
+    for _ in range(LOCK_TRIES):  # a program that only looks at a run's state holds its lock for an instant
+        with contextlib.suppress(BlockingIOError):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
-        except BlockingIOError as e:
-            if left:  # a program that only looks at a run's state holds its lock for an instant
-                time.sleep(0.1)
-                continue
-            pid = os.read(fd, 100).decode(errors="replace").strip()
-            os.close(fd)
-            raise UserError(
-                f"workdir {workdir} is in use by process {pid or 'unknown'}: wait for it, stop it, or choose another "
-                "workdir"
-            ) from e
+        time.sleep(0.1)
+    else:
+        pid = os.read(fd, 100).decode(errors="replace").strip()
+        os.close(fd)
+        raise UserError(
+            f"workdir {workdir} is in use by process {pid or 'unknown'}: wait for it, stop it, or choose another "
+            "workdir"
+        )
     os.ftruncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())
     return RunLock(fd)

@@ -93,8 +93,8 @@ def parse(argv: Sequence[str], usage: str, options: Mapping[str, str | bool]) ->
 
 def _overridden(argv: Sequence[str]) -> list[str]:
     """Keys of the configuration that a command line sets."""
-    names = [argument.partition("=")[0] for argument in argv if argument.startswith("-")]
-    return [name.lstrip("-").removeprefix("config.") for name in names if name.lstrip("-").startswith("config.")]
+    names = [argument.partition("=")[0].lstrip("-") for argument in argv if argument.startswith("-")]
+    return [name.removeprefix("config.") for name in names if name.startswith("config.")]
 
 
 def _config_file(argv: Sequence[str]) -> str:

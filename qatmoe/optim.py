@@ -108,17 +108,16 @@ def carry_over(new: Any, old: Any) -> Any:
     """
     known = {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(old)[0]}
     wanted = {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(new)[0]}
-    kept = {
+    begun = [
         path
         for path, leaf in wanted.items()
-        if path in known and (known[path].shape, known[path].dtype) == (leaf.shape, leaf.dtype)
-    }
-    begun = {path.rpartition("/")[0] for path in wanted if path.endswith("/count")}
-    begun = {group for group in begun if any(p.startswith(f"{group}/") for p in wanted.keys() - kept)}
+        if path not in known or (known[path].shape, known[path].dtype) != (leaf.shape, leaf.dtype)
+    ]
 
     def pick(path: tuple[Any, ...], fresh: jax.Array) -> jax.Array:
         name = path_of(path)
         group, _, last = name.rpartition("/")
-        return known[name] if name in kept and not (last == "count" and group in begun) else fresh
+        anew = name in begun or (last == "count" and any(other.startswith(f"{group}/") for other in begun))
+        return fresh if anew else known[name]
 
     return jax.tree_util.tree_map_with_path(pick, new)

@@ -14,7 +14,18 @@ from experiments import scales
 from experiments.scales import Scale, experts_on
 from launch.algebra import Points, chain, values
 from launch.study import Report, Results, Row, Study, branches
-from launch.study_tables import Group, above_control, dots, mean_se, recovered, roundings, select, table, with_se
+from launch.study_tables import (
+    Group,
+    above_control,
+    dots,
+    judged,
+    mean_se,
+    recovered,
+    roundings,
+    select,
+    table,
+    with_se,
+)
 from qatmoe.text_table import markdown
 
 PTQ = r"^control/(q2_0|ternary|q2_k|Q2_0|Q2_K|IQ2_XXS|IQ2_XS|IQ2_S)/"
@@ -131,7 +142,7 @@ def shares_table(shares: Sequence[tuple[float, Group, Group]], rows: Sequence[Ro
 def draw_shares(axes: Axes, shares: Sequence[tuple[float, Group, Group]], rows: Sequence[Row]) -> None:
     """Loss by share: of QAT, of the control of the same steps, and of that control rounded."""
     x = [share for share, _, _ in shares]
-    losses = {r["run"]: r["loss"] for r in rows if r.get("row") == "control" and "failed" not in r}
+    losses = {r["run"]: r["loss"] for r in judged(rows) if r["row"] == "control"}
     lines = (
         ("control, rounded", "black", [[r["loss"] for r in rounded.rows] for _, _, rounded in shares]),
         ("QAT", "tab:red", [[r["loss"] for r in qat.rows] for _, qat, _ in shares]),

@@ -16,7 +16,7 @@ from scipy import stats
 from experiments import scales
 from experiments.scales import Scale
 from launch.study import Report, Results, Row, Study
-from launch.study_tables import Group, above_control, by_seed, mean_se, select, with_se
+from launch.study_tables import Group, above_control, by_seed, judged, mean_se, select, with_se
 from qatmoe.text_table import markdown
 
 PTQ = {"2 bits, PTQ": "q2_0/search", "3 bits, PTQ": "IQ3_S/imatrix", "4 bits, PTQ": "q4_0/search"}
@@ -26,10 +26,14 @@ COLORS = {"2": "tab:red", "3": "tab:green", "4": "tab:blue"}
 def get_study(scale: str, corpus: str) -> Study:
     """Trunks of every size with Q2_0 QAT, and Q4_0 QAT from them; where K-quants fit, Q3_K QAT too."""
     s = scales.on(scale, corpus)
-    judged = "^(control|qat)$|^control/(" + "|".join(PTQ.values()) + ")$"
-    trunks = [s.size(size, judged) for size in s.experts]
-    grids = ("q3_k", "q4_0") if s.k_quants else ("q4_0",)
-    return s.study(*trunks, *(s.on_grid(t, grid) for t in trunks for grid in grids))
+    pattern = "^(control|qat)$|^control/(" + "|".join(PTQ.values()) + ")$"
+    trunks = [s.size(size, pattern) for size in s.experts]
+    return s.study(*trunks, *(s.on_grid(t, grid) for t in trunks for grid in grids_of(s)))
+
+
+def grids_of(s: Scale) -> tuple[str, ...]:
+    """What is trained besides Q2_0."""
+    return ("q3_k", "q4_0") if s.k_quants else ("q4_0",)
 
 
 def report(results: Results) -> Report:
@@ -37,12 +41,13 @@ def report(results: Results) -> Report:
     tables = {}
     figure = Figure(figsize=(8, 0.5 + 4.5 * len(results)), layout="constrained")
     for (scale, rows), axes in zip(results.items(), figure.subplots(len(results), squeeze=False)[:, 0], strict=True):
-        found = series(scales.get(scale), rows)
+        s = scales.get(scale)
+        found = series(s, rows)
         if not found:
             tables |= {f"{scale}_{name}": "No size is complete." for name in ("gaps", "laws")}
             continue
         whole = {g.label for groups in found.values() for g in groups}
-        lost = [label for size in scales.get(scale).experts if (label := f"{size} experts") not in whole]
+        lost = [label for size in s.experts if (label := f"{size} experts") not in whole]
         left_out = f"\n\nLeft out, as runs failed or were not run: {', '.join(lost)}." if lost else ""
         tables[f"{scale}_gaps"] = gaps_table(found, rows) + left_out
         laws = {name: law(groups, rows) for name, groups in found.items()}
@@ -69,11 +74,10 @@ def report(results: Results) -> Report:
 def series(s: Scale, rows: Sequence[Row]) -> dict[str, list[Group]]:
     """{name: a group for each size that has rows of all of them}."""
     found: dict[str, list[Group]] = {}
-    grids = ("trunks", "q3_k", "q4_0") if s.k_quants else ("trunks", "q4_0")
-    judged = {r["stage"] for r in rows if "failed" not in r}
+    whole = {r["stage"] for r in judged(rows)}
     for size in s.experts:
         suffix = s.suffix(size)
-        if not judged >= {f"{s.name}_{grid}{suffix}" for grid in grids}:
+        if not whole >= {f"{s.name}_{part}{suffix}" for part in ("trunks", *grids_of(s))}:
             continue
         label = f"{size} experts"
         for name, row in PTQ.items():
