@@ -59,7 +59,7 @@ def start(env, count, devices, args_of, *, slurm=False):
 
     They are introduced by flags, or by the variables that srun sets.
     """
-    env = env | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = env | {"JAX_NUM_CPU_DEVICES": str(devices)}
     address = f"127.0.0.1:{free_port()}"
     processes = []
     for i in range(count):

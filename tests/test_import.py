@@ -364,9 +364,8 @@ def test_qat_of_an_imported_model(trunk, child_env, tmp_path, capsys):
         "--workdir",
         tmp_path / "qat",
     ]
-    env = child_env | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
-        [*command, *SHORT, *sources(folder)], env=env, capture_output=True, text=True, check=False, timeout=300
+        [*command, *SHORT, *sources(folder)], env=child_env, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     loss, count = trunk_loss(tmp_path / "qat")

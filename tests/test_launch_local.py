@@ -212,7 +212,6 @@ def small(child_env, tmp_path_factory):
     file, folder = place / "small.py", place / "small"
     file.write_text(SWEEP.format(root=ROOT))
     arguments = [file, f"--dir={folder}", "--slots=2", "--restarts=0"]
-    child_env = child_env | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # their time is compiling
     killer = """
 import os, pathlib, signal, sys, time
 while True:

@@ -25,10 +25,7 @@ FACTORIZATIONS = sorted(s for s in itertools.product((1, 2, 4, 8), repeat=4) if 
 
 def run(child_env, what, meshes):
     """Results by mesh, from two processes at a time: compiling takes the time, one core of each."""
-    env = child_env | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    env = child_env | {"JAX_NUM_CPU_DEVICES": "8"}
     names = [",".join(map(str, sizes)) for sizes in meshes]
     start = functools.partial(subprocess.Popen, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     halves = [start([sys.executable, str(PROGRAM), what, *names[i::2]]) for i in (0, 1)]
