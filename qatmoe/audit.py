@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from qatmoe import requantize as rounding
@@ -14,10 +13,9 @@ from qatmoe.config import Config, ModelConfig
 from qatmoe.convert.weights import Branch, read_config
 from qatmoe.errors import UserError
 from qatmoe.model.cache import CacheType
-from qatmoe.model.transformer import abstract_params
+from qatmoe.model.transformer import abstract_params, param_shapes
 from qatmoe.quant.plan import Plan, make_plan
 from qatmoe.requantize import Format
-from qatmoe.tree import path_of
 
 CACHES = ("bf16", "q8_0", "q4_0", "iq4_nl", "q8_0+rot", "q4_0+rot", "iq4_nl+rot")
 
@@ -123,9 +121,9 @@ def open_run(workdir: Path, reference: str = "") -> tuple[Audit, list[str]]:
         else:
             steps[name] = step
     model = dataclasses.replace(cfg.model, scan_layers=False)
-    shapes = _shapes(model)
+    shapes = param_shapes(model)
     found = _reference(workdir, reference)
-    if found.workdir != workdir and (_shapes(found.model), found.model.top_k) != (shapes, model.top_k):
+    if found.workdir != workdir and (param_shapes(found.model), found.model.top_k) != (shapes, model.top_k):
         raise UserError(
             f"--reference {reference}: is of another architecture than {workdir}; name a control of its trunk"
         )
@@ -137,10 +135,6 @@ def open_run(workdir: Path, reference: str = "") -> tuple[Audit, list[str]]:
 def _newest(workdir: Path, phase: str) -> int | None:
     with Checkpoints(workdir, phase) as checkpoints:
         return checkpoints.latest_good()
-
-
-def _shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {path_of(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(model))}
 
 
 def _reference(workdir: Path, text: str) -> Reference:

@@ -23,8 +23,8 @@ from qatmoe.errors import UserError
 from qatmoe.mesh import batch_groups, spec
 from qatmoe.metrics import Metrics
 from qatmoe.model import attention
+from qatmoe.model.transformer import param_shapes
 from qatmoe.quant.plan import Plan, coverage, make_plan
-from qatmoe.tree import path_of
 
 Weights = dict[str, Any]
 
@@ -236,8 +236,7 @@ def jit_step(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh) -> Any:
 
 def quant_plan(cfg: Config) -> tuple[Plan, list[dict[str, Any]]]:
     """The plan and the coverage table of the model's parameters."""
-    state = jax.eval_shape(lambda: steps.init_state(cfg, jax.random.key(0)))
-    shapes = {path_of(p): s.shape for p, s in jax.tree_util.tree_flatten_with_path(state.params["model"])[0]}
+    shapes = param_shapes(cfg.model)
     plan = make_plan(shapes, cfg.model, cfg.quant)
     for name, phase in cfg.train.phases.items():
         if phase.quantize and not plan:

@@ -24,11 +24,10 @@ from qatmoe.convert import names
 from qatmoe.convert.names import Part
 from qatmoe.data import tokenizer
 from qatmoe.errors import UserError
-from qatmoe.model.transformer import STACKED, abstract_params
+from qatmoe.model.transformer import STACKED, param_shapes
 from qatmoe.quant.grid import GRIDS, Grid
 from qatmoe.quant.plan import KEPT, Plan, family
 from qatmoe.run import quant_plan
-from qatmoe.tree import path_of
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +243,7 @@ class Branch:
 
     def _check_shapes(self) -> None:
         """Raises UserError where the checkpoint does not hold the model that config.json describes."""
-        wanted = {path_of(p): a.shape for p, a in jax.tree_util.tree_leaves_with_path(abstract_params(self.cfg.model))}
+        wanted = param_shapes(self.cfg.model)
         found = {path: tuple(self._meta["tensors"][source[0]][1]) for path, source in self._known.items()}
         differ = [path for path in wanted | found if wanted.get(path) != found.get(path)]
         if differ:

@@ -87,6 +87,11 @@ def abstract_params(cfg: ModelConfig) -> dict[str, Any]:
     return jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), param_tree(cfg))
 
 
+def param_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """{path: shape} of every parameter."""
+    return {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(cfg))}
+
+
 def kept_specs(cfg: ModelConfig) -> dict[str, Any]:
     """The parameter tree as `PartitionSpec`s: how each parameter, and all that has its shape, is kept."""
     return jax.tree.map(lambda p: kept(p.axes, p.fsdp), param_tree(cfg))
