@@ -154,7 +154,6 @@ def runs_of(sweep: Sweep, folder: Path) -> list[Run]:
     labels = _labels(different)
     ignored = {"name"} | (FREE_KEYS - set(different))
     runs: dict[str, Run] = {}
-    plans: dict[str, None] = {}
     for n, point in enumerate(sweep.points, start=1):
         where = f"sweep {sweep.name}, point {n} ({_words(point)})"
         cfg = _resolved(base, point, where)
@@ -162,10 +161,7 @@ def runs_of(sweep: Sweep, folder: Path) -> list[Run]:
         if digits in runs:
             same = next(i for i, p in enumerate(sweep.points, start=1) if p is runs[digits].overrides)
             raise UserError(f"{where}: the same run as point {same} ({_words(runs[digits].overrides)}); remove one")
-        key = repr((cfg.model, cfg.quant, [p.quantize for p in cfg.train.phases.values()]))
-        if key not in plans:  # a grid whose blocks do not divide a row is found here
-            _explained(where, lambda cfg=cfg: quant_plan(cfg))
-            plans[key] = None
+        _explained(where, lambda cfg=cfg: quant_plan(cfg))  # a grid whose blocks do not divide a row is found here
         there = next((p.name for p in sorted(folder.glob(f"*-{digits}")) if p.is_dir()), None)
         name = there or _name(point, labels, digits)
         cfg = dataclasses.replace(cfg, name=f"{sweep.name}/{name}")

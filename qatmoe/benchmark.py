@@ -16,6 +16,7 @@ they are the head. The ceiling is the best of several square matmuls in model.dt
 
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
@@ -38,7 +39,6 @@ from qatmoe.model import transformer
 from qatmoe.quant.grid import GRIDS, get
 from qatmoe.report import environment
 from qatmoe.run import abstract_state, check_mesh, jit_step, place, quant_plan, train_iterator
-from qatmoe.tree import path_of
 
 Row = dict[str, Any]
 Batch = dict[str, jax.Array]
@@ -97,14 +97,14 @@ def active_weights(cfg: Config) -> int:
     """Weights that one token is multiplied with; the head counts once more for each MTP module."""
     m = cfg.model
     n = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(transformer.abstract_params(m)):
-        name = path_of(path)
+    for name, shape in transformer.param_shapes(m).items():
+        size = math.prod(shape)
         if name == ("embed" if m.tie_embeddings else "head"):
-            n += leaf.size * (1 + m.n_mtp)
+            n += size * (1 + m.n_mtp)
         elif "/experts/" in name:
-            n += leaf.size * m.top_k // m.n_experts
+            n += size * m.top_k // m.n_experts
         elif name != "embed" and not name.endswith(("norm", "bias")):
-            n += leaf.size
+            n += size
     return n
 
 
@@ -272,7 +272,7 @@ def run(cfg: Config, quants: dict[str, QuantConfig], rounds: int, with_parts: bo
         result: Row = {
             "config": cfg.name,
             **environment(),
-            "params": sum(p.size for p in jax.tree.leaves(transformer.abstract_params(cfg.model))),
+            "params": sum(map(math.prod, transformer.param_shapes(cfg.model).values())),
             "active": active_weights(cfg),
             "batch_size": cfg.train.batch_size,
             "seq_len": cfg.data.seq_len,

@@ -6,18 +6,17 @@ Eight forced CPU devices, in processes of their own.
 import functools
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
 from parallel_program import CFG, L
 
 from qatmoe.model import moe, transformer
-from qatmoe.tree import path_of
 
 PROGRAM = Path(__file__).parent / "parallel_program.py"
 FACTORIZATIONS = sorted(s for s in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s) == 8)
@@ -85,8 +84,8 @@ def sent(rows, *kinds):
 
 def weights(*, experts):
     """Bytes of the parameters, of routed experts or of all others."""
-    leaves = jax.tree_util.tree_leaves_with_path(transformer.abstract_params(CFG.model))
-    return sum(4 * leaf.size for path, leaf in leaves if ("experts/" in path_of(path)) == experts)
+    shapes = transformer.param_shapes(CFG.model)
+    return sum(4 * math.prod(shape) for path, shape in shapes.items() if ("experts/" in path) == experts)
 
 
 @pytest.mark.parametrize("axis", PURE)

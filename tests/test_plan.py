@@ -1,26 +1,19 @@
 import dataclasses
 import json
 
-import jax
 import pytest
 
 from qatmoe.config import ModelConfig, QuantConfig
 from qatmoe.errors import UserError
-from qatmoe.model import transformer
+from qatmoe.model.transformer import param_shapes
 from qatmoe.quant import plan as plans
-from qatmoe.tree import path_of
 
 MODEL = ModelConfig()
 OFF = QuantConfig(experts="none")
 
 
-def shapes_of(model=MODEL):
-    flat = jax.tree_util.tree_flatten_with_path(transformer.abstract_params(model))[0]
-    return {path_of(p): s.shape for p, s in flat}
-
-
 def planned(quant, model=MODEL):
-    return {path: grid.name for path, grid in plans.make_plan(shapes_of(model), model, quant).items()}
+    return {path: grid.name for path, grid in plans.make_plan(param_shapes(model), model, quant).items()}
 
 
 def test_default_quantizes_the_routed_experts_of_the_trunk():
@@ -44,7 +37,7 @@ def test_each_family_has_its_own_grid():
 
 def test_unsigned_scales_can_be_asked_for():
     (signed, *_), (unsigned, *_) = (
-        plans.make_plan(shapes_of(), MODEL, QuantConfig(signed=signed)).values() for signed in (True, False)
+        plans.make_plan(param_shapes(MODEL), MODEL, QuantConfig(signed=signed)).values() for signed in (True, False)
     )
     assert (signed.signed, unsigned.signed, unsigned.name) == (True, False, "q2_0")
 
@@ -58,7 +51,7 @@ def test_router_norms_and_mtp_projection_are_never_quantized():
         }
     )
     got = planned(everything)
-    left = set(shapes_of()) - set(got)
+    left = set(param_shapes(MODEL)) - set(got)
     assert all(p.endswith("norm") or "router/" in p or p == "mtp/eh_proj" for p in left), left
     assert not [p for p in got if p.endswith("norm") or "router" in p]
 
@@ -117,6 +110,6 @@ def test_coverage_adds_up_by_hand():
 
 
 def test_nothing_quantized_is_said():
-    rows = plans.coverage({}, shapes_of())
+    rows = plans.coverage({}, param_shapes(MODEL))
     assert "0.0% of" in plans.format_coverage(rows)
     assert plans.totals(rows)["bits_per_weight_quantized"] is None

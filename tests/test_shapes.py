@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import itertools
 
-import jax
 import pytest
 from conftest import ROOT
 
@@ -16,7 +15,6 @@ from qatmoe.errors import UserError
 from qatmoe.model import transformer
 from qatmoe.quant.grid import GRIDS
 from qatmoe.quant.plan import make_plan
-from qatmoe.tree import path_of
 
 OFF = QuantConfig(experts="none")
 # Model: total and active weights in billions as published (model cards and reports), and which tables count as active.
@@ -104,8 +102,7 @@ MIXES = {
 
 def exported(model, quant, rest, ternary):
     """{(tensor name without its block, type, shape): number} as an export stores it."""
-    flat = jax.tree_util.tree_flatten_with_path(transformer.abstract_params(model))[0]
-    plan = make_plan({path_of(path): leaf.shape for path, leaf in flat}, model, quant)
+    plan = make_plan(transformer.param_shapes(model), model, quant)
     storage = Storage(Config(model=model, quant=quant), plan, rest=rest, ternary=ternary)
     found = {}
     for name, part in gguf_model.parts(storage, names.architecture(model, names.GGUF)).items():

@@ -8,8 +8,8 @@ command in a process of its own, beside a plain copy of the checkpoint in the sa
 """
 
 import argparse
-import dataclasses
 import json
+import math
 import os
 import re
 import resource
@@ -26,7 +26,7 @@ from qatmoe import cli
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, to_json
 from qatmoe.data import tokenizer
-from qatmoe.model.transformer import abstract_params
+from qatmoe.model.transformer import abstract_params, param_shapes
 from qatmoe.report import fill_tables
 from qatmoe.run import quant_plan
 from qatmoe.tree import path_of
@@ -151,8 +151,8 @@ def export(run: Path, branch: str, form: str, out: Path, rest: str) -> list[str]
 
 def sizes(cfg: Config) -> tuple[int, int]:
     """Bytes of the largest tensor of the checkpoint, and the number of parameters."""
-    leaves = jax.tree.leaves(abstract_params(dataclasses.replace(cfg.model)))
-    return max(4 * leaf.size for leaf in leaves), sum(leaf.size for leaf in leaves)
+    counts = [math.prod(shape) for shape in param_shapes(cfg.model).values()]
+    return 4 * max(counts), sum(counts)
 
 
 def table(result: dict) -> str:
