@@ -32,16 +32,21 @@ def config_files():
 
 @pytest.fixture(scope="session")
 def child_env(tmp_path_factory):
-    """Environment for programs under test: the CPU, quick compilation, one compilation and one data cache for all."""
+    """Environment for programs under test: the CPU, one compilation cache and one data cache for the session."""
     place = tmp_path_factory.mktemp("cache")
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(place / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XDG_CACHE_HOME": str(place),
         "PYTHONPATH": str(ROOT),
     }
+
+
+@pytest.fixture(scope="session")
+def quick_env(child_env):
+    """The same for programs whose time is compiling, unless the environment says how to compile."""
+    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | child_env
 
 
 @pytest.fixture(scope="module", autouse=True)

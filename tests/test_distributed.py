@@ -107,7 +107,7 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def job(child_env, config):
+def job(quick_env, config):
     """Trains on processes x devices; `killer=(process, signal, before which batch)`."""
 
     def job(workdir, count, devices, *more, killer=(-1, 0, 0), pause=0.0):
@@ -116,7 +116,7 @@ def job(child_env, config):
             job = [f"--config={config}", f"--workdir={workdir}", *more]
             return ["-c", TRAIN, str(int(number)), str(at), str(pause), *job]
 
-        return end(start(child_env, count, devices, args))
+        return end(start(quick_env, count, devices, args))
 
     return job
 
@@ -183,9 +183,9 @@ def test_killed_stopped_and_continued_on_other_processes_and_meshes(whole, job, 
         (False, "--config.train.seed=5", 'another configuration than process 0: "seed": 5, here, "seed": 0, there'),
     ],
 )
-def test_what_is_wrong_in_one_process_ends_both(slurm, wrong, message, config, child_env, tmp_path):
+def test_what_is_wrong_in_one_process_ends_both(slurm, wrong, message, config, quick_env, tmp_path):
     job = ["-m", "qatmoe.train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
-    codes, _, err, _ = end(start(child_env, 2, 1, lambda i: [*job, *[wrong] * i], slurm=slurm))
+    codes, _, err, _ = end(start(quick_env, 2, 1, lambda i: [*job, *[wrong] * i], slurm=slurm))
     assert codes == [2, 2], err
     assert all(f"error: process 1: {message}" in e for e in err)
     assert not (tmp_path / "run").exists()
@@ -234,8 +234,8 @@ with distributed.joined(place, detect=False):
 """
 
 
-def test_rows_follow_from_the_mesh_and_a_lone_error_ends_all(child_env):
-    codes, _, err, _ = end(start(child_env, 2, 2, lambda i: ["-c", PLACED]))
+def test_rows_follow_from_the_mesh_and_a_lone_error_ends_all(quick_env):
+    codes, _, err, _ = end(start(quick_env, 2, 2, lambda i: ["-c", PLACED]))
     assert codes[1] == 2, err
     assert codes[0] not in (0, 2), err
     assert "error: process 1 of 2: alone" in err[1]
@@ -280,10 +280,10 @@ def test_a_coordinator_that_is_not_there_is_named(monkeypatch, capsys):
     assert f"--coordinator {address} cannot be reached (Connection refused): start process 0 there" in err
 
 
-def test_processes_that_do_not_come_are_waited_for_a_while_only(child_env):
+def test_processes_that_do_not_come_are_waited_for_a_while_only(quick_env):
     code = "import sys; from qatmoe import distributed, train; distributed.START_S = 2; train.main(sys.argv)"
     args = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process", "0"]
-    p = subprocess.Popen([sys.executable, "-c", code, *args], env=child_env, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, "-c", code, *args], env=quick_env, stderr=subprocess.PIPE, text=True)
     codes, _, err, _ = end([p])
     assert codes != [0]
     assert "process 0 of 2: not all processes came to" in err[0]

@@ -352,7 +352,7 @@ def transformers_loss(model, folder):
     return np.mean(nats), len(nats)
 
 
-def test_qat_of_an_imported_model(trunk, child_env, tmp_path, capsys):
+def test_qat_of_an_imported_model(trunk, quick_env, tmp_path, capsys):
     """End to end, as the import command says to go on; then the 2-bit branch is deployed."""
     model, folder = trunk
     command = [
@@ -365,7 +365,7 @@ def test_qat_of_an_imported_model(trunk, child_env, tmp_path, capsys):
         tmp_path / "qat",
     ]
     done = subprocess.run(
-        [*command, *SHORT, *sources(folder)], env=child_env, capture_output=True, text=True, check=False, timeout=300
+        [*command, *SHORT, *sources(folder)], env=quick_env, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     loss, count = trunk_loss(tmp_path / "qat")

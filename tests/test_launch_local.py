@@ -205,7 +205,7 @@ def launch(env, *args):
 
 
 @pytest.fixture(scope="module")
-def small(child_env, tmp_path_factory):
+def small(quick_env, tmp_path_factory):
     """A sweep of 3 runs with one that was killed in its second phase and finished by the same command, and what both
     commands printed. The killer waits beside it for the run's first record of the phase `control`."""
     place = tmp_path_factory.mktemp("sweep")
@@ -222,10 +222,10 @@ while True:
     time.sleep(0.005)
 """
     with subprocess.Popen([sys.executable, "-c", killer, str(folder)]) as process:
-        first = launch(child_env, *arguments)
+        first = launch(quick_env, *arguments)
         process.kill()
-    listed = launch(child_env, *arguments, "--dry_run")
-    second = launch(child_env, *arguments)
+    listed = launch(quick_env, *arguments, "--dry_run")
+    second = launch(quick_env, *arguments)
     return folder, first, listed, second
 
 

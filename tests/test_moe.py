@@ -204,9 +204,9 @@ EXPERT_PARALLEL = """
 """
 
 
-def test_one_device_and_eight_give_the_same_step(child_env):
+def test_one_device_and_eight_give_the_same_step(quick_env):
     """Expert, data, fsdp and tensor parallel, values and gradients, in a process of its own with eight devices."""
-    env = child_env | {"JAX_NUM_CPU_DEVICES": "8"}
+    env = quick_env | {"JAX_NUM_CPU_DEVICES": "8"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(EXPERT_PARALLEL)], env=env, capture_output=True, text=True, timeout=300
     )

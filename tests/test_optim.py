@@ -21,15 +21,20 @@ PARAMS = {
 }
 
 
-def test_every_parameter_of_every_layout_has_a_group():
-    for scan in (True, False):
-        model = transformer.abstract_params(ModelConfig(scan_layers=scan))
-        labels = optim.labels({"model": model, "scales": {}})
-        groups = {path_of(p): g for p, g in jax.tree_util.tree_flatten_with_path(labels)[0]}
-        for path, group in groups.items():
-            kind = path.split("/")[-1]
-            assert (group == "vector") == kind.endswith("norm"), path
-            assert (group == "frozen") == path.endswith("router/bias"), path
+@pytest.mark.parametrize("more", [{}, {"qkv_bias": True, "tie_embeddings": True, "n_mtp": 2}], ids=str)
+@pytest.mark.parametrize("scan", [True, False])
+def test_every_parameter_of_every_layout_has_a_group(scan, more):
+    model = transformer.abstract_params(ModelConfig(scan_layers=scan, **more))
+    labels = optim.labels({"model": model, "scales": {}})
+    groups = {path_of(p): g for p, g in jax.tree_util.tree_flatten_with_path(labels)[0]}
+    assert any(path.endswith("q_bias") for path in groups) == bool(more)
+    for path, group in groups.items():
+        kind = path.split("/")[-1]
+        assert (group == "vector") == kind.endswith(("norm", "_bias")), path
+        assert (group == "frozen") == path.endswith("router/bias"), path
+
+
+def test_a_parameter_without_a_group_is_named():
     with pytest.raises(ValueError, match="model/layers/novel"):
         optim.group_of("model/layers/novel")
 

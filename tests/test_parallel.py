@@ -22,9 +22,9 @@ PROGRAM = Path(__file__).parent / "parallel_program.py"
 FACTORIZATIONS = sorted(s for s in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s) == 8)
 
 
-def run(child_env, what, meshes):
+def run(quick_env, what, meshes):
     """Results by mesh, from two processes at a time: compiling takes the time, one core of each."""
-    env = child_env | {"JAX_NUM_CPU_DEVICES": "8"}
+    env = quick_env | {"JAX_NUM_CPU_DEVICES": "8"}
     names = [",".join(map(str, sizes)) for sizes in meshes]
     start = functools.partial(subprocess.Popen, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     halves = [start([sys.executable, str(PROGRAM), what, *names[i::2]]) for i in (0, 1)]
@@ -37,9 +37,9 @@ def run(child_env, what, meshes):
 
 
 @pytest.fixture(scope="module")
-def losses(child_env):
+def losses(quick_env):
     """Of 20 steps, by mesh."""
-    return run(child_env, "losses", [(1, 1, 1, 1), *FACTORIZATIONS])
+    return run(quick_env, "losses", [(1, 1, 1, 1), *FACTORIZATIONS])
 
 
 @pytest.mark.slow
@@ -63,8 +63,8 @@ PURE = {"data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "expert": (1, 1, 8, 1), "ten
 
 
 @pytest.fixture(scope="module")
-def collectives(child_env):
-    return run(child_env, "collectives", [*PURE.values(), (1, 2, 2, 2)])
+def collectives(quick_env):
+    return run(quick_env, "collectives", [*PURE.values(), (1, 2, 2, 2)])
 
 
 def of(collectives, sizes):

@@ -68,10 +68,10 @@ def by_place(records):
 
 
 @pytest.fixture(scope="session")
-def whole(child_env, tmp_path_factory):
+def whole(quick_env, tmp_path_factory):
     """An uninterrupted run and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    done = launch(child_env, "-m", "qatmoe.train", *arguments(workdir))
+    done = launch(quick_env, "-m", "qatmoe.train", *arguments(workdir))
     assert done.returncode == 0, done.stderr
     return workdir, done
 
@@ -112,22 +112,22 @@ def test_a_run_leaves_what_it_promises(whole):
         ("final validation", [1, 3]),
     ],
 )
-def test_killed_anywhere_the_same_command_ends_at_the_same_numbers(point, counts, whole, child_env, tmp_path):
+def test_killed_anywhere_the_same_command_ends_at_the_same_numbers(point, counts, whole, quick_env, tmp_path):
     workdir = tmp_path / "killed"
     for count in counts:
-        done = launch(child_env, "-c", KILLER, point, str(count), *arguments(workdir))
+        done = launch(quick_env, "-c", KILLER, point, str(count), *arguments(workdir))
         assert done.returncode == -signal.SIGKILL, done.stderr
-    done = launch(child_env, "-m", "qatmoe.train", *arguments(workdir))
+    done = launch(quick_env, "-m", "qatmoe.train", *arguments(workdir))
     assert done.returncode == 0, done.stderr
     assert by_place(numbers(workdir)) == by_place(numbers(whole[0]))
     summaries = [json.loads((w / "summary.json").read_text()) for w in (workdir, whole[0])]
     assert summaries[0]["loss"] == summaries[1]["loss"]
 
 
-def test_sigterm_saves_says_how_to_go_on_and_exits_0(whole, child_env, tmp_path):
+def test_sigterm_saves_says_how_to_go_on_and_exits_0(whole, quick_env, tmp_path):
     workdir = tmp_path / "stopped"
     args = [sys.executable, "-m", "qatmoe.train", *arguments(workdir)]
-    process = subprocess.Popen(args, env=child_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(args, env=quick_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
     while not metrics.read(workdir) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -138,7 +138,7 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_0(whole, child_env, tmp_path)
     assert "The same command continues" in err
     reached = len(metrics.read(workdir))
     # What goes on is traced, which changes no number.
-    done = launch(child_env, *args[1:], "--config.train.profile_step=2", "--config.train.profile_steps=2")
+    done = launch(quick_env, *args[1:], "--config.train.profile_step=2", "--config.train.profile_steps=2")
     assert done.returncode == 0, done.stderr
     assert len(metrics.read(workdir)) > reached
     assert by_place(numbers(workdir)) == by_place(numbers(whole[0]))
@@ -149,30 +149,30 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_0(whole, child_env, tmp_path)
         assert set(map(int, steps)) == {2, 3}
 
 
-def test_a_signal_in_the_middle_of_a_validation_loses_nothing(whole, child_env, tmp_path):
+def test_a_signal_in_the_middle_of_a_validation_loses_nothing(whole, quick_env, tmp_path):
     workdir = tmp_path / "evaluating"
     code = KILLER.replace("signal.SIGKILL", "signal.SIGTERM").replace(
         '"final validation": (phases, "evaluated")', '"validation": (run.Run, "evaluate")'
     )
     code = code.replace("import checkpoint, metrics, phases, train", "import checkpoint, metrics, phases, run, train")
-    done = launch(child_env, "-c", code, "validation", "1", *arguments(workdir))
+    done = launch(quick_env, "-c", code, "validation", "1", *arguments(workdir))
     assert done.returncode == 0, done.stderr
     assert "SIGTERM: stopped after step 3 of 6 of phase trunk, which is saved" in done.stderr
-    done = launch(child_env, "-m", "qatmoe.train", *arguments(workdir))
+    done = launch(quick_env, "-m", "qatmoe.train", *arguments(workdir))
     assert done.returncode == 0, done.stderr
     assert by_place(numbers(workdir)) == by_place(numbers(whole[0]))
 
 
-def test_a_finished_run_is_passed_over(whole, child_env):
+def test_a_finished_run_is_passed_over(whole, quick_env):
     before = numbers(whole[0])
-    done = launch(child_env, "-m", "qatmoe.train", *arguments(whole[0]))
+    done = launch(quick_env, "-m", "qatmoe.train", *arguments(whole[0]))
     assert done.returncode == 0, done.stderr
     assert numbers(whole[0]) == before
 
 
-def test_branching_from_another_runs_checkpoint(whole, child_env, tmp_path):
+def test_branching_from_another_runs_checkpoint(whole, quick_env, tmp_path):
     workdir = tmp_path / "branched"
-    done = launch(child_env, "-m", "qatmoe.train", *arguments(workdir, f"--config.init_from={whole[0]}@6"))
+    done = launch(quick_env, "-m", "qatmoe.train", *arguments(workdir, f"--config.init_from={whole[0]}@6"))
     assert done.returncode == 0, done.stderr
     branches = [r for r in numbers(whole[0]) if r["phase"] in ("control", "qat")]
     assert by_place(r for r in numbers(workdir) if r["phase"] in ("control", "qat")) == by_place(branches)
@@ -188,8 +188,8 @@ def fails(capsys, *args):
 
 
 @pytest.fixture
-def cache(child_env, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", child_env["XDG_CACHE_HOME"])
+def cache(quick_env, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", quick_env["XDG_CACHE_HOME"])
 
 
 @pytest.mark.parametrize(
