@@ -15,16 +15,19 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter, summary
 from tqdm import tqdm
 
 from qatmoe import distributed
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
+
+# tensorboardX imports torch where that is installed, which takes seconds: only a run that writes curves pays for it.
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 FIELDS = ("phase", "step", "split", "time")
 
@@ -165,10 +168,12 @@ class Metrics:
                 with open(self._file_path, "r+b") as f:
                     f.truncate(data.rfind(b"\n") + 1)
 
-    def _writer(self, phase: str) -> SummaryWriter | None:
+    def _writer(self, phase: str) -> "SummaryWriter | None":
         if not self._tensorboard:
             return None
         if phase not in self._writers:
+            from tensorboardX import SummaryWriter
+
             directory = self._workdir / "tb" / phase.replace(":", "_")
             # Events at or after purge_step, written before the phase was taken back, are hidden by TensorBoard. The
             # suffix keeps two files of one second apart: tensorboardX would write the second over the first.
@@ -203,6 +208,8 @@ def hparams(workdir: str | Path, settings: Mapping[str, Any], results: Mapping[s
       settings: {dotted key: text, number or truth value}; anything else is written as text.
       results: numbers of the finished run.
     """
+    from tensorboardX import SummaryWriter, summary
+
     folder = Path(workdir) / "tb" / "hparams"
     shutil.rmtree(folder, ignore_errors=True)
     plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}

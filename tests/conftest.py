@@ -100,6 +100,25 @@ def tiny_run(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.fixture(scope="session")
+def templates(tmp_path_factory):
+    """Hugging Face folders as transformers saves them, to be copied before they are changed."""
+    from hf_folders import TINY  # which imports transformers, that few modules need
+    from test_huggingface import GLM, QWEN, make
+
+    folder = tmp_path_factory.mktemp("templates")
+    make("Qwen3Moe", TINY, folder / "tiny")
+    make("Qwen3Moe", QWEN | dict(norm_topk_prob=True), folder / "qwen")
+    make("Glm4Moe", GLM, folder / "glm")
+    return folder
+
+
+@pytest.fixture
+def tiny(templates, tmp_path):
+    """A Hugging Face folder of one layer of two experts, to be changed."""
+    return shutil.copytree(templates / "tiny", tmp_path / "model")
+
+
 # ---- llama.cpp's programs --------------------------------------------------------------------------------------------
 
 EXACT = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")
