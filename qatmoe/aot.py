@@ -75,7 +75,7 @@ class Job:
 
     def compile(self) -> jax.stages.Compiled:
         """The step for the machine. Raises jax.errors.JaxRuntimeError, where it does not fit."""
-        step = jit_step(self.cfg, self.cfg.train.phases[self.phase], self._plan, self.mesh)
+        step = jit_step(self.cfg, self.cfg.train.phases[self.phase], self._plan, self.mesh, self.state)
         with jax.set_mesh(self.mesh):
             return step.lower(self.state, self.batch, self.teacher).compile()
 

@@ -62,7 +62,7 @@ class Variant:
 
         self.state = jax.jit(first, out_shardings=places)(jax.random.key(0))
         start = time.perf_counter()
-        self._step = jit_step(cfg, phase, plan, mesh).lower(self.state, batch, None).compile()
+        self._step = jit_step(cfg, phase, plan, mesh, self.state).lower(self.state, batch, None).compile()
         self.compile_s = time.perf_counter() - start
 
     @property

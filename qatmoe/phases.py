@@ -246,7 +246,7 @@ def loop(
     """Steps until the phase is done. Host work on step n happens while the device is already on step n + 1."""
     cfg, phase = run.cfg, run.cfg.train.phases[name]
     watch = Watch(run, name, state)
-    train_step = jit_step(cfg, phase, run.plan, run.mesh)
+    train_step = jit_step(cfg, phase, run.plan, run.mesh, state)
     run.train_iterator.set_state(position)
     log = Log(run, name, int(state.step), checkpoints)
     for n in range(int(state.step) + 1, phase.steps + 1):

@@ -112,7 +112,14 @@ class Run:
 
     def abstract_state(self, phase: PhaseConfig) -> steps.TrainState:
         """Shapes and shardings of a phase's state."""
-        return abstract_state(self.cfg, phase, self.plan, self.mesh)
+        if phase not in self._abstract_states:
+            self._abstract_states[phase] = abstract_state(self.cfg, phase, self.plan, self.mesh)
+        return self._abstract_states[phase]
+
+    @functools.cached_property
+    def _abstract_states(self) -> dict[PhaseConfig, steps.TrainState]:
+        """By phase: each is asked for several times, and traced once."""
+        return {}
 
     @functools.cached_property
     def _evaluate_batch(self) -> Callable[..., dict[str, jax.Array]]:
@@ -222,13 +229,17 @@ def abstract_state(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh) -> s
     return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
 
 
-def jit_step(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh) -> Any:
-    """A phase's training step, (state, batch, teacher) -> (state, metrics). The state is donated and stays in place."""
+def jit_step(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh, state: steps.TrainState) -> Any:
+    """A phase's training step, (state, batch, teacher) -> (state, metrics). The state is donated and stays in place.
+
+    Args:
+      state: arrays or their shapes, with the shardings that the step keeps.
+    """
     return jax.jit(
         functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=plan, groups=batch_groups(mesh)),
         donate_argnums=0,
         out_shardings=(
-            jax.tree.map(lambda s: s.sharding, abstract_state(cfg, phase, plan, mesh)),
+            jax.tree.map(lambda s: s.sharding, state),
             NamedSharding(mesh, PartitionSpec()),  # every process reads the metrics
         ),
     )
