@@ -29,7 +29,7 @@ from qatmoe.model.attention import implementation
 from qatmoe.run import abstract_state, check_mesh, jit_step, quant_plan
 from qatmoe.text_table import aligned
 from qatmoe.topology import GIB, Topology
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path
 
 Report = dict[str, Any]
 
@@ -93,7 +93,7 @@ class Job:
     def work_bytes(self) -> dict[str, int]:
         """Bytes of what every step makes of the weights, were all of it alive at once: decoded weights, gradients."""
         model = self.state.params["model"]
-        planned = [w for p, w in jax.tree_util.tree_leaves_with_path(model) if path_of(p) in self._plan]
+        planned = [w for path, w in leaves_by_path(model).items() if path in self._plan]
         quantize = self.cfg.train.phases[self.phase].quantize
         shrink = 4 // jnp.dtype(self.cfg.model.dtype).itemsize
         return {"decoded weights": _held(planned) // shrink if quantize else 0, "gradients": _held(model)}

@@ -42,7 +42,7 @@ from qatmoe import distributed
 from qatmoe.config import MeshConfig, default, leaves
 from qatmoe.errors import RunError, UserError
 from qatmoe.files import write_atomically
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Checkpoints:
           RunError: the directory could not be written, now or by the previous save. Older checkpoints are intact.
         """
         self.wait()
-        arrays = {name: jnp.asarray(leaf) for name, leaf in _flatten(state).items()}
+        arrays = {name: jnp.asarray(leaf) for name, leaf in leaves_by_path(state).items()}
         own = {"phase": self.phase, "step": step, "done": final, "version": _version()}
         texts = {
             "data.json": json.dumps(data_state),
@@ -264,7 +264,7 @@ class Checkpoints:
     def check(self, step: int, abstract_state: Any) -> Json:
         """The `meta` of one checkpoint, after comparing shapes and types and every byte; raises as `restore` does."""
         meta = self.meta(step)
-        _require_same(meta["tensors"], _shapes(_flatten(abstract_state)), self.path(step))
+        _require_same(meta["tensors"], _shapes(leaves_by_path(abstract_state)), self.path(step))
         return meta
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, Json, Json]:
@@ -376,7 +376,7 @@ class Checkpoints:
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, Json, Json]:
         path = self.path(step)
-        wanted = _flatten(abstract_state)
+        wanted = leaves_by_path(abstract_state)
         with distributed.together():
             meta = _load_json(path / "meta.json")
             _require_same(meta["tensors"], _shapes(wanted), path)
@@ -424,15 +424,6 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    """{'/'-joined path: leaf}, in the order of the tree's leaves."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    flat = {path_of(path): leaf for path, leaf in leaves}
-    if len(flat) != len(leaves):
-        raise ValueError("two leaves of the state have one path: keys must not contain '/' where a nested key could")
-    return flat
 
 
 def _shapes(flat: dict[str, Any]) -> dict[str, list[Any]]:

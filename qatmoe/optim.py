@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from qatmoe.config import OptimConfig, PhaseConfig
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path, path_of
 
 GROUPS = (
     ("scale", r"^scales/"),
@@ -106,8 +106,7 @@ def carry_over(new: Any, old: Any) -> Any:
     A count of steps belongs to the moments beside it: it begins anew where any of them does, as Adam divides them by
     what that many steps would have gathered.
     """
-    known = {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(old)[0]}
-    wanted = {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(new)[0]}
+    known, wanted = leaves_by_path(old), leaves_by_path(new)
     begun = [
         path
         for path, leaf in wanted.items()

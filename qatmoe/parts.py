@@ -24,7 +24,7 @@ from qatmoe.model.attention import attention
 from qatmoe.model.layers import ffn, rope_angles
 from qatmoe.optim import make_optimizer
 from qatmoe.run import quant_plan
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path
 
 Part = dict[str, Any]
 
@@ -170,7 +170,7 @@ def _quantize(cfg: Config) -> Call:
 
     def both(params: Any, gradients: Any) -> Any:
         values, pull_back = jax.vjp(lambda p: steps.deployed(cfg, plan, p, True), params)
-        return {path_of(p): v for p, v in jax.tree.leaves_with_path(values) if path_of(p) in plan}, pull_back(gradients)
+        return {path: v for path, v in leaves_by_path(values).items() if path in plan}, pull_back(gradients)
 
     shapes = jax.eval_shape(lambda p: steps.deployed(cfg, plan, p, True), state.params)
     return both, (state.params, jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes))

@@ -27,7 +27,7 @@ from qatmoe.quant.grid import RULES
 from qatmoe.quant.plan import Plan
 from qatmoe.run import Run, Weights, abstract_state, jit_step
 from qatmoe.step import TrainState
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path, path_of
 
 Position = dict[str, Any]  # of the data iterator
 
@@ -207,8 +207,8 @@ def _layer_arrays(
       UserError: the checkpoint is of another architecture.
     """
     found: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(abstract.params["model"])[0]:
-        name, spec = path_of(path), leaf.sharding.spec
+    for name, leaf in leaves_by_path(abstract.params["model"]).items():
+        spec = leaf.sharding.spec
         stack, _, rest = name.partition("/")
         stacked = stack in STACKED and not rest.split("/")[0].isdigit()
         shape = leaf.shape[1:] if stacked else leaf.shape

@@ -34,7 +34,7 @@ from qatmoe.config import ModelConfig
 from qatmoe.convert import llama, llama_numerics
 from qatmoe.errors import UserError
 from qatmoe.quant.grid import GRIDS, RULES
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path, path_of
 
 Params = dict[str, Any]
 Importance = Mapping[str, np.ndarray]  # path -> mean squared input of each column, f32 (..., I): per matrix, per expert
@@ -179,7 +179,7 @@ def importance(params: Params, cfg: ModelConfig, windows_ML: np.ndarray, paths: 
 
 def _named(params: Params, paths: Iterable[str]) -> dict[str, Any]:
     """{path: array} in the order of `paths`."""
-    leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    leaves = leaves_by_path(params)
     wanted = list(paths)
     for path in wanted:
         if path not in leaves or leaves[path].ndim < 2:

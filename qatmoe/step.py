@@ -14,7 +14,7 @@ from qatmoe.model import router, transformer
 from qatmoe.optim import carry_over, make_optimizer, schedule
 from qatmoe.quant import fake
 from qatmoe.quant.plan import Plan
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path, path_of
 
 Params = dict[str, Any]
 
@@ -158,8 +158,7 @@ def eval_weights(cfg: Config, plan: Plan, state: TrainState, quantize: bool) -> 
 
 def state_shardings(cfg: Config, mesh: Mesh, abstract: TrainState) -> TrainState:
     """Shardings for a state: parameters as they are kept; moments, scales and EMA lie as their parameter does."""
-    specs = transformer.kept_specs(cfg.model)
-    by_path = {path_of(p): s for p, s in jax.tree_util.tree_flatten_with_path(specs)[0]}
+    by_path = leaves_by_path(transformer.kept_specs(cfg.model))
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         parts = path_of(path).split("/")

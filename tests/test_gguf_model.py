@@ -24,7 +24,7 @@ from qatmoe.model.cache import CacheType
 from qatmoe.quant.grid import GRIDS
 from qatmoe.run import quant_plan
 from qatmoe.step import deployed
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path, path_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -73,7 +73,7 @@ def make_run(folder: Path, tok, model: ModelConfig, quant: QuantConfig | None = 
     scales = {}
     if quant is not None and quant.scale == "learned":
         plan = quant_plan(cfg)[0]
-        flat = {path_of(path): w for path, w in jax.tree_util.tree_flatten_with_path(weights)[0]}
+        flat = leaves_by_path(weights)
         scales = {path: grid.absmax(flat[path]) * np.float32(0.83) for path, grid in plan.items()}
     state = {"params": {"model": weights, "scales": scales}}
     if ema:

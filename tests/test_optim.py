@@ -6,7 +6,7 @@ import pytest
 from qatmoe import optim
 from qatmoe.config import ModelConfig, OptimConfig, PhaseConfig
 from qatmoe.model import transformer
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path
 
 PARAMS = {
     "model": {
@@ -26,7 +26,7 @@ PARAMS = {
 def test_every_parameter_of_every_layout_has_a_group(scan, more):
     model = transformer.abstract_params(ModelConfig(scan_layers=scan, **more))
     labels = optim.labels({"model": model, "scales": {}})
-    groups = {path_of(p): g for p, g in jax.tree_util.tree_flatten_with_path(labels)[0]}
+    groups = leaves_by_path(labels)
     assert any(path.endswith("q_bias") for path in groups) == bool(more)
     for path, group in groups.items():
         kind = path.split("/")[-1]
@@ -45,7 +45,7 @@ def test_decay_and_rates_by_group(name):
     optimizer = optim.make_optimizer(cfg)
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     updates, _ = optimizer.update(zero, optimizer.init(PARAMS), PARAMS)
-    moved = {path_of(p): float(jnp.abs(u).max()) for p, u in jax.tree_util.tree_flatten_with_path(updates)[0]}
+    moved = {path: float(jnp.abs(u).max()) for path, u in leaves_by_path(updates).items()}
     decayed = {path for path, size in moved.items() if size > 0}
     assert decayed == {"model/embed", "model/layers/attn/q", "model/layers/router/weight"}
     np.testing.assert_allclose(updates["model"]["embed"], -0.01 * 0.5, rtol=1e-6)
@@ -89,7 +89,7 @@ def test_branch_keeps_moments_that_fit():
     trunk = {"model": PARAMS["model"], "scales": {}}
     _, old = optimizer.update(jax.tree.map(jnp.ones_like, trunk), optimizer.init(trunk), trunk)
     kept = optim.carry_over(optimizer.init(PARAMS), old)
-    leaves = {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(kept)[0]}
+    leaves = leaves_by_path(kept)
     assert any(path.endswith("mu/model/embed") and np.any(leaf) for path, leaf in leaves.items())
     assert all(not np.any(leaf) for path, leaf in leaves.items() if "/mu/scales/" in path)
     counts = {
@@ -97,7 +97,7 @@ def test_branch_keeps_moments_that_fit():
     }
     assert counts["scale"] == 0 and set(counts.values()) == {0, 1}, counts
     again = optim.carry_over(optimizer.init(PARAMS), optimizer.update(PARAMS, kept, PARAMS)[1])
-    again = {path_of(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(again)[0] if "count" in path_of(p)}
+    again = {path: leaf for path, leaf in leaves_by_path(again).items() if "count" in path}
     assert {int(leaf) for leaf in again.values()} == {1, 2}  # a branch that has scales hands theirs on
 
 
@@ -118,5 +118,5 @@ def test_new_scales_learn_at_the_rate_that_they_were_given():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_moments_dtype(dtype):
     state = optim.make_optimizer(OptimConfig(moments_dtype=dtype)).init(PARAMS)
-    moments = {path_of(p): s.dtype for p, s in jax.tree_util.tree_flatten_with_path(state)[0] if "/mu/" in path_of(p)}
+    moments = {path: s.dtype for path, s in leaves_by_path(state).items() if "/mu/" in path}
     assert set(moments.values()) == {jnp.dtype(dtype)}

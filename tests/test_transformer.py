@@ -9,7 +9,7 @@ from flax import nnx
 
 from qatmoe.config import ModelConfig
 from qatmoe.model import transformer
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path, path_of
 
 CFG = ModelConfig(
     vocab_size=32, dim=16, n_layers=3, dense_dim=24, n_heads=4, n_kv_heads=2, head_dim=8, n_experts=4, expert_dim=8,
@@ -65,7 +65,7 @@ def test_abstract_parameters_and_axes_describe_the_real_ones(scan):
 
 
 def test_layout(params):
-    shapes = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    shapes = {path: leaf.shape for path, leaf in leaves_by_path(params).items()}
     block = {
         "attn_norm": (16,), "attn/q": (32, 16), "attn/k": (16, 16), "attn/v": (16, 16), "attn/o": (16, 32),
         "attn/q_norm": (8,), "attn/k_norm": (8,), "ffn_norm": (16,),

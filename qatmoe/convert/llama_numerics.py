@@ -24,7 +24,7 @@ from qatmoe.config import ModelConfig
 from qatmoe.model.layers import apply_rope, halves, rms_norm, rope_angles, swiglu
 from qatmoe.model.mtp import mtp_input
 from qatmoe.model.router import route
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path
 
 Tree = Mapping[str, Any]
 Kinds = Mapping[str, str]  # path within a block, or "embed", "head" -> GGUF type
@@ -73,7 +73,7 @@ def squared_inputs(params: Tree, cfg: ModelConfig, tokens_L: jax.Array) -> Squar
     Args:
       params: unrolled layout, f32.
     """
-    paths = (path_of(p).split("/") for p, _ in jax.tree_util.tree_leaves_with_path(params))
+    paths = (path.split("/") for path in leaves_by_path(params))
     exact = {"/".join(key for key in path if not key.isdigit()): "F32" for path in paths}
     x_LD, squares = _trunk(params, exact, cfg, tokens_L)
     hidden_LD = rms_norm(x_LD, params["norm"], cfg.norm_eps)

@@ -24,7 +24,7 @@ from qatmoe.model.layers import Param, ffn, ffn_params, norm_param, rms_norm, ro
 from qatmoe.model.moe import expert_ffn, expert_params
 from qatmoe.model.mtp import mtp_module, mtp_params
 from qatmoe.model.router import Routing, route, router_params
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path, path_of
 
 STACKED = ("dense_layers", "layers", "mtp")  # top-level keys whose trees are stacked over layers
 
@@ -89,7 +89,7 @@ def abstract_params(cfg: ModelConfig) -> dict[str, Any]:
 
 def param_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{path: shape} of every parameter."""
-    return {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(cfg))}
+    return {path: leaf.shape for path, leaf in leaves_by_path(abstract_params(cfg)).items()}
 
 
 def kept_specs(cfg: ModelConfig) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from qatmoe.quant.grid import MIN_F16, Grid
 from qatmoe.quant.plan import Plan
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path, path_of
 
 Params = dict[str, Any]
 Scales = dict[str, jax.Array]  # path -> (..., G) f32, as trained: not snapped
@@ -115,7 +115,7 @@ def codes_of(plan: Plan, params: Params, scales: Scales, *, rule: str) -> Codes:
 
 
 def _planned(plan: Plan, params: Params) -> dict[str, jax.Array]:
-    return {n: w for p, w in jax.tree_util.tree_flatten_with_path(params)[0] if (n := path_of(p)) in plan}
+    return {path: w for path, w in leaves_by_path(params).items() if path in plan}
 
 
 # ---- health ----------------------------------------------------------------------------------------------------------
