@@ -24,7 +24,7 @@ class Scale:
     config: str  # trunk, control and q2_0 QAT
     branch: str  # q2_0 QAT alone, from a trunk
     scratch: str  # on the grid from the first step
-    experts: Sequence[int]  # sizes: numbers of experts, the second is the config's
+    experts: Sequence[int]  # the studies of size: numbers of experts
     share_steps: Sequence[int]  # of a share's branch; they divide the trunk's steps, as does the first all others
     trunk_steps: int
     rates: Sequence[float]  # searched for control and QAT, besides the config's
@@ -44,21 +44,23 @@ class Scale:
         kept = self.share_steps[-1] // self.share_steps[0] + 4  # and some that signals leave
         return Stage(Sweep(f"{self.name}_trunks", self.config, self._seeds(kept)), judged)
 
-    def suffix(self, n_experts: int) -> str:
-        """What the names of a size's sweeps end in; nothing for the config's own."""
-        return "" if n_experts == self.experts[1] else f"_{n_experts}"
+    def size_name(self, n_experts: int) -> str:
+        """What the names of a size's sweeps begin with."""
+        return f"{self.name}_size_{n_experts}"
 
     def size(self, n_experts: int, judged: str) -> Stage:
-        """The same with another number of experts."""
-        if n_experts == self.experts[1]:
-            return self.trunks(judged)
-        points = product(values("model.n_experts", [n_experts]), self._seeds(kept=1))
-        return Stage(Sweep(f"{self.name}_trunks{self.suffix(n_experts)}", self.config, points), judged)
+        """As `trunks` with a number of experts, and no MTP module.
+
+        A module has as many experts as a layer, and they stay in bfloat16: sizes would differ in more than what is on
+        the grid, and pairs of equal bytes would not be equal.
+        """
+        points = product(values("model.n_experts", [n_experts]), values("model.n_mtp", [0]), self._seeds(kept=1))
+        return Stage(Sweep(self.size_name(n_experts), self.config, points), judged)
 
     def on_grid(self, trunks: Stage, grid: str) -> Stage:
         """QAT of all experts on a grid, from trunks of any size."""
-        size = trunks.sweep.name.removeprefix(f"{self.name}_trunks")
-        return branches(trunks, f"{self.name}_{grid}{size}", self.branch, experts_on(grid))
+        name = f"{trunks.sweep.name.removesuffix('_trunks')}_{grid}"
+        return branches(trunks, name, self.branch, experts_on(grid))
 
     def _seeds(self, kept: int) -> Points:
         shared = {"train.checkpoint_every": self.share_steps[0], "train.keep": kept}

@@ -18,6 +18,8 @@ from qatmoe.run import Run
 
 ROOT = Path(__file__).parent.parent
 
+pytest.register_assert_rewrite("hf_folders")
+
 # Compiling is most of the tests' time, and on a CPU this code generator of XLA takes a third of what the default one
 # does. It is set before jax's first program, for this process and those that it starts. After jax 0.10 there is none
 # but the default, and XLA ends a process that names a flag it does not know. A choice that is made already stays.

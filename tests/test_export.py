@@ -1,4 +1,4 @@
-"""The export command: what it writes, what it refuses, and what is left when it is interrupted."""
+"""The export command: what it writes, over what, and what is left when it is interrupted."""
 
 import dataclasses
 import errno

@@ -109,8 +109,9 @@ def test_the_studies_can_be_reported_before_all_is_run(file, seeds):
     stages = functions["get_study"]("small", "").stages
     rows = []
     for stage in stages:
+        first = of_trunks(stage)
         for row in made_up(stage):
-            done = row["seed"] in seeds and ("trunks" in stage.sweep.name or row["seed"] == 0)
+            done = row["seed"] in seeds and (first or row["seed"] == 0)
             hidden = {key: row[key] for key in ("stage", "config", "overrides", "seed", "run")} | {"failed": "not run"}
             rows += [row] if done else [hidden] if hidden not in rows else []
     made = functions["report"]({"small": rows})
@@ -122,10 +123,12 @@ def test_the_studies_can_be_reported_before_all_is_run(file, seeds):
 def test_the_studies_can_be_reported_where_runs_failed(file):
     """Every sweep of branches in turn with all its seeds; then a trunk, and with it the control of all its branches."""
     functions = study.load(str(file))
-    stages = [made_up(stage) for stage in functions["get_study"]("small", "").stages]
-    trunks = {row["stage"]: row["run"] for row in stages[0]}
-    lost = [{row["run"] for row in rows} for rows in stages[1:] if "trunks" not in rows[0]["stage"]]
-    for runs in [*lost, {trunks["small_trunks"] if "small_trunks" in trunks else stages[0][0]["run"]}]:
+    all_stages = functions["get_study"]("small", "").stages
+    stages = [made_up(stage) for stage in all_stages]
+    lost = [
+        {row["run"] for row in rows} for stage, rows in zip(all_stages, stages, strict=True) if not of_trunks(stage)
+    ]
+    for runs in [*lost, {stages[0][-1]["run"]}]:
         rows = [
             {k: row[k] for k in ("stage", "config", "overrides", "seed", "run")} | {"failed": "diverged"}
             if row["run"] in runs
@@ -143,6 +146,11 @@ NAMES = ["trunk", "control", "qat"] + [
     f"control/{n}"
     for n in ("q2_0/absmax", "q2_0/search", "q4_0/search", "mxfp4/search", "IQ2_XS/imatrix", "IQ3_S/imatrix")
 ]
+
+
+def of_trunks(stage):
+    """Whether its runs train a trunk from random weights, and a control."""
+    return not any("init_from" in run.overrides for run in runs_of(stage)) and not stage.references
 
 
 def made_up(stage):

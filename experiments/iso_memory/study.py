@@ -3,7 +3,7 @@
     python -m launch.study experiments/iso_memory/study.py --slots 2
 
 The models of a pair differ in the number of experts alone, so both train the same number of weights for a token: equal
-training tokens are equal training FLOPs too, but for the router and the optimizer.
+training tokens are equal training FLOPs too, but for the router and the optimizer. They have no MTP module.
 """
 
 from collections.abc import Sequence
@@ -16,19 +16,31 @@ from launch.study import Report, Results, Row, Study, beside
 from launch.study_tables import Group, by_seed, mean_se, select, with_se
 from qatmoe.text_table import markdown
 
+FIRST = "from the first step"
+
 
 def get_study(scale: str, corpus: str) -> Study:
-    """Trunks of N, 2N and 4N; Q4_0 of N and 2N; ternary from the first step of 2N and 4N. The trunks make Q2_0."""
+    """Trunks of N, 2N and 4N; Q4_0 of N and 2N, late and from the first step; Q2_0 and ternary from the first step of
+    2N and 4N. The trunks make late Q2_0."""
     s = scales.on(scale, corpus)
     n, middle, large = s.experts[1:]
     trunks = {size: s.size(size, "^(control|qat)$") for size in (n, middle, large)}
-    ternary = experts_on("ternary")
+    first = [(size, "ternary") for size in (middle, large)]
+    first += [(size, "q4_0") for size in (n, middle)] + [(size, "q2_0") for size in (middle, large)]
     return s.study(
         *trunks.values(),
         *(s.on_grid(trunks[size], "q4_0") for size in (n, middle)),
-        *(beside(trunks[size], f"{s.name}_scratch_{size}", s.scratch, ternary) for size in (middle, large)),
+        *(beside(trunks[size], scratch_name(s, size, grid), s.scratch, experts_on(grid)) for size, grid in first),
         needs_llama=False,
     )
+
+
+def scratch_name(s: Scale, size: int, grid: str) -> str:
+    """The sweep of models that are on a grid from the first step."""
+    return f"{s.size_name(size)}_scratch_{grid}"
+
+
+COLORS = {"bf16": "black", "Q4_0": "tab:blue", "Q2_0": "tab:red", "ternary": "tab:green"}
 
 
 def report(results: Results) -> Report:
@@ -40,13 +52,14 @@ def report(results: Results) -> Report:
         found = models(s, rows)
         tables[f"{scale}_models"] = models_table(found)
         tables[f"{scale}_pairs"] = pairs_table(s, found)
-        for kind, color in (("bf16", "black"), ("Q4_0", "tab:blue"), ("Q2_0", "tab:red"), ("ternary", "tab:green")):
+        for kind in dict.fromkeys(kind for _, kind in found):
             drawn = [(size, g) for (size, k), g in found.items() if k == kind and g.rows]
             if not drawn:
                 continue
             y, se = zip(*(mean_se([r["loss"] for r in g.rows]) for _, g in drawn), strict=True)
             x = [g.rows[0]["bytes"] / 1e6 for _, g in drawn]
-            axes.errorbar(x, y, se, marker="o", capsize=3, color=color, label=kind)
+            style = "--" if FIRST in kind else "-"
+            axes.errorbar(x, y, se, marker="o", ls=style, capsize=3, color=COLORS[kind.split()[0]], label=kind)
             for (size, _), a, b in zip(drawn, x, y, strict=True):
                 axes.annotate(f"{size} experts", (a, b), fontsize=7, xytext=(4, 4), textcoords="offset points")
         axes.set_xscale("log")
@@ -54,7 +67,7 @@ def report(results: Results) -> Report:
         axes.set_ylabel("validation loss (nats per token)")
         axes.set_title(f"{scale}: loss by bytes, {len(s.seeds)} seeds", fontsize=10)
         axes.grid(alpha=0.25, which="both")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return Report(tables, figure)
 
 
@@ -62,12 +75,12 @@ def models(s: Scale, rows: Sequence[Row]) -> dict[tuple[int, str], Group]:
     """{(experts, kind): its rows}."""
     found = {}
     for size in s.experts[1:]:
-        suffix = s.suffix(size)
+        name = s.size_name(size)
         for kind, stage, row in (
-            ("bf16", f"{s.name}_trunks{suffix}", "control"),
-            ("Q4_0", f"{s.name}_q4_0{suffix}", "qat"),
-            ("Q2_0", f"{s.name}_trunks{suffix}", "qat"),
-            ("ternary", f"{s.name}_scratch_{size}", "qat"),
+            ("bf16", name, "control"),
+            ("Q4_0", f"{name}_q4_0", "qat"),
+            ("Q2_0", name, "qat"),
+            *((f"{kind} {FIRST}", scratch_name(s, size, kind.lower()), "qat") for kind in ("Q4_0", "Q2_0", "ternary")),
         ):
             if any(r["stage"] == stage for r in rows):
                 found[size, kind] = select(rows, f"{size} experts, {kind}", stage, row=row)
@@ -84,7 +97,7 @@ def models_table(found: dict[tuple[int, str], Group]) -> str:
         first = group.rows[0]
         lines.append(
             [
-                group.label + (" from the first step" if "scratch" in first["stage"] else ""),
+                group.label,
                 group.config,
                 group.seeds,
                 f"{first['parameters']:,}",
@@ -97,13 +110,23 @@ def models_table(found: dict[tuple[int, str], Group]) -> str:
     return markdown(lines)
 
 
+PAIRS = [
+    ("Q4_0", "Q2_0"),
+    ("Q4_0", f"ternary {FIRST}"),
+    (f"Q4_0 {FIRST}", f"Q2_0 {FIRST}"),
+    (f"Q4_0 {FIRST}", f"ternary {FIRST}"),
+]
+
+
 def pairs_table(s: Scale, found: dict[tuple[int, str], Group]) -> str:
-    """Each pair: how much lower the loss of the larger model in fewer bits is, seed by seed."""
+    """Each pair: how much higher the loss of the larger model in fewer bits is, seed by seed."""
     lines = [["pair", "bytes of the second / first", "loss of the second minus the first", "wins of the second"]]
     _, n, middle, large = s.experts
     for small, big in ((n, middle), (middle, large)):
-        for kind in ("Q2_0", "ternary"):
-            a, b = found[small, "Q4_0"], found[big, kind]
+        for first, second in PAIRS:
+            if not {(small, first), (big, second)} <= found.keys():
+                continue
+            a, b = found[small, first], found[big, second]
             pairs = by_seed(a, b)
             if not pairs:
                 lines.append([f"{a.label}; {b.label}", "", "no seed has both", ""])

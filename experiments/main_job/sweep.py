@@ -1,4 +1,4 @@
-"""The main job at three seeds: the trunks of every study at the small scale, runs/small_trunks."""
+"""The main job at three seeds: the trunks of the studies of recipes at the small scale, runs/small_trunks."""
 
 from experiments import scales
 from launch.points import Sweep

@@ -2,14 +2,16 @@
 
     python -m launch.study experiments/resilience/study.py --slots 2
 
-Four sizes, a factor of 8 in the number of experts. For rounding and for QAT: the loss above the control of the same
-size, and a power law in the number of quantized parameters through it, with the uncertainty that seeds give it.
+Four sizes, a factor of 8 in the number of experts; no MTP module. For rounding and for QAT: the loss above the control
+of the same size, and a power law in the number of quantized parameters through it, with the uncertainty that seeds give
+it.
 """
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -52,23 +54,33 @@ def report(results: Results) -> Report:
         tables[f"{scale}_gaps"] = gaps_table(found, rows) + left_out
         laws = {name: law(groups, rows) for name, groups in found.items()}
         tables[f"{scale}_laws"] = laws_table(laws, found, rows)
-        for name, groups in found.items():
-            x = np.asarray([g.rows[0]["quantized"] for g in groups])
-            y, se = zip(*(mean_se(above_control(g, rows)) for g in groups), strict=True)
-            style = {"color": COLORS[name[0]], "ls": "--" if "PTQ" in name else "-"}
-            axes.errorbar(x, y, se, fmt="s" if "PTQ" in name else "o", color=style["color"], capsize=3, label=name)
-            if laws[name]:
-                b = mean_se(laws[name])[0]
-                middle = np.exp(np.mean(np.log(y)) - b * np.mean(np.log(x)))
-                axes.plot(x, middle * x**b, lw=1, **style)
-        axes.set_xscale("log")
-        axes.set_yscale("symlog", linthresh=0.003)
+        draw(axes, found, laws, rows)
         axes.set_xlabel("quantized parameters")
         axes.set_ylabel("loss above control (nats per token)")
         axes.set_title(f"{scale}: what few bits cost, by size", fontsize=10)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return Report(tables, figure)
+
+
+def draw(axes: Axes, found: dict[str, list[Group]], laws: dict[str, list[float]], rows: Sequence[Row]) -> None:
+    """Gaps by size, and their laws as lines."""
+    lowest = math.inf
+    for name, groups in found.items():
+        x = np.asarray([g.rows[0]["quantized"] for g in groups])
+        y, se = zip(*(mean_se(above_control(g, rows)) for g in groups), strict=True)
+        lowest = min(lowest, *y)
+        style = {"color": COLORS[name[0]], "ls": "--" if "PTQ" in name else "-"}
+        axes.errorbar(x, y, se, fmt="s" if "PTQ" in name else "o", color=style["color"], capsize=3, label=name)
+        if laws[name]:
+            b = mean_se(laws[name])[0]
+            middle = np.exp(np.mean(np.log(y)) - b * np.mean(np.log(x)))
+            axes.plot(x, middle * x**b, lw=1, **style)
+    axes.set_xscale("log")
+    if lowest > 0:
+        axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=0.003)
 
 
 def series(s: Scale, rows: Sequence[Row]) -> dict[str, list[Group]]:
@@ -76,16 +88,16 @@ def series(s: Scale, rows: Sequence[Row]) -> dict[str, list[Group]]:
     found: dict[str, list[Group]] = {}
     whole = {r["stage"] for r in judged(rows)}
     for size in s.experts:
-        suffix = s.suffix(size)
-        if not whole >= {f"{s.name}_{part}{suffix}" for part in ("trunks", *grids_of(s))}:
+        trunks = s.size_name(size)
+        if not whole >= {trunks, *(f"{trunks}_{grid}" for grid in grids_of(s))}:
             continue
         label = f"{size} experts"
         for name, row in PTQ.items():
-            found.setdefault(name, []).append(select(rows, label, f"{s.name}_trunks{suffix}", row=f"control/{row}"))
-        found.setdefault("2 bits, QAT", []).append(select(rows, label, f"{s.name}_trunks{suffix}"))
+            found.setdefault(name, []).append(select(rows, label, trunks, row=f"control/{row}"))
+        found.setdefault("2 bits, QAT", []).append(select(rows, label, trunks))
         if s.k_quants:
-            found.setdefault("3 bits, QAT", []).append(select(rows, label, f"{s.name}_q3_k{suffix}"))
-        found.setdefault("4 bits, QAT", []).append(select(rows, label, f"{s.name}_q4_0{suffix}"))
+            found.setdefault("3 bits, QAT", []).append(select(rows, label, f"{trunks}_q3_k"))
+        found.setdefault("4 bits, QAT", []).append(select(rows, label, f"{trunks}_q4_0"))
     return found
 
 
