@@ -112,6 +112,7 @@ def models_table(found: dict[tuple[int, str], Group]) -> str:
 
 PAIRS = [
     ("Q4_0", "Q2_0"),
+    ("Q4_0", f"Q2_0 {FIRST}"),
     ("Q4_0", f"ternary {FIRST}"),
     (f"Q4_0 {FIRST}", f"Q2_0 {FIRST}"),
     (f"Q4_0 {FIRST}", f"ternary {FIRST}"),
