@@ -59,12 +59,16 @@ class Scale:
 
     def on_grid(self, trunks: Stage, grid: str) -> Stage:
         """QAT of all experts on a grid, from trunks of any size."""
-        name = f"{trunks.sweep.name.removesuffix('_trunks')}_{grid}"
-        return branches(trunks, name, self.branch, experts_on(grid))
+        return branches(trunks, grid_name(trunks.sweep.name, grid), self.branch, experts_on(grid))
 
     def _seeds(self, kept: int) -> Points:
         shared = {"train.checkpoint_every": self.share_steps[0], "train.keep": kept}
         return product([self.common], [shared], values("train.seed", self.seeds))
+
+
+def grid_name(trunks: str, grid: str) -> str:
+    """The sweep of a grid's branches, by the name of their trunks' sweep."""
+    return f"{trunks.removesuffix('_trunks')}_{grid}"
 
 
 def experts_on(grid: str, **more: object) -> Points:

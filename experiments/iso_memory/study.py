@@ -11,12 +11,20 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from experiments import scales
-from experiments.scales import Scale, experts_on
+from experiments.scales import Scale, experts_on, grid_name
 from launch.study import Report, Results, Row, Study, beside
 from launch.study_tables import Group, by_seed, mean_se, select, with_se
 from qatmoe.text_table import markdown
 
 FIRST = "from the first step"
+PAIRS = [
+    ("Q4_0", "Q2_0"),
+    ("Q4_0", f"Q2_0 {FIRST}"),
+    ("Q4_0", f"ternary {FIRST}"),
+    (f"Q4_0 {FIRST}", f"Q2_0 {FIRST}"),
+    (f"Q4_0 {FIRST}", f"ternary {FIRST}"),
+]
+COLORS = {"bf16": "black", "Q4_0": "tab:blue", "Q2_0": "tab:red", "ternary": "tab:green"}
 
 
 def get_study(scale: str, corpus: str) -> Study:
@@ -38,9 +46,6 @@ def get_study(scale: str, corpus: str) -> Study:
 def scratch_name(s: Scale, size: int, grid: str) -> str:
     """The sweep of models that are on a grid from the first step."""
     return f"{s.size_name(size)}_scratch_{grid}"
-
-
-COLORS = {"bf16": "black", "Q4_0": "tab:blue", "Q2_0": "tab:red", "ternary": "tab:green"}
 
 
 def report(results: Results) -> Report:
@@ -78,7 +83,7 @@ def models(s: Scale, rows: Sequence[Row]) -> dict[tuple[int, str], Group]:
         name = s.size_name(size)
         for kind, stage, row in (
             ("bf16", name, "control"),
-            ("Q4_0", f"{name}_q4_0", "qat"),
+            ("Q4_0", grid_name(name, "q4_0"), "qat"),
             ("Q2_0", name, "qat"),
             *((f"{kind} {FIRST}", scratch_name(s, size, kind.lower()), "qat") for kind in ("Q4_0", "Q2_0", "ternary")),
         ):
@@ -108,15 +113,6 @@ def models_table(found: dict[tuple[int, str], Group]) -> str:
             ]
         )
     return markdown(lines)
-
-
-PAIRS = [
-    ("Q4_0", "Q2_0"),
-    ("Q4_0", f"Q2_0 {FIRST}"),
-    ("Q4_0", f"ternary {FIRST}"),
-    (f"Q4_0 {FIRST}", f"Q2_0 {FIRST}"),
-    (f"Q4_0 {FIRST}", f"ternary {FIRST}"),
-]
 
 
 def pairs_table(s: Scale, found: dict[tuple[int, str], Group]) -> str:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from experiments import scales
-from experiments.scales import Scale
+from experiments.scales import Scale, grid_name
 from launch.study import Report, Results, Row, Study
 from launch.study_tables import Group, above_control, by_seed, judged, mean_se, select, with_se
 from qatmoe.text_table import markdown
@@ -89,15 +89,15 @@ def series(s: Scale, rows: Sequence[Row]) -> dict[str, list[Group]]:
     whole = {r["stage"] for r in judged(rows)}
     for size in s.experts:
         trunks = s.size_name(size)
-        if not whole >= {trunks, *(f"{trunks}_{grid}" for grid in grids_of(s))}:
+        if not whole >= {trunks, *(grid_name(trunks, grid) for grid in grids_of(s))}:
             continue
         label = f"{size} experts"
         for name, row in PTQ.items():
             found.setdefault(name, []).append(select(rows, label, trunks, row=f"control/{row}"))
         found.setdefault("2 bits, QAT", []).append(select(rows, label, trunks))
         if s.k_quants:
-            found.setdefault("3 bits, QAT", []).append(select(rows, label, f"{trunks}_q3_k"))
-        found.setdefault("4 bits, QAT", []).append(select(rows, label, f"{trunks}_q4_0"))
+            found.setdefault("3 bits, QAT", []).append(select(rows, label, grid_name(trunks, "q3_k")))
+        found.setdefault("4 bits, QAT", []).append(select(rows, label, grid_name(trunks, "q4_0")))
     return found
 
 
