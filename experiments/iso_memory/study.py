@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments import scales
 from experiments.scales import Scale, experts_on, grid_name
-from launch.study import Report, Results, Row, Study, beside
+from launch.study import Report, Results, Row, Stage, Study, beside
 from launch.study_tables import Group, by_seed, mean_se, select, with_se
 from qatmoe.text_table import markdown
 
@@ -23,29 +23,44 @@ PAIRS = [
     ("Q4_0", f"ternary {FIRST}"),
     (f"Q4_0 {FIRST}", f"Q2_0 {FIRST}"),
     (f"Q4_0 {FIRST}", f"ternary {FIRST}"),
+    (f"Q4_0 dynamic {FIRST}", f"Q2_0 {FIRST}"),
+    (f"Q4_0 dynamic {FIRST}", f"ternary {FIRST}"),
 ]
+KINDS = {  # of models that are on a grid from the first step: the grid, and what else is set
+    "Q4_0": ("q4_0", {}),
+    "Q4_0 dynamic": ("q4_0", {"quant.scale": "dynamic"}),
+    "Q2_0": ("q2_0", {}),
+    "ternary": ("ternary", {}),
+}
 COLORS = {"bf16": "black", "Q4_0": "tab:blue", "Q2_0": "tab:red", "ternary": "tab:green"}
 
 
 def get_study(scale: str, corpus: str) -> Study:
-    """Trunks of N, 2N and 4N; Q4_0 of N and 2N, late and from the first step; Q2_0 and ternary from the first step of
-    2N and 4N. The trunks make late Q2_0."""
+    """Trunks of N, 2N and 4N; Q4_0 of N and 2N, late and from the first step, there with learned and with dynamic
+    scales; Q2_0 and ternary from the first step of 2N and 4N. The trunks make late Q2_0."""
     s = scales.on(scale, corpus)
     n, middle, large = s.experts[1:]
     trunks = {size: s.size(size, "^(control|qat)$") for size in (n, middle, large)}
     first = [(size, "ternary") for size in (middle, large)]
-    first += [(size, "q4_0") for size in (n, middle)] + [(size, "q2_0") for size in (middle, large)]
+    first += [(size, "Q4_0") for size in (n, middle)] + [(size, "Q2_0") for size in (middle, large)]
+    first += [(size, "Q4_0 dynamic") for size in (n, middle)]
     return s.study(
         *trunks.values(),
         *(s.on_grid(trunks[size], "q4_0") for size in (n, middle)),
-        *(beside(trunks[size], scratch_name(s, size, grid), s.scratch, experts_on(grid)) for size, grid in first),
+        *(scratch(s, trunks[size], size, kind) for size, kind in first),
         needs_llama=False,
     )
 
 
-def scratch_name(s: Scale, size: int, grid: str) -> str:
+def scratch(s: Scale, trunks: Stage, size: int, kind: str) -> Stage:
+    """Models that are on a grid from the first step, beside trunks of their size."""
+    grid, more = KINDS[kind]
+    return beside(trunks, scratch_name(s, size, kind), s.scratch, experts_on(grid, **more))
+
+
+def scratch_name(s: Scale, size: int, kind: str) -> str:
     """The sweep of models that are on a grid from the first step."""
-    return f"{s.size_name(size)}_scratch_{grid}"
+    return f"{s.size_name(size)}_scratch_{kind.lower().replace(' ', '_')}"
 
 
 def report(results: Results) -> Report:
@@ -63,7 +78,7 @@ def report(results: Results) -> Report:
                 continue
             y, se = zip(*(mean_se([r["loss"] for r in g.rows]) for _, g in drawn), strict=True)
             x = [g.rows[0]["bytes"] / 1e6 for _, g in drawn]
-            style = "--" if FIRST in kind else "-"
+            style = ":" if "dynamic" in kind else "--" if FIRST in kind else "-"
             axes.errorbar(x, y, se, marker="o", ls=style, capsize=3, color=COLORS[kind.split()[0]], label=kind)
             for (size, _), a, b in zip(drawn, x, y, strict=True):
                 axes.annotate(f"{size} experts", (a, b), fontsize=7, xytext=(4, 4), textcoords="offset points")
@@ -85,7 +100,7 @@ def models(s: Scale, rows: Sequence[Row]) -> dict[tuple[int, str], Group]:
             ("bf16", name, "control"),
             ("Q4_0", grid_name(name, "q4_0"), "qat"),
             ("Q2_0", name, "qat"),
-            *((f"{kind} {FIRST}", scratch_name(s, size, kind.lower()), "qat") for kind in ("Q4_0", "Q2_0", "ternary")),
+            *((f"{kind} {FIRST}", scratch_name(s, size, kind), "qat") for kind in KINDS),
         ):
             if any(r["stage"] == stage for r in rows):
                 found[size, kind] = select(rows, f"{size} experts, {kind}", stage, row=row)
