@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import importlib.util
 import os
 import shutil
@@ -14,6 +16,7 @@ from qatmoe import train
 from qatmoe.convert import llama_numerics, names
 from qatmoe.convert.weights import Branch
 from qatmoe.data import corpus
+from qatmoe.model import transformer
 from qatmoe.run import Run
 
 ROOT = Path(__file__).parent.parent
@@ -32,10 +35,23 @@ def config_files():
     return sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """What several modules compile is compiled once in this process, whose caches of programs they empty."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 @pytest.fixture(scope="session")
 def child_env(tmp_path_factory):
-    """Environment for programs under test: the CPU, one compilation cache and one data cache for the session."""
-    place = tmp_path_factory.mktemp("cache")
+    """Environment for programs under test: the CPU, one compilation cache and one data cache for all workers.
+
+    jax writes its cache without a lock: who reads half a file says so on stderr and compiles.
+    """
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    place = place / "cache"
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(place / "jax"),
@@ -119,6 +135,19 @@ def templates(tmp_path_factory):
 def tiny(templates, tmp_path):
     """A Hugging Face folder of one layer of two experts, to be changed."""
     return shutil.copytree(templates / "tiny", tmp_path / "model")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(cfg, weights, ids_BL):
+    hidden_BLD = transformer.forward(weights, cfg, ids_BL, train=False).hidden_BLD
+    return transformer.logits(weights, cfg, hidden_BLD)
+
+
+def our_logits(run: Path, ids, **options) -> np.ndarray:
+    """Scores (L, V) of a list of ids by the forward pass that evaluation uses, in f32."""
+    with Branch(run, rest="F32", **options) as branch:
+        weights, cfg = branch.numbers(), dataclasses.replace(branch.model, dtype="float32")
+    return np.asarray(_scores(cfg, weights, jnp.asarray(ids)[None])[0])
 
 
 # ---- llama.cpp's programs --------------------------------------------------------------------------------------------

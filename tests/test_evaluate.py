@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from qatmoe import cli, evaluate, loss
+from qatmoe import audit_report, cli, evaluate, loss
 from qatmoe.audit import open_run
 from qatmoe.convert.weights import Branch, read_config
 from qatmoe.data import batches, corpus
@@ -70,7 +71,9 @@ def audited(run, text, tmp_path_factory, quick_compilation):
 
 
 @pytest.fixture
-def copy(audited, tmp_path):
+def copy(audited, tmp_path, monkeypatch):
+    """Its picture is only written, not drawn: that takes longer than a row."""
+    monkeypatch.setattr(audit_report, "plot", lambda rows, path: Figure(figsize=(1, 1)).savefig(path))
     return shutil.copytree(audited, tmp_path / "run")
 
 

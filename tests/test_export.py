@@ -1,6 +1,5 @@
 """The export command: what it writes, over what, and what is left when it is interrupted."""
 
-import dataclasses
 import errno
 import hashlib
 import json
@@ -13,7 +12,6 @@ import sys
 from pathlib import Path
 
 import gguf as gguf_package
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -21,12 +19,12 @@ import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from conftest import our_logits
 
 from qatmoe import export, files
 from qatmoe.convert import gguf
 from qatmoe.convert.weights import Branch
 from qatmoe.data import corpus
-from qatmoe.model import transformer
 
 FORMATS = export.FORMATS
 TEXT = next(corpus.documents("default", field="data.valid")).text
@@ -213,13 +211,6 @@ def test_the_run_is_not_touched(run, tmp_path):
 
 
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
-
-
-def our_logits(run, ids):
-    with Branch(run, rest="F32") as branch:
-        weights, cfg = branch.numbers(), dataclasses.replace(branch.model, scan_layers=False)
-    hidden = transformer.forward(weights, cfg, jnp.asarray(ids)[None], train=False).hidden_BLD
-    return np.asarray(transformer.logits(weights, cfg, hidden))[0]
 
 
 def test_transformers_loads_the_folder_and_computes_the_same(run, tmp_path):

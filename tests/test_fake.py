@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ def case(grid, seed=0):
     return jnp.asarray(w), jnp.asarray(scale), jnp.asarray(rng.normal(size=w.shape).astype(np.float32))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def pulled_back(grid, w, scale, g, clip=False):
     _, pull = jax.vjp(lambda w, s: fake.fake_quant(grid, w, s, clip), w, scale)
     return pull(g)
@@ -36,11 +39,12 @@ def test_forward_is_the_decoded_deployed_value(grid):
 def test_gradients_against_the_derivation_written_as_loops(grid, clip):
     """Module docstring of fake.py: w gets t g, s the sum of g (level - t u) / sqrt(n hi)."""
     w, scale, g = case(grid)
-    got_w, got_scale = pulled_back(grid, w, scale, g, clip)
+    got_w, got_scale = map(np.asarray, pulled_back(grid, w, scale, g, clip))
     levels, n = np.asarray(grid.levels), grid.block
     low, high = levels[grid.first_code :].min(), levels.max()
     snapped = np.asarray(grid.snap(scale), np.float64)
     codes = np.asarray(grid.nearest(w, grid.snap(scale)))
+    w, g = np.asarray(w), np.asarray(g)
     for row in ((0, 0), (1, 2)):
         for block in range(512 // n):
             s, total = snapped[row][block], 0.0

@@ -1,6 +1,6 @@
 """Import of Hugging Face folders and export to them, against transformers' own models and files."""
 
-import dataclasses
+import functools
 import hashlib
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import our_logits
 from transformers.modeling_layers import MtpModel
 
 from qatmoe.checkpoint import Checkpoints
@@ -89,16 +90,6 @@ def imported(request, tmp_path_factory):
     return model, folder
 
 
-def our_logits(run: Path, **options) -> np.ndarray:
-    """By the forward pass that evaluation uses."""
-    with Branch(run, rest="F32", **options) as branch:
-        weights, cfg = branch.numbers(), dataclasses.replace(branch.model, dtype="float32")
-    ids = jnp.asarray(TOKENS)[None]
-    return np.asarray(transformer.logits(weights, cfg, transformer.forward(weights, cfg, ids, train=False).hidden_BLD))[
-        0
-    ]
-
-
 def their_logits(model) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor(TOKENS)[None]).logits[0].float().numpy()
@@ -108,7 +99,7 @@ def test_logits_are_those_of_transformers(imported):
     model, folder = imported
     theirs = their_logits(model)
     assert theirs.std() > 0.3  # a model that says something
-    np.testing.assert_allclose(our_logits(folder / "run"), theirs, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(our_logits(folder / "run", TOKENS), theirs, atol=1e-4, rtol=0)
 
 
 def test_the_forward_pass_of_verification_is_that_of_training(imported):
@@ -116,9 +107,8 @@ def test_the_forward_pass_of_verification_is_that_of_training(imported):
     with Branch(folder / "run", rest="F32") as branch:
         weights, cfg = branch.numbers(), branch.model
     kinds = {part.path: "F32" for part in names.gguf_parts(cfg, "").values()}
-    np.testing.assert_allclose(
-        llama_numerics.logits(weights, kinds, cfg, jnp.asarray(TOKENS)), our_logits(folder / "run"), atol=1e-4, rtol=0
-    )
+    ours = our_logits(folder / "run", TOKENS)
+    np.testing.assert_allclose(llama_numerics.logits(weights, kinds, cfg, jnp.asarray(TOKENS)), ours, atol=1e-4, rtol=0)
 
 
 def digest(path: Path) -> str:
@@ -172,7 +162,8 @@ def test_mtp_logits_are_those_of_transformers(with_mtp):
     with Branch(with_mtp / "run", rest="F32") as branch:
         weights, cfg = branch.numbers(), branch.model
     following = jnp.asarray(np.roll(TOKENS, -1))[None, None]
-    out = transformer.forward(weights, cfg, jnp.asarray(TOKENS)[None], mtp_tokens=following, train=False)
+    forward = jax.jit(functools.partial(transformer.forward, cfg=cfg, train=False))
+    out = forward(weights, tokens_BL=jnp.asarray(TOKENS)[None], mtp_tokens=following)
     ours = transformer.logits(weights, cfg, out.mtp_hidden[0])[0, -2]  # the last place whose next token is known
     assert theirs.std() > 0.3
     np.testing.assert_allclose(ours, theirs[0, -1].numpy(), atol=1e-4, rtol=0)

@@ -1,6 +1,7 @@
 """The import command: what becomes of a Hugging Face folder."""
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -239,9 +240,8 @@ def test_an_imported_mtp_module_computes_what_that_of_transformers_does(mtp, tmp
         out = theirs.forward_layer(0, states, torch.arange(16)[None], None, input_ids=torch.tensor(ids[None, 1:]))
     with Branch(tmp_path / "run", rest="F32") as branch:
         weights, cfg = branch.numbers(), branch.model
-    ours = transformer.forward(
-        weights, cfg, jnp.asarray(ids[None, :-1]), train=False, mtp_tokens=jnp.asarray(ids[None, None, 1:])
-    )
+    forward = jax.jit(functools.partial(transformer.forward, cfg=cfg, train=False))
+    ours = forward(weights, tokens_BL=jnp.asarray(ids[None, :-1]), mtp_tokens=jnp.asarray(ids[None, None, 1:]))
     np.testing.assert_allclose(ours.mtp_hidden[0], out.numpy(), atol=1e-4, rtol=0)
 
 

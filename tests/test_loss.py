@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,12 @@ CFG = Config(model=MODEL, train=TrainConfig(mtp_weight=0.3, balance_weight=0.01,
 @pytest.fixture(scope="module")
 def params():
     return transformer.init_params(MODEL, jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnames=("chunk", "distill"))
+def training_loss(params, batch, teacher=None, distill=0.0, chunk=0):
+    cfg = dataclasses.replace(CFG, train=dataclasses.replace(CFG.train, loss_chunk=chunk))
+    return loss.training_loss(params, cfg, batch, loss.denominators(batch, 2), teacher=teacher, distill=distill)
 
 
 def batch_of(rows=4, length=16, seed=1):
@@ -60,12 +67,10 @@ def test_cross_entropy_and_kl_against_numpy():
 
 def test_chunks_give_the_same_loss_and_gradient(params):
     def value(params, chunk):
-        cfg = dataclasses.replace(CFG, train=dataclasses.replace(CFG.train, loss_chunk=chunk))
-        batch = batch_of()
-        return loss.training_loss(params, cfg, batch, loss.denominators(batch, 2), teacher=params, distill=0.5)[0]
+        return training_loss(params, batch_of(), teacher=params, distill=0.5, chunk=chunk)[0]
 
-    whole, whole_grad = jax.value_and_grad(value)(params, 0)
-    cut, cut_grad = jax.value_and_grad(value)(params, 16)
+    whole, whole_grad = jax.jit(jax.value_and_grad(functools.partial(value, chunk=0)))(params)
+    cut, cut_grad = jax.jit(jax.value_and_grad(functools.partial(value, chunk=16)))(params)
     np.testing.assert_allclose(cut, whole, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), cut_grad, whole_grad)
 
@@ -116,8 +121,7 @@ def test_the_scale_of_the_loss_is_not_rounded_in_bfloat16():
 
 
 def test_the_parts_add_up_and_mtp_is_not_silently_zero(params):
-    batch = batch_of()
-    total, aux = loss.training_loss(params, CFG, batch, loss.denominators(batch, 2))
+    total, aux = training_loss(params, batch_of())
     assert float(aux["mtp"]) > 1.0  # two untrained modules: about log(64)
     assert float(aux["kl"]) == 0.0
     expected = aux["ce"] + 0.3 * aux["mtp"] + 0.01 * aux["balance"] + 0.001 * aux["z"]
@@ -125,28 +129,25 @@ def test_the_parts_add_up_and_mtp_is_not_silently_zero(params):
 
 
 def test_mtp_loss_reaches_the_trunk_and_the_modules(params):
-    batch = batch_of()
-    totals = loss.denominators(batch, 2)
-    grads = jax.grad(lambda p: loss.training_loss(p, CFG, batch, totals)[1]["mtp"])(params)
+    grads = jax.jit(jax.grad(lambda params: training_loss(params, batch_of())[1]["mtp"]))(params)
     for name in ("eh_proj", "enorm", "hnorm", "norm"):
         assert float(jnp.abs(grads["mtp"][name]).max()) > 0, name
     assert float(jnp.abs(grads["layers"]["experts"]["down"]).max()) > 0
 
 
 def test_distilling_from_itself_adds_nothing(params):
-    batch = batch_of()
-    totals = loss.denominators(batch, 2)
-    plain = loss.training_loss(params, CFG, batch, totals)[1]
-    taught = loss.training_loss(params, CFG, batch, totals, teacher=params, distill=1.0)
+    plain = training_loss(params, batch_of())[1]
+    taught = training_loss(params, batch_of(), teacher=params, distill=1.0)
     np.testing.assert_allclose(taught[1]["kl"], 0, atol=1e-6)
     np.testing.assert_allclose(taught[0], 0.3 * plain["mtp"] + 0.01 * plain["balance"] + 0.001 * plain["z"], rtol=1e-5)
 
 
 def test_evaluation_sums_count_what_is_not_padding(params):
     batch = batch_of(rows=3)
-    whole = loss.evaluation_sums(params, MODEL, batch)
+    sums = jax.jit(functools.partial(loss.evaluation_sums, cfg=MODEL))
+    whole = sums(params, batch=batch)
     mask = jnp.ones_like(batch["tokens"]).at[2].set(0)
-    part = loss.evaluation_sums(params, MODEL, batch | {"mask": mask})
+    part = sums(params, batch=batch | {"mask": mask})
     assert part["count"].tolist() == [[16.0, 16.0, 0.0]] * 3
     np.testing.assert_allclose(part["nats"][:, :2], whole["nats"][:, :2], rtol=1e-5)
     assert part["nats"][:, 2].tolist() == [0.0] * 3

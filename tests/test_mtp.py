@@ -26,6 +26,11 @@ def params():
 
 
 @jax.jit
+def forward(params, tokens):
+    return transformer.forward(params, CFG, tokens, train=True)
+
+
+@jax.jit
 def run(params, tokens):
     mtp_tokens = jnp.stack([tokens[:, 1 : L + 1], tokens[:, 2 : L + 2]])
     return transformer.forward(params, CFG, tokens[:, :L], mtp_tokens=mtp_tokens, train=True)
@@ -58,15 +63,13 @@ def test_first_module_takes_the_normed_trunk_state_and_the_next_token(params):
         expected_input = mtp_input(module, CFG, hidden, embed[TOKENS[:, 1 + i : 1 + i + L]])
         mtp_module(module, CFG, hidden, embed[TOKENS[:, 1 + i : 1 + i + L]], no_block)
         np.testing.assert_array_equal(seen[-1], expected_input)
-        block_out = transformer.forward(
+        block_out = forward(
             {
                 "embed": jnp.zeros((2 * L, 16)).at[:].set(expected_input.reshape(-1, 16)),
                 "norm": module["norm"],
                 "layers": jax.tree.map(lambda a: a[None], module["block"]),
             },
-            CFG,
             jnp.arange(2 * L).reshape(2, L),  # a one-layer trunk that reads the module's input as its embeddings
-            train=True,
         )
         np.testing.assert_allclose(out.mtp_hidden[i], block_out.hidden_BLD, rtol=1e-3, atol=1e-4)
 
@@ -83,7 +86,7 @@ def test_module_sees_exactly_one_token_more_than_the_one_before(params, changed)
 
 def test_modules_leave_the_trunk_alone_and_are_skipped_without_tokens(params):
     out = run(params, TOKENS)
-    trunk = transformer.forward(params, CFG, TOKENS[:, :L], train=True)
+    trunk = forward(params, TOKENS[:, :L])
     np.testing.assert_allclose(trunk.hidden_BLD, out.hidden_BLD, rtol=1e-4, atol=1e-5)
     assert trunk.mtp_hidden == ()
     assert (trunk.aux["load_NE"].shape, out.aux["load_NE"].shape) == ((1, 4), (3, 4))

@@ -18,16 +18,18 @@ from parallel_program import CFG, L
 
 from qatmoe.model import moe, transformer
 
+pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).parent / "parallel_program.py"
 FACTORIZATIONS = sorted(s for s in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s) == 8)
 
 
-def run(quick_env, what, meshes):
+@pytest.fixture(scope="module")
+def trained(quick_env):
     """Results by mesh, from two processes at a time: compiling takes the time, one core of each."""
     env = quick_env | {"JAX_NUM_CPU_DEVICES": "8"}
-    names = [",".join(map(str, sizes)) for sizes in meshes]
+    names = [",".join(map(str, sizes)) for sizes in [(1, 1, 1, 1), *FACTORIZATIONS]]
     start = functools.partial(subprocess.Popen, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    halves = [start([sys.executable, str(PROGRAM), what, *names[i::2]]) for i in (0, 1)]
+    halves = [start([sys.executable, str(PROGRAM), str(i), *names[i::2]]) for i in (0, 1)]
     found = {}
     for child in halves:
         out, err = child.communicate()
@@ -36,20 +38,18 @@ def run(quick_env, what, meshes):
     return found
 
 
-@pytest.fixture(scope="module")
-def losses(quick_env):
+@pytest.fixture
+def losses(trained):
     """Of 20 steps, by mesh."""
-    return run(quick_env, "losses", [(1, 1, 1, 1), *FACTORIZATIONS])
+    return {mesh: result["losses"] for mesh, result in trained.items()}
 
 
-@pytest.mark.slow
 def test_one_device_learns(losses):
     alone = losses["1,1,1,1"]
     assert len(alone) == 20
     assert alone[-1] < alone[0] - 0.5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sizes", FACTORIZATIONS, ids=lambda s: "x".join(map(str, s)))
 def test_losses_are_those_of_one_device(losses, sizes):
     """Data, fsdp, expert and tensor axes and every mixture: 20 steps of QAT with learned scales and an MTP module."""
@@ -62,13 +62,10 @@ RING = 7 / 8  # of an array, that one of eight devices sends when it is gathered
 PURE = {"data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "expert": (1, 1, 8, 1), "tensor": (1, 1, 1, 8)}
 
 
-@pytest.fixture(scope="module")
-def collectives(quick_env):
-    return run(quick_env, "collectives", [*PURE.values(), (1, 2, 2, 2)])
-
-
-def of(collectives, sizes):
-    return [Collective(*row) for row in collectives[",".join(map(str, sizes))]]
+@pytest.fixture
+def collectives(trained):
+    """Of the compiled step, by mesh."""
+    return {mesh: [Collective(*row) for row in result["collectives"]] for mesh, result in trained.items()}
 
 
 class Collective(NamedTuple):
@@ -76,6 +73,10 @@ class Collective(NamedTuple):
     axes: list[str]
     sent: float
     name: str
+
+
+def of(collectives, sizes):
+    return collectives[",".join(map(str, sizes))]
 
 
 def sent(rows, *kinds):

@@ -27,11 +27,23 @@ def batch_of(seed=1, rows=4):
     return {"tokens": (start + 5 * jnp.arange(18)[None]) % 64}
 
 
+COMPILED = {}
+
+
+def programs(cfg, phase):
+    """What makes the first state and what steps, compiled once for all tests of a configuration."""
+    key = repr((cfg, phase))
+    if key not in COMPILED:
+        plan, _ = quant_plan(cfg)
+        first = jax.jit(lambda: steps.branch(cfg, phase, plan, steps.init_state(cfg, jax.random.key(0))))
+        COMPILED[key] = first, jax.jit(functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=plan))
+    return COMPILED[key]
+
+
 def run(cfg, phase, n, state=None, teacher=None):
-    plan, _ = quant_plan(cfg)
+    first, step = programs(cfg, phase)
     if state is None:
-        state = steps.branch(cfg, phase, plan, steps.init_state(cfg, jax.random.key(0)))
-    step = jax.jit(functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=plan))
+        state = first()
     values = []
     for i in range(n):
         state, metrics = step(state, batch_of(i), teacher)
@@ -62,7 +74,7 @@ def test_micro_batches_add_up_to_the_batch(phase):
 def test_qat_trains_weights_and_learned_scales_and_only_planned_ones_are_quantized():
     plan, _ = quant_plan(CFG)
     assert set(plan) == {"layers/experts/gate_up", "layers/experts/down"}
-    start = steps.branch(CFG, QAT, plan, steps.init_state(CFG, jax.random.key(0)))
+    start = programs(CFG, QAT)[0]()
     assert set(start.params["scales"]) == set(plan)
     end, _ = run(CFG, QAT, 5, start)
     for path in plan:
@@ -120,7 +132,7 @@ def test_scanned_and_unrolled_layers_train_alike():
 def test_ema_follows_the_weights():
     cfg = dataclasses.replace(CFG, optim=dataclasses.replace(CFG.optim, ema=0.5))
     plan, _ = quant_plan(cfg)
-    first = steps.init_state(cfg, jax.random.key(0))
+    first = programs(cfg, PLAIN)[0]()
     state, _ = run(cfg, PLAIN, 1, first)
     expected = 0.5 * first.params["model"]["head"] + 0.5 * state.params["model"]["head"]
     np.testing.assert_allclose(state.ema["head"], expected, atol=1e-8)
@@ -135,7 +147,7 @@ def test_distilling_pulls_a_perturbed_model_back_to_its_teacher():
     teacher = trunk.params["model"]
     moved = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), teacher)
     state = steps.branch(cfg, phase, plan, trunk._replace(params={"model": moved, "scales": {}}))
-    step = jax.jit(functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=plan))
+    _, step = programs(cfg, phase)
     kl = []
     for i in range(25):
         state, metrics = step(state, batch_of(i), teacher)
@@ -162,7 +174,7 @@ def test_the_step_of_the_gpu_config_lowers(config_files):
 
 def test_health_functions():
     plan, _ = quant_plan(CFG)
-    model = steps.init_state(CFG, jax.random.key(0)).params["model"]
+    model = programs(CFG, PLAIN)[0]().params["model"]
     scales = fake.init_scales(plan, model)
     codes = fake.codes_of(plan, model, scales, rule="search")
     assert all(float(v) == 0 for v in fake.flip_rate(codes, codes).values())
