@@ -37,7 +37,8 @@ def config_files():
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-    """What several modules compile is compiled once in this process, whose caches of programs they empty."""
+    """Every module empties the process's cache of programs (`forget_programs`); what takes over 0.2 s to compile is
+    kept on disk for the next one."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
@@ -46,7 +47,8 @@ def compiled_once(tmp_path_factory):
 def child_env(tmp_path_factory):
     """Environment for programs under test: the CPU, one compilation cache and one data cache for all workers.
 
-    jax writes its cache without a lock: who reads half a file says so on stderr and compiles.
+    jax writes its cache without a lock: who reads half a file says so on stderr and compiles, for the rest of the
+    session where its writer was killed.
     """
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -143,10 +145,10 @@ def _scores(cfg, weights, ids_BL):
     return transformer.logits(weights, cfg, hidden_BLD)
 
 
-def our_logits(run: Path, ids, **options) -> np.ndarray:
-    """Scores (L, V) of a list of ids by the forward pass that evaluation uses, in f32."""
-    with Branch(run, rest="F32", **options) as branch:
-        weights, cfg = branch.numbers(), dataclasses.replace(branch.model, dtype="float32")
+def our_logits(run: Path, ids) -> np.ndarray:
+    """Scores (L, V) of a list of ids by the forward pass that evaluation uses, in f32 and the unrolled layout."""
+    with Branch(run, rest="F32") as branch:
+        weights, cfg = branch.numbers(), dataclasses.replace(branch.model, dtype="float32", scan_layers=False)
     return np.asarray(_scores(cfg, weights, jnp.asarray(ids)[None])[0])
 
 

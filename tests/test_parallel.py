@@ -1,6 +1,6 @@
 """Every way to split a run over eight devices: the losses of one device, and no collective that should not be there.
 
-Eight forced CPU devices, in processes of their own.
+Eight forced CPU devices, in processes of their own; one of these tests trains on every mesh, which takes minutes.
 """
 
 import functools

@@ -132,7 +132,7 @@ def test_scanned_and_unrolled_layers_train_alike():
 def test_ema_follows_the_weights():
     cfg = dataclasses.replace(CFG, optim=dataclasses.replace(CFG.optim, ema=0.5))
     plan, _ = quant_plan(cfg)
-    first = programs(cfg, PLAIN)[0]()
+    first = jax.jit(functools.partial(steps.init_state, cfg))(jax.random.key(0))
     state, _ = run(cfg, PLAIN, 1, first)
     expected = 0.5 * first.params["model"]["head"] + 0.5 * state.params["model"]["head"]
     np.testing.assert_allclose(state.ema["head"], expected, atol=1e-8)

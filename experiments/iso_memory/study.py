@@ -26,7 +26,7 @@ PAIRS = [
     (f"Q4_0 dynamic {FIRST}", f"Q2_0 {FIRST}"),
     (f"Q4_0 dynamic {FIRST}", f"ternary {FIRST}"),
 ]
-KINDS = {  # of models that are on a grid from the first step: the grid, and what else is set
+FROM_FIRST_STEP = {  # of models that are on a grid from the first step: the grid, and what else is set
     "Q4_0": ("q4_0", {}),
     "Q4_0 dynamic": ("q4_0", {"quant.scale": "dynamic"}),
     "Q2_0": ("q2_0", {}),
@@ -54,7 +54,7 @@ def get_study(scale: str, corpus: str) -> Study:
 
 def scratch(s: Scale, trunks: Stage, size: int, kind: str) -> Stage:
     """Models that are on a grid from the first step, beside trunks of their size."""
-    grid, more = KINDS[kind]
+    grid, more = FROM_FIRST_STEP[kind]
     return beside(trunks, scratch_name(s, size, kind), s.scratch, experts_on(grid, **more))
 
 
@@ -100,7 +100,7 @@ def models(s: Scale, rows: Sequence[Row]) -> dict[tuple[int, str], Group]:
             ("bf16", name, "control"),
             ("Q4_0", grid_name(name, "q4_0"), "qat"),
             ("Q2_0", name, "qat"),
-            *((f"{kind} {FIRST}", scratch_name(s, size, kind), "qat") for kind in KINDS),
+            *((f"{kind} {FIRST}", scratch_name(s, size, kind), "qat") for kind in FROM_FIRST_STEP),
         ):
             if any(r["stage"] == stage for r in rows):
                 found[size, kind] = select(rows, f"{size} experts, {kind}", stage, row=row)
