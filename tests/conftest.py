@@ -139,17 +139,18 @@ def tiny(templates, tmp_path):
     return shutil.copytree(templates / "tiny", tmp_path / "model")
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _scores(cfg, weights, ids_BL):
-    hidden_BLD = transformer.forward(weights, cfg, ids_BL, train=False).hidden_BLD
-    return transformer.logits(weights, cfg, hidden_BLD)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def forward_scores(cfg, cache, weights, ids_L):
+    """Scores (L, V) of one text by the forward pass that evaluation uses."""
+    hidden_BLD = transformer.forward(weights, cfg, ids_L[None], train=False, cache=cache).hidden_BLD
+    return transformer.logits(weights, cfg, hidden_BLD)[0]
 
 
 def our_logits(run: Path, ids) -> np.ndarray:
-    """Scores (L, V) of a list of ids by the forward pass that evaluation uses, in f32 and the unrolled layout."""
+    """The same of a run's last branch as it is deployed, in f32 and the unrolled layout."""
     with Branch(run, rest="F32") as branch:
         weights, cfg = branch.numbers(), dataclasses.replace(branch.model, dtype="float32", scan_layers=False)
-    return np.asarray(_scores(cfg, weights, jnp.asarray(ids)[None])[0])
+    return np.asarray(forward_scores(cfg, None, weights, jnp.asarray(ids)))
 
 
 # ---- llama.cpp's programs --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import forward_scores
 
 from qatmoe import decode, plan, shapes
 from qatmoe.config import ModelConfig
@@ -47,13 +48,6 @@ def params_of(cfg):
     return draw()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def all_scores(cfg, cache, params, tokens):
-    """(L, V), by the forward pass."""
-    hidden = transformer.forward(params, cfg, tokens[None], train=False, cache=cache).hidden_BLD
-    return transformer.logits(params, cfg, hidden)[0]
-
-
 def fed(cfg, cache, prompt, tokens=TOKENS):
     """Scores from position prompt - 1 on: the prompt at once, then one by one."""
     decoder = Decoder(params_of(cfg), cfg, len(tokens), cache)
@@ -69,7 +63,7 @@ def fed(cfg, cache, prompt, tokens=TOKENS):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_equals_the_forward_pass(name):
     cfg = ARCHITECTURES[name]
-    expected = all_scores(cfg, None, params_of(cfg), TOKENS)
+    expected = forward_scores(cfg, None, params_of(cfg), TOKENS)
     half = cfg.dtype == "bfloat16"
     got = fed(cfg, CacheType("bf16", "bf16") if half else None, 13)  # keys are bfloat16 there anyway
     assert got.dtype == jnp.float32
@@ -79,9 +73,9 @@ def test_equals_the_forward_pass(name):
 @pytest.mark.parametrize("name", ["bf16", "q8_0", "q4_0", "iq4_nl+rot", "q8_0/q4_0+rot"])
 def test_equals_the_forward_pass_through_the_same_cache(name):
     cache, params = CacheType.parse(name), params_of(CFG)
-    expected = all_scores(CFG, cache, params, TOKENS)[12:]
+    expected = forward_scores(CFG, cache, params, TOKENS)[12:]
     difference = np.abs(fed(CFG, cache, 13) - expected)
-    effect = np.max(np.abs(all_scores(CFG, None, params, TOKENS)[12:] - expected))
+    effect = np.max(np.abs(forward_scores(CFG, None, params, TOKENS)[12:] - expected))
     assert np.median(difference) < 1e-4
     assert np.max(difference) < 0.2 * effect  # a value that float rounding moves across the boundary of two codes
 
@@ -89,7 +83,7 @@ def test_equals_the_forward_pass_through_the_same_cache(name):
 def test_prompts_longer_than_a_run(monkeypatch):
     """13 tokens in runs of 8, 4 and 1, where a padded 8 would not fit, and 3 more in one of 4."""
     monkeypatch.setattr(decode, "RUNS", (1, 4, 8))
-    expected = all_scores(CFG, None, params_of(CFG), TOKENS)
+    expected = forward_scores(CFG, None, params_of(CFG), TOKENS)
     decoder = Decoder(params_of(CFG), CFG, 16)
     assert decoder.length == 16
     decoder.used = 4
@@ -211,7 +205,7 @@ def greedy_by_hand(cache, count):
     ids = list(TOKENS[:5])
     for _ in range(count):
         padded = np.array(ids + [0] * (24 - len(ids)))
-        ids.append(int(jnp.argmax(all_scores(CFG, cache, params_of(CFG), padded)[len(ids) - 1])))
+        ids.append(int(jnp.argmax(forward_scores(CFG, cache, params_of(CFG), padded)[len(ids) - 1])))
     return ids[5:]
 
 

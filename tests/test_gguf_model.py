@@ -9,6 +9,7 @@ import jax
 import llama_cpp
 import numpy as np
 import pytest
+from conftest import forward_scores
 
 from qatmoe import export as exporter
 from qatmoe.checkpoint import Checkpoints
@@ -114,12 +115,7 @@ SHAPES = {
 
 
 def jax_logits(weights: dict, cfg: ModelConfig, cache: CacheType | None = None) -> np.ndarray:
-    @jax.jit
-    def run(weights, ids):
-        hidden = transformer.forward(weights, cfg, ids, train=False, cache=cache).hidden_BLD
-        return transformer.logits(weights, cfg, hidden)
-
-    return np.asarray(run(weights, TOKENS))[0]
+    return np.asarray(forward_scores(cfg, cache, weights, TOKENS[0]))
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))

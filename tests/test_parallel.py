@@ -20,6 +20,7 @@ from qatmoe.model import moe, transformer
 
 pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).parent / "parallel_program.py"
+ALONE = (1, 1, 1, 1)
 FACTORIZATIONS = sorted(s for s in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s) == 8)
 
 
@@ -27,25 +28,25 @@ FACTORIZATIONS = sorted(s for s in itertools.product((1, 2, 4, 8), repeat=4) if 
 def trained(quick_env):
     """Results by mesh, from two processes at a time: compiling takes the time, one core of each."""
     env = quick_env | {"JAX_NUM_CPU_DEVICES": "8"}
-    names = [",".join(map(str, sizes)) for sizes in [(1, 1, 1, 1), *FACTORIZATIONS]]
+    names = [",".join(map(str, sizes)) for sizes in [ALONE, *FACTORIZATIONS]]
     start = functools.partial(subprocess.Popen, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     halves = [start([sys.executable, str(PROGRAM), str(i), *names[i::2]]) for i in (0, 1)]
     found = {}
     for child in halves:
         out, err = child.communicate()
         assert child.returncode == 0, out[-2000:] + err[-3000:]
-        found |= json.loads(out.splitlines()[-1])
+        found |= {tuple(map(int, mesh.split(","))): r for mesh, r in json.loads(out.splitlines()[-1]).items()}
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def losses(trained):
     """Of 20 steps, by mesh."""
     return {mesh: result["losses"] for mesh, result in trained.items()}
 
 
 def test_one_device_learns(losses):
-    alone = losses["1,1,1,1"]
+    alone = losses[ALONE]
     assert len(alone) == 20
     assert alone[-1] < alone[0] - 0.5
 
@@ -53,7 +54,7 @@ def test_one_device_learns(losses):
 @pytest.mark.parametrize("sizes", FACTORIZATIONS, ids=lambda s: "x".join(map(str, s)))
 def test_losses_are_those_of_one_device(losses, sizes):
     """Data, fsdp, expert and tensor axes and every mixture: 20 steps of QAT with learned scales and an MTP module."""
-    np.testing.assert_allclose(losses[",".join(map(str, sizes))], losses["1,1,1,1"], rtol=1e-5)
+    np.testing.assert_allclose(losses[sizes], losses[ALONE], rtol=1e-5)
 
 
 # ---- collectives of the compiled step, all in f32; bytes are what a device sends -------------------------------------
@@ -62,7 +63,7 @@ RING = 7 / 8  # of an array, that one of eight devices sends when it is gathered
 PURE = {"data": (8, 1, 1, 1), "fsdp": (1, 8, 1, 1), "expert": (1, 1, 8, 1), "tensor": (1, 1, 1, 8)}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def collectives(trained):
     """Of the compiled step, by mesh."""
     return {mesh: [Collective(*row) for row in result["collectives"]] for mesh, result in trained.items()}
@@ -73,10 +74,6 @@ class Collective(NamedTuple):
     axes: list[str]
     sent: float
     name: str
-
-
-def of(collectives, sizes):
-    return collectives[",".join(map(str, sizes))]
 
 
 def sent(rows, *kinds):
@@ -91,11 +88,11 @@ def weights(*, experts):
 
 @pytest.mark.parametrize("axis", PURE)
 def test_only_the_axis_that_is_there_is_used(collectives, axis):
-    assert all(row.axes == [axis] for row in of(collectives, PURE[axis]))
+    assert all(row.axes == [axis] for row in collectives[PURE[axis]])
 
 
 def test_data_parallel_only_sums_gradients(collectives):
-    rows = of(collectives, PURE["data"])
+    rows = collectives[PURE["data"]]
     assert {row.kind for row in rows} == {"all-reduce"}
     tables = 2 * 4 * CFG.model.vocab_size * CFG.model.dim  # embeddings and head: once more for the MTP module
     expected = 2 * RING * (weights(experts=True) + weights(experts=False) + tables)
@@ -103,7 +100,7 @@ def test_data_parallel_only_sums_gradients(collectives):
 
 
 def test_fsdp_gathers_weights_forward_and_backward_and_sums_gradients_once(collectives):
-    rows = of(collectives, PURE["fsdp"])
+    rows = collectives[PURE["fsdp"]]
     everything = RING * (weights(experts=True) + weights(experts=False))
     assert 1.2 * everything < sent(rows, "all-gather") < 2 * everything  # the module's need not be gathered again
     assert sent(rows, "all-reduce", "reduce-scatter") < 2.1 * everything  # a CPU has no reduce-scatter
@@ -111,7 +108,7 @@ def test_fsdp_gathers_weights_forward_and_backward_and_sums_gradients_once(colle
 
 
 def test_experts_stay_and_their_rows_travel(collectives):
-    rows = of(collectives, PURE["expert"])
+    rows = collectives[PURE["expert"]]
     model = CFG.model
     tokens = 8 * L // 8  # of a device
     row_bytes = 4 * model.n_experts * moe.capacity(tokens, model) * model.dim
@@ -124,13 +121,13 @@ def test_experts_stay_and_their_rows_travel(collectives):
 
 
 def test_tensor_parallel_gathers_neither_activations_nor_scores(collectives):
-    rows = of(collectives, PURE["tensor"])
+    rows = collectives[PURE["tensor"]]
     assert sent(rows, "all-gather") < 0.01 * sent(rows, "all-reduce")
 
 
 @pytest.mark.parametrize("sizes", [*PURE.values(), (1, 2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
 def test_neither_the_router_nor_the_chunks_of_the_head_wait_for_other_sequences(collectives, sizes):
-    for row in of(collectives, sizes):
+    for row in collectives[sizes]:
         assert "top_k" not in row.name, row
         if "gcv" in row.name:  # scores of a chunk: only parts of V meet
             assert set(row.axes) <= {"tensor"}, row
