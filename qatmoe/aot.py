@@ -22,7 +22,7 @@ from qatmoe import hlo, roofline
 from qatmoe import step as steps
 from qatmoe import topology as machines
 from qatmoe.benchmark import model_flops
-from qatmoe.config import Config
+from qatmoe.config import Config, PhaseConfig
 from qatmoe.errors import UserError
 from qatmoe.mesh import AXES, make_mesh, spec
 from qatmoe.model.attention import implementation
@@ -67,7 +67,8 @@ class Job:
         phase = self.cfg.train.phases[self.phase]
         if not phase.distill:
             return None
-        parent = self.cfg.train.phases[phase.start]
+        own = phase.own_teacher  # another run's is taken to be in full precision
+        parent = self.cfg.train.phases[own] if own else PhaseConfig()
         state = abstract_state(self.cfg, parent, self._plan, self.mesh)
         weights = jax.eval_shape(lambda s: steps.eval_weights(self.cfg, self._plan, s, parent.quantize), state)
         place = lambda w, p: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=p.sharding)  # noqa: E731

@@ -9,7 +9,7 @@ import numpy as np
 
 from qatmoe import requantize as rounding
 from qatmoe.checkpoint import Checkpoints
-from qatmoe.config import Config, ModelConfig
+from qatmoe.config import Config, ModelConfig, other_settings
 from qatmoe.convert.weights import Branch, read_config
 from qatmoe.errors import UserError
 from qatmoe.model.cache import CacheType
@@ -160,21 +160,9 @@ def _reference(workdir: Path, text: str) -> Reference:
 
 def _other_settings(model: ModelConfig, reference: Reference) -> list[str]:
     """Settings of the model that shapes do not show and that the reference has otherwise: its KLD holds them too."""
-    free = {
-        "experts",
-        "eval_experts",
-        "capacity_factor",
-        "expert_block",
-        "attention",
-        "scan_layers",
-        "remat",
-        "init_std",
-    }
-    here, there = dataclasses.asdict(model), dataclasses.asdict(reference.model)
     return [
-        f"model.{name} is {here[name]!r}, and {there[name]!r} in the reference, {reference.name}"
-        for name in here
-        if name not in free and here[name] != there[name]
+        f"model.{name} is {here!r}, and {there!r} in the reference, {reference.name}"
+        for name, (here, there) in other_settings(model, reference.model).items()
     ]
 
 

@@ -134,8 +134,14 @@ class PhaseConfig:
     warmup: int = 0  # steps of linear warmup
     decay: int = 0  # "wsd": final steps over which the rate falls linearly
     lr: float = 0.0  # 0 = optim.lr
-    distill: float = 0.0  # weight of KL(start phase || this) in the loss; the rest is cross-entropy
+    distill: float = 0.0  # weight of KL(teacher || this) in the loss; the rest is cross-entropy
+    teacher: str = ""  # what distill learns from: a phase, or RUN:PHASE (":PHASE": of init_from's run); "" = start
     reset_moments: bool = False  # drop the start phase's optimizer moments
+
+    @property
+    def own_teacher(self) -> str:
+        """The phase of the same run that `distill` learns from; "" where it is another run's."""
+        return "" if ":" in self.teacher else self.teacher or self.start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +274,22 @@ def resolve(raw: Mapping[str, Any]) -> Config:
 def to_json(cfg: Config) -> str:
     """The whole configuration as JSON; `resolve(json.loads(...))` gives the same `Config` back."""
     return json.dumps(dataclasses.asdict(cfg), indent=1)
+
+
+def other_settings(here: ModelConfig, there: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """{setting: (here, there)} where two models compute something else; how they do it, and began, may differ."""
+    free = {
+        "experts",
+        "eval_experts",
+        "capacity_factor",
+        "expert_block",
+        "attention",
+        "scan_layers",
+        "remat",
+        "init_std",
+    }
+    a, b = dataclasses.asdict(here), dataclasses.asdict(there)
+    return {name: (a[name], b[name]) for name in a if name not in free and a[name] != b[name]}
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -408,18 +430,38 @@ def _check_training(cfg: Config) -> None:
             f"{where} has steps={p.steps}",
         )
         _require(0 <= p.distill <= 1, f"{where}.distill={p.distill}: must be between 0 and 1")
-        _require(not p.distill or bool(p.start), f"{where}.distill={p.distill} needs a teacher: set {where}.start")
+        _require(
+            not p.distill or bool(p.start or p.teacher),
+            f"{where}.distill={p.distill} needs a teacher: set {where}.start or {where}.teacher",
+        )
+        _require(
+            not p.teacher or p.distill > 0,
+            f"{where}.teacher={p.teacher!r} is not learned from with distill=0.0: set {where}.distill",
+        )
+        _require(
+            not p.teacher.startswith(":") or bool(cfg.init_from),
+            f"{where}.teacher={p.teacher!r} is a phase of the run that config.init_from names, which is empty: "
+            f"set it, or name the run: RUN{p.teacher}",
+        )
+
+
+def _waits_for(phase: PhaseConfig) -> dict[str, str]:
+    """The phases of the same run that must be finished before this one, by the key that names them."""
+    found = {"start": phase.start, "teacher": phase.own_teacher}
+    return {key: name for key, name in found.items() if name}
 
 
 def _in_order(phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
-    """Phases so that each comes after the one it starts from (a ConfigDict sorts its keys by name)."""
+    """Phases so that each comes after those it starts and learns from (a ConfigDict sorts its keys by name)."""
     done: dict[str, PhaseConfig] = {}
     while len(done) < len(phases):
-        ready = [n for n, p in phases.items() if n not in done and (p.start == "" or p.start in done)]
+        ready = [n for n, p in phases.items() if n not in done and all(f in done for f in _waits_for(p).values())]
         if not ready:
             name = next(n for n in phases if n not in done)
+            key, other = next((k, f) for k, f in _waits_for(phases[name]).items() if f not in done)
+            more = ", or RUN:PHASE," if key == "teacher" else ""
             raise UserError(
-                f"config.train.phases.{name}.start={phases[name].start!r}: must be '' or another phase that does not "
+                f"config.train.phases.{name}.{key}={other!r}: must be ''{more} or another phase that does not "
                 f"itself wait for {name} (phases: {', '.join(phases)})"
             )
         done |= {n: phases[n] for n in ready}

@@ -18,14 +18,14 @@ from qatmoe import distributed
 from qatmoe import metrics as metrics_lib
 from qatmoe import step as steps
 from qatmoe.checkpoint import Checkpoints
-from qatmoe.config import Config, to_json
+from qatmoe.config import Config, other_settings, resolve, to_json
 from qatmoe.data.batches import Data
 from qatmoe.errors import RunError, UserError
 from qatmoe.model.transformer import STACKED
 from qatmoe.quant import fake
 from qatmoe.quant.grid import RULES
 from qatmoe.quant.plan import Plan
-from qatmoe.run import Run, Weights, abstract_state, jit_step
+from qatmoe.run import Run, Weights, abstract_state, jit_step, quant_plan
 from qatmoe.step import TrainState
 from qatmoe.tree import leaves_by_path, path_of
 
@@ -124,8 +124,7 @@ def import_source(cfg: Config) -> tuple[str, str, int]:
       UserError: there is no such checkpoint.
     """
     where = f"config.init_from={cfg.init_from!r}"
-    source, step = _split(cfg.init_from, "@")
-    folder, phase = _split(source, ":")
+    folder, phase, step = _source(cfg)
     phase = phase or next(iter(cfg.train.phases))
     if step and not step.isdigit():
         raise UserError(f"{where}: what follows '@' must be a step number")
@@ -135,6 +134,12 @@ def import_source(cfg: Config) -> tuple[str, str, int]:
     if wanted not in known:
         raise UserError(f"{where}: no such checkpoint; {folder} has steps {known} of phase {phase!r}")
     return folder, phase, wanted
+
+
+def _source(cfg: Config) -> tuple[str, str, str]:
+    """RUN, PHASE and STEP of config.init_from; "" for what it does not say."""
+    source, step = _split(cfg.init_from, "@")
+    return *_split(source, ":"), step
 
 
 def _split(text: str, mark: str) -> tuple[str, str]:
@@ -232,6 +237,64 @@ def _layer_arrays(
     return found
 
 
+# ---- What a phase learns from ----------------------------------------------------------------------------------------
+
+
+def teacher_weights(run: Run, name: str) -> Weights | None:
+    """The weights that a phase is distilled from, as they are evaluated; None without distillation.
+
+    Raises:
+      UserError: the phase of another run that phase.teacher names cannot be used.
+    """
+    phase = run.cfg.train.phases[name]
+    if not phase.distill:
+        return None
+    if own := phase.own_teacher:
+        return run.eval_weights(run.cfg.train.phases[own], final_state(run, own)[0])
+    folder, of, step, theirs = teacher_source(run.cfg, name, run.data)
+    plan, spec = quant_plan(theirs)[0], theirs.train.phases[of]
+    with Checkpoints(folder, of) as checkpoints:
+        state = checkpoints.restore(step, abstract_state(theirs, spec, plan, run.mesh))[0]
+    return jax.jit(functools.partial(steps.eval_weights, theirs, plan, quantize=spec.quantize))(state)
+
+
+def check_teachers(cfg: Config, data: Data) -> None:
+    """Raises UserError where a phase learns from another run's, which does not exist or does not fit this run."""
+    for name, phase in cfg.train.phases.items():
+        if phase.distill and not phase.own_teacher:
+            teacher_source(cfg, name, data)
+
+
+def teacher_source(cfg: Config, name: str, data: Data) -> tuple[str, str, int, Config]:
+    """Folder, phase, last step and configuration of what phase.teacher=RUN:PHASE names; an empty RUN is init_from's.
+
+    Raises:
+      UserError: there is no such phase, it is not finished, or its model or tokenizer is another.
+    """
+    teacher = cfg.train.phases[name].teacher
+    where = f"config.train.phases.{name}.teacher={teacher!r}"
+    folder, _, phase = teacher.rpartition(":")
+    folder = folder or _source(cfg)[0]
+    with Checkpoints(folder, phase) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"{where}: {folder} has no checkpoint of phase {phase!r}")
+        if checkpoints.in_parts(step):
+            raise UserError(f"{where}: {folder} was imported: let config.init_from name it, and the phase start there")
+        meta = checkpoints.meta(step)
+    if not meta["done"]:
+        raise UserError(f"{where}: phase {phase!r} of {folder} stands at step {step}: finish it first")
+    if meta["tokenizer"] != data.tokenizer.hash:
+        raise UserError(f"{where} was trained with another tokenizer: set config.data.tokenizer")
+    theirs = resolve(meta["config"])
+    others = other_settings(cfg.model, theirs.model)
+    if cfg.model.scan_layers != theirs.model.scan_layers:  # weights lie in another layout
+        others["scan_layers"] = (cfg.model.scan_layers, theirs.model.scan_layers)
+    for setting, (here, there) in others.items():
+        raise UserError(f"{where}: model.{setting} is {there!r} there and {here!r} here; a teacher is the same model")
+    return folder, phase, step, theirs
+
+
 # ---- The loop --------------------------------------------------------------------------------------------------------
 
 
@@ -300,10 +363,7 @@ class Watch:
     def __init__(self, run: Run, name: str, state: TrainState):
         cfg, phase = run.cfg, run.cfg.train.phases[name]
         self.plan, self.quantize = run.plan, phase.quantize
-        self.teacher: Weights | None = None
-        if phase.distill:
-            parent = cfg.train.phases[phase.start]
-            self.teacher = run.eval_weights(parent, final_state(run, phase.start)[0])
+        self.teacher = teacher_weights(run, name)
         if not phase.quantize:
             return
         rule = cfg.quant.dynamic_rule

@@ -11,18 +11,20 @@ import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from qatmoe import metrics
 from qatmoe.config import leaves
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.text_table import aligned
+
+# matplotlib takes nearly as long to import as JAX does, and only the end of a run draws.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Summary = dict[str, Any]
 
@@ -183,6 +185,8 @@ def curves(workdir: str | Path, path: str | Path) -> None:
     Raises:
       UserError: the run has no records, or `path` cannot be written.
     """
+    from matplotlib.figure import Figure
+
     workdir = Path(workdir)
     config, records = _load(workdir / "config.json"), metrics.read(workdir)
     if not records:
@@ -243,7 +247,7 @@ def curves(workdir: str | Path, path: str | Path) -> None:
         raise UserError(f"cannot write {path}: {e.strerror}") from e
 
 
-def _zoom(axes: Axes, start: float, end: float) -> tuple[float, float]:
+def _zoom(axes: "Axes", start: float, end: float) -> tuple[float, float]:
     """Limits the axes to x from `start` to `end` and to the points that lie there; returns the limits of y."""
     points = np.concatenate([line.get_xydata() for line in axes.lines])
     y = points[(points[:, 0] >= start) & np.isfinite(points[:, 1]), 1]
@@ -255,7 +259,7 @@ def _zoom(axes: Axes, start: float, end: float) -> tuple[float, float]:
     return axes.get_ylim()
 
 
-def _finish(axes: Axes, title: str, ylabel: str, also: Axes | None = None) -> None:
+def _finish(axes: "Axes", title: str, ylabel: str, also: "Axes | None" = None) -> None:
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel(ylabel)

@@ -42,7 +42,7 @@ from qatmoe.errors import UserError
 from qatmoe.files import check_place, write_atomically
 from qatmoe.mesh import RULES, make_mesh
 from qatmoe.metrics import Metrics
-from qatmoe.phases import check_import, import_source, round_control, run_phase
+from qatmoe.phases import check_import, check_teachers, import_source, round_control, run_phase
 from qatmoe.quant.plan import Plan, format_coverage, totals
 from qatmoe.run import Interrupted, Run, Stop, check_mesh, quant_plan, train_iterator, valid_batches
 
@@ -78,6 +78,8 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
     with distributed.together():
         if cfg.init_from and new:
             check_import(cfg, mesh, plan, data)
+        if new:
+            check_teachers(cfg, data)
     with distributed.together():
         lock = open_workdir(workdir, to_json(cfg))
     with lock, jax.set_mesh(mesh):

@@ -1,4 +1,5 @@
 import dataclasses
+import fcntl
 import functools
 import importlib.util
 import os
@@ -43,6 +44,12 @@ def compiled_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def shared_by_workers(tmp_path_factory) -> Path:
+    """A folder that all workers of the session know."""
+    place = tmp_path_factory.getbasetemp()
+    return place.parent if "PYTEST_XDIST_WORKER" in os.environ else place
+
+
 @pytest.fixture(scope="session")
 def child_env(tmp_path_factory):
     """Environment for programs under test: the CPU, one compilation cache and one data cache for all workers.
@@ -50,10 +57,7 @@ def child_env(tmp_path_factory):
     jax writes its cache without a lock: who reads half a file says so on stderr and compiles, for the rest of the
     session where its writer was killed.
     """
-    place = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        place = place.parent
-    place = place / "cache"
+    place = shared_by_workers(tmp_path_factory) / "cache"
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(place / "jax"),
@@ -87,8 +91,20 @@ def quick_compilation():
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """A run of a trunk, a control and a 2-bit branch of two steps, both kept. Copy it before writing into it."""
-    folder = tmp_path_factory.mktemp("tiny")
+    """A run of a trunk, a control and a 2-bit branch of two steps, both kept. Copy it before writing into it.
+
+    The worker that needs it first makes it, for all.
+    """
+    folder = shared_by_workers(tmp_path_factory) / "tiny"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "run" / "curves.png").exists():  # a run's last file
+            _make_tiny_run(folder)
+    return folder / "run"
+
+
+def _make_tiny_run(folder: Path) -> None:
     text = next(corpus.documents("default", field="data.valid")).text
     (folder / "text.txt").write_text(text[:60_000])
     (folder / "valid.txt").write_text(text[60_000:70_000])
@@ -117,7 +133,6 @@ def tiny_run(tmp_path_factory):
         )
     jax.config.update("jax_disable_most_optimizations", False)
     assert code == 0
-    return folder / "run"
 
 
 @pytest.fixture(scope="session")

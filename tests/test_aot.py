@@ -8,7 +8,9 @@ import pytest
 
 from qatmoe import aot, cli, fit, train
 from qatmoe.errors import UserError
+from qatmoe.model.transformer import param_shapes
 from qatmoe.topology import GIB, parse
+from qatmoe.tree import leaves_by_path
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--config.model.n_layers=2", "--config.model.n_mtp=0", "--config.train.batch_size=8"]
@@ -280,3 +282,15 @@ def test_a_size_that_the_compiler_refuses(child_env, tmp_path):
     )
     assert done.returncode == 2
     assert "the nearest usual size is 'v5p:2x4x4'" in done.stderr
+
+
+@pytest.mark.parametrize(("teacher", "dtype"), [("trunk", "float32"), ("run:control", "float32"), ("qat", "bfloat16")])
+def test_a_teacher_takes_the_bytes_of_the_phase_it_is(teacher, dtype):
+    """Weights as they are evaluated: those of a phase that quantizes are decoded in the type that it computes in."""
+    learns = [f"--config.train.phases.control.teacher={teacher}", "--config.train.phases.control.distill=0.5"]
+    flags = ["x", f"--config={ROOT}/configs/toy.py", "--config.model.dtype=bfloat16", *learns]
+    job = aot.make_job(cli.parse(flags, "", {})[0], parse("cpu:1"), "control")
+    found = leaves_by_path(job.teacher)
+    assert {path: leaf.shape for path, leaf in found.items()} == param_shapes(job.cfg.model)
+    assert found["layers/experts/down"].dtype == dtype
+    assert found["embed"].dtype == "float32"

@@ -90,6 +90,10 @@ def test_mistakes_are_named(changes, message):
         ({"steps": 5, "warmup": 4, "decay": 2}, "must fit in steps=5"),
         ({"steps": 5, "distill": 0.5}, "needs a teacher"),
         ({"steps": 5, "start": "trunk", "distill": 1.5}, "between 0 and 1"),
+        ({"steps": 5, "start": "trunk", "teacher": "trunk"}, "not learned from with distill=0.0"),
+        ({"steps": 5, "start": "trunk", "distill": 1.0, "teacher": "nowhere"}, "teacher='nowhere'.*or RUN:PHASE"),
+        ({"steps": 5, "start": "trunk", "distill": 1.0, "teacher": "other"}, "teacher='other'.*itself wait for other"),
+        ({"steps": 5, "distill": 1.0, "teacher": ":control"}, "config.init_from names, which is empty"),
     ],
 )
 def test_phase_mistakes_are_named(fields, message):
@@ -106,12 +110,13 @@ def test_cosine_has_no_decay():
         resolve(config)
 
 
-def test_phases_run_after_what_they_start_from():
+def test_phases_run_after_what_they_start_and_learn_from():
     config = small()
     config["train"]["phases"]["a"] = phase(steps=1, start="b").to_dict()
-    config["train"]["phases"]["b"] = phase(steps=1, start="trunk").to_dict()
+    config["train"]["phases"]["b"] = phase(steps=1, start="trunk", distill=0.5, teacher="c").to_dict()
+    config["train"]["phases"]["c"] = phase(steps=1, start="trunk", distill=0.5, teacher="run:b").to_dict()
     order = list(resolve(config).train.phases)
-    assert order.index("trunk") < order.index("b") < order.index("a")
+    assert order.index("trunk") < order.index("c") < order.index("b") < order.index("a")
 
 
 def test_command_line_overrides(config_files):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,8 +51,10 @@ sys.exit(train.main(["train", *sys.argv[3:]]))
 """
 
 
-def arguments(workdir, *more):
-    return [f"--config={ROOT}/configs/toy.py", f"--workdir={workdir}", *SHORT, *more]
+def arguments(workdir, *more, curves=False):
+    """Of the job; curves for TensorBoard take as long to import, where torch is installed, as JAX does."""
+    kept = f"--config.train.tensorboard={curves}"
+    return [f"--config={ROOT}/configs/toy.py", f"--workdir={workdir}", *SHORT, kept, *more]
 
 
 def launch(env, *args):
@@ -71,7 +74,7 @@ def by_place(records):
 def whole(quick_env, tmp_path_factory):
     """An uninterrupted run and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    done = launch(quick_env, "-m", "qatmoe.train", *arguments(workdir))
+    done = launch(quick_env, "-m", "qatmoe.train", *arguments(workdir, curves=True))
     assert done.returncode == 0, done.stderr
     return workdir, done
 
@@ -104,19 +107,20 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 @pytest.mark.parametrize(
-    "kills",
+    ("curves", "kills"),
     [
-        [("record", 3), ("inside a save", 3), ("phase change", 1), ("final validation", 2)],
-        [("final validation", 1), ("record", 9), ("phase change", 1), ("inside a save", 2)],
+        (True, [("record", 3), ("inside a save", 3), ("phase change", 1), ("final validation", 2)]),
+        (False, [("final validation", 1), ("record", 9), ("phase change", 1), ("inside a save", 2)]),
     ],
     ids=["record first", "validation first"],
 )
-def test_killed_anywhere_the_same_command_ends_at_the_same_numbers(kills, whole, quick_env, tmp_path):
+def test_killed_anywhere_the_same_command_ends_at_the_same_numbers(curves, kills, whole, quick_env, tmp_path):
     workdir = tmp_path / "killed"
+    job = arguments(workdir, curves=curves)
     for point, count in kills:
-        done = launch(quick_env, "-c", KILLER, point, str(count), *arguments(workdir))
+        done = launch(quick_env, "-c", KILLER, point, str(count), *job)
         assert done.returncode == -signal.SIGKILL, done.stderr
-    done = launch(quick_env, "-m", "qatmoe.train", *arguments(workdir))
+    done = launch(quick_env, "-m", "qatmoe.train", *job)
     assert done.returncode == 0, done.stderr
     assert by_place(numbers(workdir)) == by_place(numbers(whole[0]))
     summaries = [json.loads((w / "summary.json").read_text()) for w in (workdir, whole[0])]
@@ -169,13 +173,64 @@ def test_a_finished_run_is_passed_over(whole, quick_env):
     assert numbers(whole[0]) == before
 
 
-def test_branching_from_another_runs_checkpoint(whole, quick_env, tmp_path):
-    workdir = tmp_path / "branched"
-    done = launch(quick_env, "-m", "qatmoe.train", *arguments(workdir, f"--config.init_from={whole[0]}@6"))
+# The toy, and phases that learn from the run's own QAT and from phases of the run that init_from names.
+TAUGHT = """
+from configs import toy
+from qatmoe.config import phase
+def get_config():
+    config = toy.get_config()
+    for name, start, teacher in (
+        ("own", "trunk", "qat"), ("theirs", "trunk", ":qat"), ("itself", "control", ":control")
+    ):
+        config.train.phases[name] = phase(steps=2, start=start, distill=1.0, teacher=teacher)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def branched(whole, quick_env, tmp_path_factory):
+    """A run that begins at another's trunk."""
+    folder = tmp_path_factory.mktemp("branched")
+    (folder / "taught.py").write_text(TAUGHT)
+    given = [f"--config={folder}/taught.py", f"--config.init_from={whole[0]}@6"]
+    done = launch(quick_env, "-m", "qatmoe.train", *given, *arguments(folder / "run")[1:])
     assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_branching_from_another_runs_checkpoint(whole, branched):
     branches = [r for r in numbers(whole[0]) if r["phase"] in ("control", "qat")]
-    assert by_place(r for r in numbers(workdir) if r["phase"] in ("control", "qat")) == by_place(branches)
-    assert not [r for r in metrics.read(workdir) if r["phase"] == "trunk" and r["split"] == "train"]
+    assert by_place(r for r in numbers(branched) if r["phase"] in ("control", "qat")) == by_place(branches)
+    assert not [r for r in metrics.read(branched) if r["phase"] == "trunk" and r["split"] == "train"]
+
+
+def test_a_phase_learns_from_a_finished_phase_of_its_own_or_another_run(branched):
+    steps = {(r["phase"], r["step"]): r for r in numbers(branched) if r["split"] == "train"}
+    figures = {name: [(steps[name, n]["loss"], steps[name, n]["kl"]) for n in (1, 2)] for name, _ in steps}
+    assert figures["theirs"] == figures["own"]
+    assert figures["theirs"][0][1] > 1e-2
+    assert abs(figures["itself"][0][1]) < 1e-6  # it starts as its teacher
+
+
+@pytest.mark.parametrize(
+    ("teacher", "more", "message"),
+    [
+        ("/no/run:control", [], "/no/run has no checkpoint of phase 'control'"),
+        ("WHOLE:control", ["--config.model.top_k=1"], "model.top_k is 2 there and 1 here"),
+        ("WHOLE:control", ["--config.model.scan_layers=False"], "model.scan_layers is True there and False here"),
+        ("UNFINISHED:control", [], "stands at step 2: finish it first"),
+    ],
+)
+def test_teachers_that_do_not_fit_are_refused(teacher, more, message, whole, capsys, tmp_path, cache):
+    shutil.copytree(whole[0] / "checkpoints" / "control", tmp_path / "part" / "checkpoints" / "control")
+    shutil.rmtree(tmp_path / "part" / "checkpoints" / "control" / "4")
+    teacher = teacher.replace("WHOLE", str(whole[0])).replace("UNFINISHED", str(tmp_path / "part"))
+    given = [f"--config.train.phases.qat.teacher={teacher}", "--config.train.phases.qat.distill=0.5"]
+    code, line = fails(capsys, *arguments(tmp_path / "run", *given, *more))
+    assert code == 2
+    assert line.startswith(f"error: config.train.phases.qat.teacher={teacher!r}")
+    assert message in line
+    assert not (tmp_path / "run").exists()
 
 
 def fails(capsys, *args):

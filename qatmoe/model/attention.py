@@ -2,8 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from qatmoe.config import ModelConfig
 from qatmoe.mesh import fitted, spec
@@ -143,6 +141,10 @@ def splash(
     It keeps no scores and passes over blocks that the mask hides. (B, L, H, Dh) in the dtype of v; L a multiple of 128.
     Each device runs it on its own sequences and heads. interpret: run the kernel's arithmetic on any backend.
     """
+    # Imported where a TPU's kernel is built: Pallas would make every command start later.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
     L, K = k_BLKDh.shape[1:3]
     repeats = q_BLHDh.shape[2] // K
     block = next(size for size in (512, 256, 128) if L % size == 0)
