@@ -431,12 +431,17 @@ def _check_training(cfg: Config) -> None:
         )
         _require(0 <= p.distill <= 1, f"{where}.distill={p.distill}: must be between 0 and 1")
         _require(
+            not (p.distill and imported),
+            f"{where}.distill={p.distill}: {name} is the first phase, which config.init_from replaces: it is not "
+            "trained; let a phase that starts from it learn",
+        )
+        _require(
             not p.distill or bool(p.start or p.teacher),
             f"{where}.distill={p.distill} needs a teacher: set {where}.start or {where}.teacher",
         )
         _require(
             not p.teacher or p.distill > 0,
-            f"{where}.teacher={p.teacher!r} is not learned from with distill=0.0: set {where}.distill",
+            f"{where}.teacher={p.teacher!r} is not learned from with distill=0.0: set {where}.distill, or leave it out",
         )
         _require(
             not p.teacher.startswith(":") or bool(cfg.init_from),
@@ -457,8 +462,9 @@ def _in_order(phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
     while len(done) < len(phases):
         ready = [n for n, p in phases.items() if n not in done and all(f in done for f in _waits_for(p).values())]
         if not ready:
-            name = next(n for n in phases if n not in done)
-            key, other = next((k, f) for k, f in _waits_for(phases[name]).items() if f not in done)
+            waiting = [(n, *need) for n, p in phases.items() if n not in done for need in _waits_for(p).items()]
+            missing = [w for w in waiting if w[2] not in done]
+            name, key, other = min(missing, key=lambda w: w[2] in phases)  # a name that nothing has is the mistake
             more = ", or RUN:PHASE," if key == "teacher" else ""
             raise UserError(
                 f"config.train.phases.{name}.{key}={other!r}: must be ''{more} or another phase that does not "

@@ -230,7 +230,7 @@ def fingerprint(audit: Audit, found: list[Domain], calibration_ML: np.ndarray) -
 
     def checkpoint(workdir: Path, phase: str, step: int) -> list[Any]:
         with Checkpoints(workdir, phase) as folder:
-            return [step, _digest((folder.path(step) / "manifest.json").read_bytes())]
+            return [step, folder.digest(step)]
 
     ref = audit.reference
     return {

@@ -1,6 +1,7 @@
 """One phase of a run: where it starts, its loop, its checkpoints, and what is measured on the way."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -124,7 +125,7 @@ def import_source(cfg: Config) -> tuple[str, str, int]:
       UserError: there is no such checkpoint.
     """
     where = f"config.init_from={cfg.init_from!r}"
-    folder, phase, step = _source(cfg)
+    folder, phase, step = source_of(cfg)
     phase = phase or next(iter(cfg.train.phases))
     if step and not step.isdigit():
         raise UserError(f"{where}: what follows '@' must be a step number")
@@ -136,8 +137,8 @@ def import_source(cfg: Config) -> tuple[str, str, int]:
     return folder, phase, wanted
 
 
-def _source(cfg: Config) -> tuple[str, str, str]:
-    """RUN, PHASE and STEP of config.init_from; "" for what it does not say."""
+def source_of(cfg: Config) -> tuple[str, str, str]:
+    """RUN, PHASE and STEP of config.init_from, whether they are there or not; "" for what it does not say."""
     source, step = _split(cfg.init_from, "@")
     return *_split(source, ":"), step
 
@@ -240,33 +241,20 @@ def _layer_arrays(
 # ---- What a phase learns from ----------------------------------------------------------------------------------------
 
 
-def teacher_weights(run: Run, name: str) -> Weights | None:
-    """The weights that a phase is distilled from, as they are evaluated; None without distillation.
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A finished phase of another run."""
 
-    Raises:
-      UserError: the phase of another run that phase.teacher names cannot be used.
-    """
-    phase = run.cfg.train.phases[name]
-    if not phase.distill:
-        return None
-    if own := phase.own_teacher:
-        return run.eval_weights(run.cfg.train.phases[own], final_state(run, own)[0])
-    folder, of, step, theirs = teacher_source(run.cfg, name, run.data)
-    plan, spec = quant_plan(theirs)[0], theirs.train.phases[of]
-    with Checkpoints(folder, of) as checkpoints:
-        state = checkpoints.restore(step, abstract_state(theirs, spec, plan, run.mesh))[0]
-    return jax.jit(functools.partial(steps.eval_weights, theirs, plan, quantize=spec.quantize))(state)
+    folder: str
+    phase: str
+    step: int
+    cfg: Config  # of its run
+    digest: str  # of its checkpoint
+    same_text: bool  # it was trained on the text of this run
 
 
-def check_teachers(cfg: Config, data: Data) -> None:
-    """Raises UserError where a phase learns from another run's, which does not exist or does not fit this run."""
-    for name, phase in cfg.train.phases.items():
-        if phase.distill and not phase.own_teacher:
-            teacher_source(cfg, name, data)
-
-
-def teacher_source(cfg: Config, name: str, data: Data) -> tuple[str, str, int, Config]:
-    """Folder, phase, last step and configuration of what phase.teacher=RUN:PHASE names; an empty RUN is init_from's.
+def find_teacher(cfg: Config, name: str, data: Data) -> Teacher:
+    """What phase.teacher=RUN:PHASE names; an empty RUN is init_from's.
 
     Raises:
       UserError: there is no such phase, it is not finished, or its model or tokenizer is another.
@@ -274,25 +262,77 @@ def teacher_source(cfg: Config, name: str, data: Data) -> tuple[str, str, int, C
     teacher = cfg.train.phases[name].teacher
     where = f"config.train.phases.{name}.teacher={teacher!r}"
     folder, _, phase = teacher.rpartition(":")
-    folder = folder or _source(cfg)[0]
+    folder = folder or source_of(cfg)[0]
     with Checkpoints(folder, phase) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"{where}: {folder} has no checkpoint of phase {phase!r}")
         if checkpoints.in_parts(step):
-            raise UserError(f"{where}: {folder} was imported: let config.init_from name it, and the phase start there")
-        meta = checkpoints.meta(step)
+            raise UserError(
+                f"{where}: {folder} holds imported weights alone: begin a run there (config.init_from={folder!r}), "
+                f"and name its phase: teacher={next(iter(cfg.train.phases))!r}"
+            )
+        meta, digest = checkpoints.meta(step), checkpoints.digest(step)
     if not meta["done"]:
         raise UserError(f"{where}: phase {phase!r} of {folder} stands at step {step}: finish it first")
     if meta["tokenizer"] != data.tokenizer.hash:
         raise UserError(f"{where} was trained with another tokenizer: set config.data.tokenizer")
-    theirs = resolve(meta["config"])
+    try:
+        theirs = resolve(meta["config"])
+    except UserError as e:
+        raise UserError(f"{where}: the configuration of {folder} cannot be used: {e}") from e
     others = other_settings(cfg.model, theirs.model)
     if cfg.model.scan_layers != theirs.model.scan_layers:  # weights lie in another layout
         others["scan_layers"] = (cfg.model.scan_layers, theirs.model.scan_layers)
     for setting, (here, there) in others.items():
         raise UserError(f"{where}: model.{setting} is {there!r} there and {here!r} here; a teacher is the same model")
-    return folder, phase, step, theirs
+    return Teacher(folder, phase, step, theirs, digest, meta["data"] == data.hash)
+
+
+def check_teachers(cfg: Config, workdir: Path, data: Data) -> None:
+    """Looks for the teachers in other runs, of phases that are not finished.
+
+    Raises:
+      UserError: one does not exist, does not fit, or is not the one that the phase has learned from until now.
+    """
+    for name, phase in cfg.train.phases.items():
+        if not phase.distill or phase.own_teacher:
+            continue
+        with Checkpoints(workdir, name) as checkpoints:
+            step = checkpoints.latest_good()
+            meta = {"done": False} if step is None else checkpoints.meta(step)
+        if meta["done"]:
+            continue
+        found = find_teacher(cfg, name, data)
+        if meta.get("teacher", found.digest) != found.digest:
+            raise UserError(
+                f"config.train.phases.{name}.teacher={phase.teacher!r} is not what {name} has learned from in its "
+                f"first {step} steps: put that back, or take another --workdir"
+            )
+        if not found.same_text and distributed.first():
+            print(f"{found.folder} was trained on other text: {name} may learn from it what this run holds out")
+
+
+def teacher_weights(run: Run, name: str) -> tuple[Weights | None, str]:
+    """The weights that a phase is distilled from, as they are evaluated, and, of another run, their digest.
+
+    Raises:
+      UserError: what phase.teacher names in another run is not there any more.
+    """
+    phase = run.cfg.train.phases[name]
+    if not phase.distill:
+        return None, ""
+    if own := phase.own_teacher:
+        return run.eval_weights(run.cfg.train.phases[own], final_state(run, own)[0]), ""
+    with distributed.together():
+        found = find_teacher(run.cfg, name, run.data)
+    plan, spec = quant_plan(found.cfg)[0], found.cfg.train.phases[found.phase]
+    state = abstract_state(found.cfg, spec, plan, run.mesh)
+    with Checkpoints(found.folder, found.phase) as checkpoints:  # without the moments, which are twice the weights
+        there = checkpoints.restore(found.step, {"params": state.params, "ema": state.ema})[0]
+    params = {**there["params"], "model": there["ema"] or there["params"]["model"]}
+    weights = jax.jit(functools.partial(steps.deployed, found.cfg, plan, quantize=spec.quantize))(params)
+    return weights, found.digest
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
@@ -312,10 +352,11 @@ def loop(
     train_step = jit_step(cfg, phase, run.plan, run.mesh, state)
     run.train_iterator.set_state(position)
     log = Log(run, name, int(state.step), checkpoints)
+    keep = functools.partial(save, run, checkpoints, teacher=watch.teacher_digest)
     for n in range(int(state.step) + 1, phase.steps + 1):
         if run.stop.reached():
             log.close()
-            save(run, checkpoints, state, run.train_iterator.get_state(), wait=True)
+            keep(state, run.train_iterator.get_state(), wait=True)
             raise run.stop.interrupted(f"after step {n - 1} of {phase.steps} of phase {name}, which is saved")
         batch = run.place(next(run.train_iterator))
         due = bool(cfg.eval.every) and (n % cfg.eval.every == 0 or n == phase.steps)
@@ -337,7 +378,7 @@ def loop(
         if n % cfg.train.checkpoint_every == 0 or n == phase.steps:
             log.flush()  # never keep a state whose loss was not looked at
             with log.paused():
-                save(run, checkpoints, state, run.train_iterator.get_state(), done=n == phase.steps)
+                keep(state, run.train_iterator.get_state(), done=n == phase.steps)
     log.close()
     checkpoints.wait()
     return state
@@ -351,9 +392,15 @@ def save(
     *,
     done: bool = False,
     wait: bool = False,
+    teacher: str = "",
 ) -> None:
-    """Saves a state under its step; `done` marks the phase's last one."""
-    meta = {"config": json.loads(to_json(run.cfg)), "data": run.data.hash, "tokenizer": run.data.tokenizer.hash}
+    """Saves a state under its step; `done` marks the phase's last one, `teacher` is the digest of another run's."""
+    meta = {
+        "config": json.loads(to_json(run.cfg)),
+        "data": run.data.hash,
+        "tokenizer": run.data.tokenizer.hash,
+        "teacher": teacher,
+    }
     checkpoints.save(int(state.step), state, position, meta, final=done, wait=wait)
 
 
@@ -363,7 +410,7 @@ class Watch:
     def __init__(self, run: Run, name: str, state: TrainState):
         cfg, phase = run.cfg, run.cfg.train.phases[name]
         self.plan, self.quantize = run.plan, phase.quantize
-        self.teacher = teacher_weights(run, name)
+        self.teacher, self.teacher_digest = teacher_weights(run, name)
         if not phase.quantize:
             return
         rule = cfg.quant.dynamic_rule

@@ -42,7 +42,7 @@ from qatmoe.errors import UserError
 from qatmoe.files import check_place, write_atomically
 from qatmoe.mesh import RULES, make_mesh
 from qatmoe.metrics import Metrics
-from qatmoe.phases import check_import, check_teachers, import_source, round_control, run_phase
+from qatmoe.phases import check_import, check_teachers, round_control, run_phase, source_of
 from qatmoe.quant.plan import Plan, format_coverage, totals
 from qatmoe.run import Interrupted, Run, Stop, check_mesh, quant_plan, train_iterator, valid_batches
 
@@ -60,7 +60,7 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
     """Runs or continues every phase, evaluates the branches and their roundings, and writes the report.
 
     Raises:
-      UserError: unusable input; nothing was written into `workdir`.
+      UserError: unusable input; nothing was written into `workdir`, but where a teacher's run has gone meanwhile.
       RunError: the run cannot go on; its checkpoints are intact.
       Interrupted: a signal asked for an end; all is saved.
     """
@@ -78,8 +78,7 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
     with distributed.together():
         if cfg.init_from and new:
             check_import(cfg, mesh, plan, data)
-        if new:
-            check_teachers(cfg, data)
+        check_teachers(cfg, workdir, data)
     with distributed.together():
         lock = open_workdir(workdir, to_json(cfg))
     with lock, jax.set_mesh(mesh):
@@ -156,7 +155,7 @@ def deployment(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> str:
 def keep_origin(cfg: Config, workdir: Path) -> None:
     """An imported model's context, chat template and ends of turn belong to what is trained from it."""
     if distributed.first() and cfg.init_from and not (workdir / ORIGIN).exists():
-        source = Path(import_source(cfg)[0]) / ORIGIN
+        source = Path(source_of(cfg)[0]) / ORIGIN
         if source.is_file():
             write_atomically(workdir / ORIGIN, source.read_text(encoding="utf-8"))
 

@@ -119,6 +119,21 @@ def test_phases_run_after_what_they_start_and_learn_from():
     assert order.index("trunk") < order.index("c") < order.index("b") < order.index("a")
 
 
+def test_the_phase_that_is_replaced_cannot_learn():
+    config = small(init_from="run")
+    config["train"]["phases"]["trunk"] |= {"distill": 0.5, "teacher": ":control"}
+    with pytest.raises(UserError, match="trunk is the first phase, which config.init_from replaces"):
+        resolve(config)
+
+
+def test_a_phase_that_nothing_has_is_the_mistake_that_is_named():
+    config = small()
+    config["train"]["phases"]["a"] = phase(steps=1, start="trunk", distill=0.5, teacher="b").to_dict()
+    config["train"]["phases"]["b"] = phase(steps=1, start="nowhere").to_dict()
+    with pytest.raises(UserError, match="b.start='nowhere'"):
+        resolve(config)
+
+
 def test_command_line_overrides(config_files):
     toy = next(f for f in config_files if f.stem == "toy")
     args = ["x", "--config", str(toy), "--config.model.dim=256", "--config.train.phases.qat.steps=17", "--workdir=w"]

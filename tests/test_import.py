@@ -74,6 +74,7 @@ def test_what_the_folder_says_of_the_models_use_comes_back(tiny, tmp_path):
     train.keep_origin(dataclasses.replace(cfg, init_from=str(tmp_path / "run")), tmp_path / "run")  # its own: kept
     (tmp_path / "next").mkdir()
     train.keep_origin(dataclasses.replace(cfg, init_from=str(tmp_path / "run")), tmp_path / "next")
+    train.keep_origin(dataclasses.replace(cfg, init_from=str(tmp_path / "gone")), tmp_path)  # what began there goes on
     assert (tmp_path / "next" / "origin.json").read_text() == (tmp_path / "run" / "origin.json").read_text()
     for form in ("gguf", "safetensors"):
         assert export.main([f"--run={tmp_path / 'run'}", f"--format={form}", f"--out={tmp_path / form}"]) == 0

@@ -182,34 +182,57 @@ def get_config():
     for name, start, teacher in (
         ("own", "trunk", "qat"), ("theirs", "trunk", ":qat"), ("itself", "control", ":control")
     ):
-        config.train.phases[name] = phase(steps=2, start=start, distill=1.0, teacher=teacher)
+        config.train.phases[name] = phase(steps=4, start=start, distill=1.0, teacher=teacher)
     return config
 """
 
 
 @pytest.fixture(scope="module")
 def branched(whole, quick_env, tmp_path_factory):
-    """A run that begins at another's trunk."""
+    """A folder: a run, `source` whose trunk it begins at, `killed` as it once was; and the job's arguments."""
     folder = tmp_path_factory.mktemp("branched")
     (folder / "taught.py").write_text(TAUGHT)
-    given = [f"--config={folder}/taught.py", f"--config.init_from={whole[0]}@6"]
-    done = launch(quick_env, "-m", "qatmoe.train", *given, *arguments(folder / "run")[1:])
+    shutil.copytree(whole[0], folder / "source")
+    job = [f"--config={folder}/taught.py", f"--config.init_from={folder}/source@6", *arguments("")[2:]]
+    # Saves: one of the trunk, two of each phase, and `theirs` is the third that is trained.
+    done = launch(quick_env, "-c", KILLER, "inside a save", "7", *job, f"--workdir={folder}/run")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    shutil.copytree(folder / "run", folder / "killed")
+    done = launch(quick_env, "-m", "qatmoe.train", *job, f"--workdir={folder}/run")
     assert done.returncode == 0, done.stderr
-    return folder / "run"
+    return folder, job
 
 
 def test_branching_from_another_runs_checkpoint(whole, branched):
+    workdir = branched[0] / "run"
     branches = [r for r in numbers(whole[0]) if r["phase"] in ("control", "qat")]
-    assert by_place(r for r in numbers(branched) if r["phase"] in ("control", "qat")) == by_place(branches)
-    assert not [r for r in metrics.read(branched) if r["phase"] == "trunk" and r["split"] == "train"]
+    assert by_place(r for r in numbers(workdir) if r["phase"] in ("control", "qat")) == by_place(branches)
+    assert not [r for r in metrics.read(workdir) if r["phase"] == "trunk" and r["split"] == "train"]
 
 
 def test_a_phase_learns_from_a_finished_phase_of_its_own_or_another_run(branched):
-    steps = {(r["phase"], r["step"]): r for r in numbers(branched) if r["split"] == "train"}
-    figures = {name: [(steps[name, n]["loss"], steps[name, n]["kl"]) for n in (1, 2)] for name, _ in steps}
+    """The other run's teacher through a kill and its own without one; both are 2-bit branches of the same numbers."""
+    with Checkpoints(branched[0] / "killed", "theirs") as checkpoints:
+        assert checkpoints.steps() == [2]
+    steps = {(r["phase"], r["step"]): r for r in numbers(branched[0] / "run") if r["split"] == "train"}
+    figures = {name: [(steps[name, n]["loss"], steps[name, n]["kl"]) for n in range(1, 5)] for name, _ in steps}
     assert figures["theirs"] == figures["own"]
     assert figures["theirs"][0][1] > 1e-2
     assert abs(figures["itself"][0][1]) < 1e-6  # it starts as its teacher
+
+
+def test_a_phase_goes_on_only_with_the_teacher_that_it_began_with(branched, capsys, cache):
+    folder, job = branched
+    teacher = folder / "source" / "checkpoints" / "qat" / "4"
+    teacher.rename(folder / "kept")
+    shutil.copytree(folder / "source" / "checkpoints" / "control" / "4", teacher)
+    code, line = fails(capsys, *job, f"--workdir={folder}/killed")
+    assert (code, "teacher=':qat' is not what theirs has learned from in its first 2 steps" in line) == (2, True)
+    shutil.rmtree(teacher.parent)
+    code, line = fails(capsys, *job, f"--workdir={folder}/killed")
+    assert (code, "has no checkpoint of phase 'qat'" in line) == (2, True)
+    teacher.parent.mkdir()
+    (folder / "kept").rename(teacher)
 
 
 @pytest.mark.parametrize(

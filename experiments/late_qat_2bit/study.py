@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 
 from experiments import scales
 from experiments.scales import Scale, experts_on
-from launch.algebra import Points, chain, values
+from launch.algebra import Points, chain, values, zip_
 from launch.study import Report, Results, Row, Study, branches
 from launch.study_tables import (
     Group,
     above_control,
+    by_seed,
     dots,
     judged,
     mean_se,
@@ -30,13 +31,23 @@ from qatmoe.text_table import markdown
 
 PTQ = r"^control/(q2_0|ternary|q2_k|Q2_0|Q2_K|IQ2_XXS|IQ2_XS|IQ2_S)/"
 
-DISTILL, CLIP, SIGNED = "train.phases.qat.distill", "quant.clip_gradient", "quant.signed"
+CLIP, SIGNED = "quant.clip_gradient", "quant.signed"
+
+
+def taught_by(teacher: str, share: float) -> Points:
+    """One point: a share of the loss is the KL to a teacher; ":control" is that of the trunk's run."""
+    return zip_(values("train.phases.qat.teacher", [teacher]), values("train.phases.qat.distill", [share]))
+
+
+HALF, ALL = (f"q2_0, learned, {share} KL to the control" for share in ("half", "all"))
 RECIPES: dict[str, Points] = {
     "q2_0, dynamic scales": values("quant.scale", ["dynamic"]),
     "q2_0, learned scales without a sign": values(SIGNED, [False]),
     "q2_0, learned, LSQ's clipped gradient": values(CLIP, [True]),
-    "q2_0, learned, half KL to the trunk": values(DISTILL, [0.5]),
-    "q2_0, learned, all KL to the trunk": values(DISTILL, [1.0]),
+    "q2_0, learned, half KL to the trunk": taught_by("trunk", 0.5),
+    "q2_0, learned, all KL to the trunk": taught_by("trunk", 1.0),
+    HALF: taught_by(":control", 0.5),
+    ALL: taught_by(":control", 1.0),
     "ternary, learned": experts_on("ternary"),
     "q2_k (stretched), learned": experts_on("q2_k"),
 }
@@ -90,7 +101,8 @@ def report(results: Results) -> Report:
         tables[f"{scale}_domains"] = domains_table([controls[1], *rounded, best, *made])
         tables[f"{scale}_shares"] = shares_table(shares_of(s, rows), rows)
         tables[f"{scale}_rates"] = table(rates_of(s, rows, best, controls[1]), [], rows)
-        tables[f"{scale}_goals"] = goals(best, ptq, rows)
+        taught = [select(rows, name, f"{scale}_recipes", **RECIPES[name][0]) for name in (HALF, ALL)]
+        tables[f"{scale}_goals"] = goals([best, *taught], ptq, rows)
         drawn = [*((g, "black") for g in rounded), (best, "tab:red"), *((g, "tab:orange") for g in made)]
         dots(left, drawn, rows)
         left.set_title(f"{scale}: rounding (black) and QAT, {len(best.rows)} seeds", fontsize=10)
@@ -174,15 +186,18 @@ def rates_of(s: Scale, rows: Sequence[Row], qat: Group, control: Group) -> list[
     return groups
 
 
-def goals(qat: Group, ptq: Sequence[Group], rows: Sequence[Row]) -> str:
-    """What was asked of Q2_0 with learned scales, and what was found."""
+def goals(recipes: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) -> str:
+    """What was asked of 2.25 bits, and what recipes reach."""
     best = min(ptq, key=lambda g: mean_se([r["kld"] for r in g.rows])[0])
-    pairs = list(zip(qat.rows, best.rows, strict=True))
-    ratios = [a["kld"] / b["kld"] for a, b in pairs]
-    relative = [100 * a / (r["loss"] - a) for a, r in zip(above_control(qat, rows), qat.rows, strict=True)]
-    shares = [100 * x for x in recovered(qat, ptq, rows)]
-    lines = [["goal at 2.25 bits", "found"]]
-    lines.append(["recovers at least 95 % of what the best rounding in 2.7 bits loses", with_se(shares, ".0f") + " %"])
-    lines.append(["within 2 % of the control's loss", with_se(relative, ".2f") + " %"])
-    lines.append([f"KLD at most 1/5 of the best rounding's ({best.label})", with_se(ratios, ".2f")])
+    names = (
+        "recovers at least 95 % of what the best rounding in 2.7 bits loses",
+        "within 2 % of the control's loss",
+        f"KLD at most 1/5 of the best rounding's ({best.label})",
+    )
+    lines = [["goal at 2.25 bits", *(group.label for group in recipes)], *([name] for name in names)]
+    for group in recipes:
+        relative = [100 * a / (r["loss"] - a) for a, r in zip(above_control(group, rows), group.rows, strict=True)]
+        lines[1].append(with_se([100 * x for x in recovered(group, ptq, rows)], ".0f") + " %")
+        lines[2].append(with_se(relative, ".2f") + " %")
+        lines[3].append(with_se([qat["kld"] / rounded["kld"] for qat, rounded in by_seed(group, best)], ".2f"))
     return markdown(lines)
