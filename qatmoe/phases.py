@@ -304,12 +304,12 @@ def check_teachers(cfg: Config, workdir: Path, data: Data) -> None:
         if meta["done"]:
             continue
         found = find_teacher(cfg, name, data)
-        if meta.get("teacher", found.digest) != found.digest:
+        if meta.get("teacher") and meta["teacher"] != found.digest:
             raise UserError(
                 f"config.train.phases.{name}.teacher={phase.teacher!r} is not what {name} has learned from in its "
                 f"first {step} steps: put that back, or take another --workdir"
             )
-        if not found.same_text and distributed.first():
+        if not found.same_text:
             print(f"{found.folder} was trained on other text: {name} may learn from it what this run holds out")
 
 
@@ -317,7 +317,7 @@ def teacher_weights(run: Run, name: str) -> tuple[Weights | None, str]:
     """The weights that a phase is distilled from, as they are evaluated, and, of another run, their digest.
 
     Raises:
-      UserError: what phase.teacher names in another run is not there any more.
+      UserError: what phase.teacher names in another run is not there any more, or no longer fits.
     """
     phase = run.cfg.train.phases[name]
     if not phase.distill:
@@ -327,11 +327,10 @@ def teacher_weights(run: Run, name: str) -> tuple[Weights | None, str]:
     with distributed.together():
         found = find_teacher(run.cfg, name, run.data)
     plan, spec = quant_plan(found.cfg)[0], found.cfg.train.phases[found.phase]
-    state = abstract_state(found.cfg, spec, plan, run.mesh)
-    with Checkpoints(found.folder, found.phase) as checkpoints:  # without the moments, which are twice the weights
-        there = checkpoints.restore(found.step, {"params": state.params, "ema": state.ema})[0]
-    params = {**there["params"], "model": there["ema"] or there["params"]["model"]}
-    weights = jax.jit(functools.partial(steps.deployed, found.cfg, plan, quantize=spec.quantize))(params)
+    wanted = abstract_state(found.cfg, spec, plan, run.mesh)._replace(opt_state={})  # moments are twice the weights
+    with Checkpoints(found.folder, found.phase) as checkpoints:
+        state = checkpoints.restore(found.step, wanted)[0]
+    weights = jax.jit(functools.partial(steps.eval_weights, found.cfg, plan, quantize=spec.quantize))(state)
     return weights, found.digest
 
 

@@ -12,8 +12,9 @@ import time
 import pytest
 from conftest import ROOT
 
-from qatmoe import metrics, train
+from qatmoe import cli, metrics, phases, train
 from qatmoe.checkpoint import Checkpoints
+from qatmoe.data import batches
 
 SHORT = [
     "--config.train.log_every=1",
@@ -189,7 +190,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def branched(whole, quick_env, tmp_path_factory):
-    """A folder: a run, `source` whose trunk it begins at, `killed` as it once was; and the job's arguments."""
+    """A folder: `run`, `source` whose trunk it begins at, `killed` as it once was; and the job's arguments."""
     folder = tmp_path_factory.mktemp("branched")
     (folder / "taught.py").write_text(TAUGHT)
     shutil.copytree(whole[0], folder / "source")
@@ -222,17 +223,20 @@ def test_a_phase_learns_from_a_finished_phase_of_its_own_or_another_run(branched
 
 
 def test_a_phase_goes_on_only_with_the_teacher_that_it_began_with(branched, capsys, cache):
+    """It leaves no teacher: nothing after it starts from `source`."""
     folder, job = branched
     teacher = folder / "source" / "checkpoints" / "qat" / "4"
-    teacher.rename(folder / "kept")
+    shutil.rmtree(teacher)
     shutil.copytree(folder / "source" / "checkpoints" / "control" / "4", teacher)
     code, line = fails(capsys, *job, f"--workdir={folder}/killed")
     assert (code, "teacher=':qat' is not what theirs has learned from in its first 2 steps" in line) == (2, True)
     shutil.rmtree(teacher.parent)
     code, line = fails(capsys, *job, f"--workdir={folder}/killed")
     assert (code, "has no checkpoint of phase 'qat'" in line) == (2, True)
-    teacher.parent.mkdir()
-    (folder / "kept").rename(teacher)
+    cfg, _ = cli.parse(["x", *job], "", {})
+    phases.check_teachers(
+        cfg, folder / "run", batches.load_data(cfg.data, cfg.model.vocab_size)
+    )  # finished: none needed
 
 
 @pytest.mark.parametrize(

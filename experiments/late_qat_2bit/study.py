@@ -105,6 +105,9 @@ def report(results: Results) -> Report:
         tables[f"{scale}_goals"] = goals([best, *taught], ptq, rows)
         drawn = [*((g, "black") for g in rounded), (best, "tab:red"), *((g, "tab:orange") for g in made)]
         dots(left, drawn, rows)
+        left.set_xscale("symlog", linthresh=0.1)  # recipes differ by hundredths, roundings by tenths
+        ticks = [0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.3, 1]
+        left.set_xticks(ticks, [f"{x:g}" for x in ticks])
         left.set_title(f"{scale}: rounding (black) and QAT, {len(best.rows)} seeds", fontsize=10)
         draw_shares(right, shares_of(s, rows), rows)
         right.set_title(f"{scale}: QAT in the last steps of equal training", fontsize=10)
