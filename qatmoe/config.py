@@ -462,9 +462,8 @@ def _in_order(phases: dict[str, PhaseConfig]) -> dict[str, PhaseConfig]:
     while len(done) < len(phases):
         ready = [n for n, p in phases.items() if n not in done and all(f in done for f in _waits_for(p).values())]
         if not ready:
-            waiting = [(n, *need) for n, p in phases.items() if n not in done for need in _waits_for(p).items()]
-            missing = [w for w in waiting if w[2] not in done]
-            name, key, other = min(missing, key=lambda w: w[2] in phases)  # a name that nothing has is the mistake
+            waits = [(n, key, f) for n, p in phases.items() for key, f in _waits_for(p).items() if f not in done]
+            name, key, other = min(waits, key=lambda w: w[2] in phases)  # a name that nothing has is the mistake
             more = ", or RUN:PHASE," if key == "teacher" else ""
             raise UserError(
                 f"config.train.phases.{name}.{key}={other!r}: must be ''{more} or another phase that does not "

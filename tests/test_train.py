@@ -234,9 +234,8 @@ def test_a_phase_goes_on_only_with_the_teacher_that_it_began_with(branched, caps
     code, line = fails(capsys, *job, f"--workdir={folder}/killed")
     assert (code, "has no checkpoint of phase 'qat'" in line) == (2, True)
     cfg, _ = cli.parse(["x", *job], "", {})
-    phases.check_teachers(
-        cfg, folder / "run", batches.load_data(cfg.data, cfg.model.vocab_size)
-    )  # finished: none needed
+    data = batches.load_data(cfg.data, cfg.model.vocab_size)
+    phases.check_teachers(cfg, folder / "run", data)  # which is finished: it needs none
 
 
 @pytest.mark.parametrize(

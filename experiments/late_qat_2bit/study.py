@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments import scales
 from experiments.scales import Scale, experts_on
-from launch.algebra import Points, chain, values, zip_
+from launch.algebra import Points, chain, values
 from launch.study import Report, Results, Row, Study, branches
 from launch.study_tables import (
     Group,
@@ -36,7 +36,7 @@ CLIP, SIGNED = "quant.clip_gradient", "quant.signed"
 
 def taught_by(teacher: str, share: float) -> Points:
     """One point: a share of the loss is the KL to a teacher; ":control" is that of the trunk's run."""
-    return zip_(values("train.phases.qat.teacher", [teacher]), values("train.phases.qat.distill", [share]))
+    return [{"train.phases.qat.teacher": teacher, "train.phases.qat.distill": share}]
 
 
 HALF, ALL = (f"q2_0, learned, {share} KL to the control" for share in ("half", "all"))
@@ -95,15 +95,14 @@ def report(results: Results) -> Report:
         controls = [select(rows, name, trunks, row=name) for name in ("trunk", "control")]
         rounded = roundings(rows, trunks, PTQ)
         best = select(rows, "**q2_0, learned scales** (the config)", trunks)
-        made = [select(rows, name, f"{scale}_recipes", **p) for name, (p,) in recipes_of(s).items()]
+        made = {name: select(rows, name, f"{scale}_recipes", **p) for name, (p,) in recipes_of(s).items()}
         ptq = [g for g in rounded if g.rows[0]["bits_per_weight"] <= 2.7]
-        tables[f"{scale}_recipes"] = table([*controls, *rounded, best, *made], ptq, rows)
-        tables[f"{scale}_domains"] = domains_table([controls[1], *rounded, best, *made])
+        tables[f"{scale}_recipes"] = table([*controls, *rounded, best, *made.values()], ptq, rows)
+        tables[f"{scale}_domains"] = domains_table([controls[1], *rounded, best, *made.values()])
         tables[f"{scale}_shares"] = shares_table(shares_of(s, rows), rows)
         tables[f"{scale}_rates"] = table(rates_of(s, rows, best, controls[1]), [], rows)
-        taught = [select(rows, name, f"{scale}_recipes", **RECIPES[name][0]) for name in (HALF, ALL)]
-        tables[f"{scale}_goals"] = goals([best, *taught], ptq, rows)
-        drawn = [*((g, "black") for g in rounded), (best, "tab:red"), *((g, "tab:orange") for g in made)]
+        tables[f"{scale}_goals"] = goals([best, made[HALF], made[ALL]], ptq, rows)
+        drawn = [*((g, "black") for g in rounded), (best, "tab:red"), *((g, "tab:orange") for g in made.values())]
         dots(left, drawn, rows)
         left.set_xscale("symlog", linthresh=0.1)  # recipes differ by hundredths, roundings by tenths
         ticks = [0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.3, 1]
