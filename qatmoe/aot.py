@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from qatmoe import hlo, roofline
@@ -78,7 +79,7 @@ class Job:
         """The step for the machine. Raises jax.errors.JaxRuntimeError, where it does not fit."""
         step = jit_step(self.cfg, self.cfg.train.phases[self.phase], self._plan, self.mesh, self.state)
         with jax.set_mesh(self.mesh):
-            return step.lower(self.state, self.batch, self.teacher).compile()
+            return step.lower(self.state, self.batch, self.teacher, np.float32(1)).compile()
 
     # ---- bytes on one device, by arithmetic ----
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from qatmoe import cli, parts
@@ -43,6 +44,7 @@ from qatmoe.run import abstract_state, check_mesh, jit_step, place, quant_plan, 
 Row = dict[str, Any]
 Batch = dict[str, jax.Array]
 WARM_UP = 3  # steps
+RATE = np.float32(1)
 
 
 class Variant:
@@ -62,7 +64,7 @@ class Variant:
 
         self.state = jax.jit(first, out_shardings=places)(jax.random.key(0))
         start = time.perf_counter()
-        self._step = jit_step(cfg, phase, plan, mesh, self.state).lower(self.state, batch, None).compile()
+        self._step = jit_step(cfg, phase, plan, mesh, self.state).lower(self.state, batch, None, RATE).compile()
         self.compile_s = time.perf_counter() - start
 
     @property
@@ -76,7 +78,7 @@ class Variant:
     def run(self) -> None:
         """One timed step."""
         start = time.perf_counter()
-        self.state, values = self._step(self.state, self.batch, None)
+        self.state, values = self._step(self.state, self.batch, None, RATE)
         jax.block_until_ready(values)
         self.seconds.append(time.perf_counter() - start)
         self.dropped.append(float(jnp.mean(values["dropped_N"])))
@@ -84,11 +86,11 @@ class Variant:
     def stream(self, source: Iterator[Batch], n: int) -> float:
         """Seconds per step of n steps over a source of batches, the host preparing the next while the device works."""
         for _ in range(WARM_UP):
-            self.state, values = self._step(self.state, next(source), None)
+            self.state, values = self._step(self.state, next(source), None, RATE)
         jax.block_until_ready(values)
         start = time.perf_counter()
         for _ in range(n):
-            self.state, values = self._step(self.state, next(source), None)
+            self.state, values = self._step(self.state, next(source), None, RATE)
         jax.block_until_ready(values)
         return (time.perf_counter() - start) / n
 

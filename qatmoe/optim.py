@@ -85,18 +85,17 @@ def _muon(cfg: OptimConfig) -> optax.GradientTransformation:
     return optax.chain(muon, resize)
 
 
-def schedule(cfg: OptimConfig, phase: PhaseConfig, step: jax.Array) -> jax.Array:
+def schedule(cfg: OptimConfig, phase: PhaseConfig, step: int) -> float:
     """Factor on every rate at `step` (0-based) of a phase: warmup, then stable and linear decay ("wsd"), or cosine."""
     peak = phase.lr / cfg.lr if phase.lr else 1.0
-    done = step.astype(jnp.float32)
-    warm = jnp.minimum(1.0, (done + 1) / phase.warmup) if phase.warmup else jnp.ones(())
+    warm = min(1.0, (step + 1) / phase.warmup) if phase.warmup else 1.0
     if cfg.schedule == "cosine":
         length = max(phase.steps - phase.warmup, 1)
-        fall = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((done - phase.warmup) / length, 0, 1)))
+        fall = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, (step - phase.warmup) / length))))
     elif phase.decay:
-        fall = jnp.clip((phase.steps - done) / phase.decay, 0, 1)
+        fall = min(1.0, max(0.0, (phase.steps - step) / phase.decay))
     else:
-        fall = jnp.ones(())
+        fall = 1.0
     return peak * warm * (cfg.final_lr + (1 - cfg.final_lr) * fall)
 
 

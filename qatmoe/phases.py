@@ -23,10 +23,11 @@ from qatmoe.config import Config, other_settings, resolve, to_json
 from qatmoe.data.batches import Data
 from qatmoe.errors import RunError, UserError
 from qatmoe.model.transformer import STACKED
+from qatmoe.optim import schedule
 from qatmoe.quant import fake
 from qatmoe.quant.grid import RULES
 from qatmoe.quant.plan import Plan
-from qatmoe.run import Run, Weights, abstract_state, jit_step, quant_plan
+from qatmoe.run import Run, Weights, abstract_state, quant_plan
 from qatmoe.step import TrainState
 from qatmoe.tree import leaves_by_path, path_of
 
@@ -348,7 +349,7 @@ def loop(
     """Steps until the phase is done. Host work on step n happens while the device is already on step n + 1."""
     cfg, phase = run.cfg, run.cfg.train.phases[name]
     watch = Watch(run, name, state)
-    train_step = jit_step(cfg, phase, run.plan, run.mesh, state)
+    train_step = run.train_step(phase)
     run.train_iterator.set_state(position)
     log = Log(run, name, int(state.step), checkpoints)
     keep = functools.partial(save, run, checkpoints, teacher=watch.teacher_digest)
@@ -361,8 +362,9 @@ def loop(
         due = bool(cfg.eval.every) and (n % cfg.eval.every == 0 or n == phase.steps)
         before = watch.codes(state.params) if due else None
         trace.before(n, state)
+        rate = np.float32(schedule(cfg.optim, phase, n - 1))
         with jax.profiler.StepTraceAnnotation("train", step_num=n):
-            state, values = train_step(state, batch, watch.teacher)
+            state, values = train_step(state, batch, watch.teacher, rate)
         trace.after(n, state)
         log.flush()
         log.pending = (n, values)

@@ -112,13 +112,24 @@ class Run:
 
     def abstract_state(self, phase: PhaseConfig) -> steps.TrainState:
         """Shapes and shardings of a phase's state."""
-        if phase not in self._abstract_states:
-            self._abstract_states[phase] = abstract_state(self.cfg, phase, self.plan, self.mesh)
-        return self._abstract_states[phase]
+        if phase.quantize not in self._abstract_states:
+            self._abstract_states[phase.quantize] = abstract_state(self.cfg, phase, self.plan, self.mesh)
+        return self._abstract_states[phase.quantize]
 
     @functools.cached_property
-    def _abstract_states(self) -> dict[PhaseConfig, steps.TrainState]:
-        """By phase: each is asked for several times, and traced once."""
+    def _abstract_states(self) -> dict[bool, steps.TrainState]:
+        """By `quantize`: each is asked for several times, and traced once."""
+        return {}
+
+    def train_step(self, phase: PhaseConfig) -> Any:
+        """A phase's step, as `jit_step` makes it. Phases that differ in their schedule alone are one program."""
+        key = phase.quantize, phase.distill
+        if key not in self._train_steps:
+            self._train_steps[key] = jit_step(self.cfg, phase, self.plan, self.mesh, self.abstract_state(phase))
+        return self._train_steps[key]
+
+    @functools.cached_property
+    def _train_steps(self) -> dict[tuple[bool, float], Any]:
         return {}
 
     @functools.cached_property
@@ -230,13 +241,20 @@ def abstract_state(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh) -> s
 
 
 def jit_step(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh, state: steps.TrainState) -> Any:
-    """A phase's training step, (state, batch, teacher) -> (state, metrics). The state is donated and stays in place.
+    """A phase's training step, (state, batch, teacher, rate) -> (state, metrics). The state is donated, stays in place.
 
     Args:
       state: arrays or their shapes, with the shardings that the step keeps.
     """
     return jax.jit(
-        functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=plan, groups=batch_groups(mesh)),
+        functools.partial(
+            steps.train_step,
+            cfg=cfg,
+            plan=plan,
+            quantize=phase.quantize,
+            distill=phase.distill,
+            groups=batch_groups(mesh),
+        ),
         donate_argnums=0,
         out_shardings=(
             jax.tree.map(lambda s: s.sharding, state),

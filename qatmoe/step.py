@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -11,7 +12,7 @@ from qatmoe import loss as losses
 from qatmoe.config import Config, PhaseConfig
 from qatmoe.mesh import constrain, fitted
 from qatmoe.model import router, transformer
-from qatmoe.optim import carry_over, make_optimizer, schedule
+from qatmoe.optim import carry_over, make_optimizer
 from qatmoe.quant import fake
 from qatmoe.quant.plan import Plan
 from qatmoe.tree import leaves_by_path, path_of
@@ -79,39 +80,48 @@ def train_step(
     state: TrainState,
     batch: losses.Batch,
     teacher: Params | None,
+    rate: jax.Array | np.float32,
     *,
     cfg: Config,
-    phase: PhaseConfig,
     plan: Plan,
+    quantize: bool,
+    distill: float = 0.0,
     groups: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One optimizer step. batch: (B, L') arrays; teacher: weights for distillation or None.
+    """One optimizer step.
+
+    Args:
+      batch: (B, L') arrays.
+      teacher: weights for distillation, or None.
+      rate: () f32, the factor of `optim.schedule` on every rate. An input, so that phases that differ in their schedule
+        alone are one program.
+      quantize: whether planned weights are used as they would be deployed.
+      distill: the share of the loss that is the KL to the teacher.
 
     The quantized weights are computed once, whatever the number of micro-batches: gradients are summed at them and
     pulled back through the quantizer once.
     """
-    weights, pull_back = jax.vjp(lambda p: deployed(cfg, plan, p, phase.quantize), state.params)
+    weights, pull_back = jax.vjp(lambda p: deployed(cfg, plan, p, quantize), state.params)
     totals = losses.denominators(batch, cfg.model.n_mtp)
 
     def micro_grads(micro: losses.Batch) -> tuple[Params, tuple[jax.Array, dict[str, Any]]]:
         loss_of = lambda w: losses.training_loss(  # noqa: E731
-            w, cfg, micro, totals, teacher=teacher, distill=phase.distill, groups=groups
+            w, cfg, micro, totals, teacher=teacher, distill=distill, groups=groups
         )
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(weights)
         return grads, (loss, aux)
 
     grads, (loss, aux) = _accumulate(micro_grads, batch, cfg.train.grad_accum, groups)
     (grads,) = pull_back(grads)
-    factor = schedule(cfg.optim, phase, state.step)
     updates, opt_state = make_optimizer(cfg.optim).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * factor, updates))
+    params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
     params["model"] = _move_router_bias(params["model"], aux["load_NE"], cfg)
     ema = jax.tree.map(lambda e, p: e + (1 - cfg.optim.ema) * (p - e), state.ema, params["model"]) if state.ema else {}
     metrics = {k: v for k, v in aux.items() if k != "load_NE"} | {
         "loss": loss,
         "load_NE": aux["load_NE"],
         "grad_norm": optax.tree.norm(grads),
-        "lr": factor * cfg.optim.lr,
+        "lr": rate * cfg.optim.lr,
     }
     return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
 

@@ -1,6 +1,7 @@
 import dataclasses
 import fcntl
 import functools
+import gc
 import importlib.util
 import os
 import shutil
@@ -27,8 +28,13 @@ pytest.register_assert_rewrite("hf_folders")
 # Compiling is most of the tests' time, and on a CPU this code generator of XLA takes a third of what the default one
 # does. It is set before jax's first program, for this process and those that it starts. After jax 0.10 there is none
 # but the default, and XLA ends a process that names a flag it does not know. A choice that is made already stays.
+# Nor is a program cut into parts to be compiled side by side: the other core is the other worker's.
 if jax.__version_info__ < (0, 11) and "fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+    _quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_quick}".strip()
+
+# Tracing makes many objects and hardly a cycle; looking for one after every 700 took 4 % of the time.
+gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session")

@@ -130,13 +130,19 @@ def losses(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(job, tmp_path_factory):
-    """Losses of one process with four devices."""
+def finished(job, tmp_path_factory):
+    """A run of one process with four devices."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     ended = job(workdir, 1, 4)
     assert ended.codes == [0], ended.err
-    assert len([split for split, _ in losses(workdir) if split == "train"]) == 20
-    return losses(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def whole(finished):
+    """Its losses."""
+    assert len([split for split, _ in losses(finished) if split == "train"]) == 20
+    return losses(finished)
 
 
 def test_two_processes_give_the_numbers_of_one(whole, job, tmp_path):
@@ -148,6 +154,18 @@ def test_two_processes_give_the_numbers_of_one(whole, job, tmp_path):
     assert "trunk" not in out[1]  # process 0 speaks for all
     assert "trunk 20/20" in err[0]
     assert "trunk" not in err[1]
+
+
+def test_a_teacher_is_split_as_what_learns_from_it(finished, job, tmp_path):
+    """Two processes that hold half of every expert each, and one that holds all; the teacher was trained by four."""
+    changed = {"teacher": f"{finished}:trunk", "distill": 0.5, "steps": 3, "warmup": 0}
+    more = [f"--config.train.phases.trunk.{key}={value}" for key, value in changed.items()]
+    for count in (1, 2):
+        codes, _, err, _ = job(tmp_path / str(count), count, 1, f"--config.mesh.tensor={count}", *more)
+        assert codes == [0] * count, err
+    alone, halves = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert halves == pytest.approx(alone, rel=1e-5)
+    assert [r["kl"] > 0.01 for r in metrics.read(tmp_path / "2") if r["split"] == "train"] == [True] * 3
 
 
 def test_killed_stopped_and_continued_on_other_processes_and_meshes(whole, job, tmp_path):

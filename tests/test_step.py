@@ -28,6 +28,7 @@ def batch_of(seed=1, rows=4):
 
 
 COMPILED = {}
+RATE = np.float32(1)
 
 
 def programs(cfg, phase):
@@ -36,8 +37,12 @@ def programs(cfg, phase):
     if key not in COMPILED:
         plan, _ = quant_plan(cfg)
         first = jax.jit(lambda: steps.branch(cfg, phase, plan, steps.init_state(cfg, jax.random.key(0))))
-        COMPILED[key] = first, jax.jit(functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=plan))
+        COMPILED[key] = first, jax.jit(step_of(cfg, phase, plan))
     return COMPILED[key]
+
+
+def step_of(cfg, phase, plan):
+    return functools.partial(steps.train_step, cfg=cfg, plan=plan, quantize=phase.quantize, distill=phase.distill)
 
 
 def run(cfg, phase, n, state=None, teacher=None):
@@ -46,7 +51,7 @@ def run(cfg, phase, n, state=None, teacher=None):
         state = first()
     values = []
     for i in range(n):
-        state, metrics = step(state, batch_of(i), teacher)
+        state, metrics = step(state, batch_of(i), teacher, RATE)
         values.append(float(metrics["loss"]))
     return state, values
 
@@ -107,6 +112,12 @@ def test_branch_keeps_weights_and_moments_unless_told():
     assert size(kept) > size(fresh)
 
 
+def averaged_and_unbalanced():
+    """Keeps an average of the weights, and its routers' biases rest: one program for two tests."""
+    optim, train = dataclasses.replace(CFG.optim, ema=0.5), dataclasses.replace(CFG.train, bias_rate=0.0)
+    return dataclasses.replace(CFG, optim=optim, train=train)
+
+
 def test_router_bias_moves_towards_balance_and_not_by_gradients():
     state, _ = run(CFG, PLAIN, 1)
     for bias in (
@@ -115,8 +126,7 @@ def test_router_bias_moves_towards_balance_and_not_by_gradients():
     ):
         assert set(np.unique(np.abs(np.asarray(bias)))) <= {np.float32(0), np.float32(CFG.train.bias_rate)}
         assert np.any(bias != 0)
-    still = dataclasses.replace(CFG, train=dataclasses.replace(CFG.train, bias_rate=0.0))
-    state, _ = run(still, PLAIN, 2)
+    state, _ = run(averaged_and_unbalanced(), PLAIN, 2)
     assert not np.any(state.params["model"]["layers"]["router"]["bias"])
 
 
@@ -130,9 +140,9 @@ def test_scanned_and_unrolled_layers_train_alike():
 
 
 def test_ema_follows_the_weights():
-    cfg = dataclasses.replace(CFG, optim=dataclasses.replace(CFG.optim, ema=0.5))
+    cfg = averaged_and_unbalanced()
     plan, _ = quant_plan(cfg)
-    first = jax.jit(functools.partial(steps.init_state, cfg))(jax.random.key(0))
+    first = programs(cfg, PLAIN)[0]()
     state, _ = run(cfg, PLAIN, 1, first)
     expected = 0.5 * first.params["model"]["head"] + 0.5 * state.params["model"]["head"]
     np.testing.assert_allclose(state.ema["head"], expected, atol=1e-8)
@@ -141,16 +151,15 @@ def test_ema_follows_the_weights():
 
 def test_distilling_pulls_a_perturbed_model_back_to_its_teacher():
     phase = dataclasses.replace(PLAIN, distill=1.0)
-    cfg = dataclasses.replace(CFG, optim=OptimConfig(lr=2e-3, weight_decay=0.0))
-    plan, _ = quant_plan(cfg)
-    trunk, _ = run(cfg, PLAIN, 20)
+    plan, _ = quant_plan(CFG)
+    trunk, _ = run(CFG, PLAIN, 20)
     teacher = trunk.params["model"]
     moved = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), teacher)
-    state = steps.branch(cfg, phase, plan, trunk._replace(params={"model": moved, "scales": {}}))
-    _, step = programs(cfg, phase)
+    state = steps.branch(CFG, phase, plan, trunk._replace(params={"model": moved, "scales": {}}))
+    _, step = programs(CFG, phase)
     kl = []
     for i in range(25):
-        state, metrics = step(state, batch_of(i), teacher)
+        state, metrics = step(state, batch_of(i), teacher, 0.2 * RATE)
         kl.append(float(metrics["kl"]))
     assert kl[0] > 0.05
     assert np.mean(kl[-5:]) < 0.5 * np.mean(kl[:5])
@@ -166,8 +175,8 @@ def test_the_step_of_the_gpu_config_lowers(config_files):
     state = jax.eval_shape(functools.partial(steps.init_state, cfg), jax.random.key(0))
     state = jax.eval_shape(functools.partial(steps.branch, cfg, phase, plan), state)
     batch = {"tokens": jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.data.seq_len + 1), jnp.int32)}
-    step = jax.jit(functools.partial(steps.train_step, cfg=cfg, phase=phase, plan=plan))
-    new, metrics = jax.eval_shape(step, state, batch, None)
+    step = jax.jit(step_of(cfg, phase, plan))
+    new, metrics = jax.eval_shape(step, state, batch, None, RATE)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
     assert metrics["loss"].shape == ()
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,9 +76,22 @@ def by_place(records):
 def whole(quick_env, tmp_path_factory):
     """An uninterrupted run and what it printed."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    done = launch(quick_env, "-m", "qatmoe.train", *arguments(workdir, curves=True))
+    done = launch(quick_env | {"JAX_LOG_COMPILES": "1"}, "-m", "qatmoe.train", *arguments(workdir, curves=True))
     assert done.returncode == 0, done.stderr
     return workdir, done
+
+
+def test_every_step_has_the_rate_of_its_phases_schedule(whole):
+    lr = json.loads((whole[0] / "config.json").read_text())["optim"]["lr"]
+    found = {(r["phase"], r["step"]): r["lr"] / lr for r in metrics.read(whole[0]) if r["split"] == "train"}
+    expected = {"trunk": [0.2, 0.4, 0.6, 0.8, 1, 1], "control": [1, 1, 1, 0.5], "qat": [1, 1, 1, 0.5]}
+    for phase, factors in expected.items():
+        assert [found[phase, 1 + i] for i in range(len(factors))] == pytest.approx(factors), phase
+
+
+def test_phases_with_the_same_arithmetic_are_one_program(whole):
+    """Trunk and control differ in their schedule, an input of the step; the 2-bit branch is another program."""
+    assert len(re.findall(r"Compiling jit\(train_step\)", whole[1].stderr)) == 2
 
 
 def test_a_run_leaves_what_it_promises(whole):
