@@ -23,7 +23,7 @@ from qatmoe import hlo, roofline
 from qatmoe import step as steps
 from qatmoe import topology as machines
 from qatmoe.benchmark import model_flops
-from qatmoe.config import Config, PhaseConfig
+from qatmoe.config import Config
 from qatmoe.errors import UserError
 from qatmoe.mesh import AXES, make_mesh, spec
 from qatmoe.model.attention import implementation
@@ -47,7 +47,7 @@ class Job:
     @functools.cached_property
     def state(self) -> steps.TrainState:
         """Shapes and shardings of the state."""
-        return abstract_state(self.cfg, self.cfg.train.phases[self.phase], self._plan, self.mesh)
+        return abstract_state(self.cfg, self._plan, self.mesh, quantize=self.cfg.train.phases[self.phase].quantize)
 
     @functools.cached_property
     def _plan(self) -> Any:
@@ -69,15 +69,16 @@ class Job:
         if not phase.distill:
             return None
         own = phase.own_teacher  # another run's is taken to be in full precision
-        parent = self.cfg.train.phases[own] if own else PhaseConfig()
-        state = abstract_state(self.cfg, parent, self._plan, self.mesh)
-        weights = jax.eval_shape(lambda s: steps.eval_weights(self.cfg, self._plan, s, parent.quantize), state)
+        quantize = bool(own) and self.cfg.train.phases[own].quantize
+        state = abstract_state(self.cfg, self._plan, self.mesh, quantize=quantize)
+        weights = jax.eval_shape(lambda s: steps.eval_weights(self.cfg, self._plan, s, quantize), state)
         place = lambda w, p: jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=p.sharding)  # noqa: E731
         return jax.tree.map(place, weights, state.params["model"])
 
     def compile(self) -> jax.stages.Compiled:
         """The step for the machine. Raises jax.errors.JaxRuntimeError, where it does not fit."""
-        step = jit_step(self.cfg, self.cfg.train.phases[self.phase], self._plan, self.mesh, self.state)
+        phase = self.cfg.train.phases[self.phase]
+        step = jit_step(self.cfg, self._plan, self.mesh, self.state, quantize=phase.quantize, distill=phase.distill)
         with jax.set_mesh(self.mesh):
             return step.lower(self.state, self.batch, self.teacher, np.float32(1)).compile()
 

@@ -44,7 +44,7 @@ from qatmoe.run import abstract_state, check_mesh, jit_step, place, quant_plan, 
 Row = dict[str, Any]
 Batch = dict[str, jax.Array]
 WARM_UP = 3  # steps
-RATE = np.float32(1)
+FACTOR = np.float32(1)  # on the learning rates: a schedule's plateau
 
 
 class Variant:
@@ -56,7 +56,7 @@ class Variant:
         self.dropped: list[float] = []
         phase = PhaseConfig(steps=1, quantize=quantize)
         plan = quant_plan(cfg)[0]
-        places = jax.tree.map(lambda s: s.sharding, abstract_state(cfg, phase, plan, mesh))
+        places = jax.tree.map(lambda s: s.sharding, abstract_state(cfg, plan, mesh, quantize=quantize))
 
         def first(key: jax.Array) -> steps.TrainState:
             state = steps.init_state(cfg, key)
@@ -64,7 +64,8 @@ class Variant:
 
         self.state = jax.jit(first, out_shardings=places)(jax.random.key(0))
         start = time.perf_counter()
-        self._step = jit_step(cfg, phase, plan, mesh, self.state).lower(self.state, batch, None, RATE).compile()
+        step = jit_step(cfg, plan, mesh, self.state, quantize=quantize, distill=0.0)
+        self._step = step.lower(self.state, batch, None, FACTOR).compile()
         self.compile_s = time.perf_counter() - start
 
     @property
@@ -78,7 +79,7 @@ class Variant:
     def run(self) -> None:
         """One timed step."""
         start = time.perf_counter()
-        self.state, values = self._step(self.state, self.batch, None, RATE)
+        self.state, values = self._step(self.state, self.batch, None, FACTOR)
         jax.block_until_ready(values)
         self.seconds.append(time.perf_counter() - start)
         self.dropped.append(float(jnp.mean(values["dropped_N"])))
@@ -86,11 +87,11 @@ class Variant:
     def stream(self, source: Iterator[Batch], n: int) -> float:
         """Seconds per step of n steps over a source of batches, the host preparing the next while the device works."""
         for _ in range(WARM_UP):
-            self.state, values = self._step(self.state, next(source), None, RATE)
+            self.state, values = self._step(self.state, next(source), None, FACTOR)
         jax.block_until_ready(values)
         start = time.perf_counter()
         for _ in range(n):
-            self.state, values = self._step(self.state, next(source), None, RATE)
+            self.state, values = self._step(self.state, next(source), None, FACTOR)
         jax.block_until_ready(values)
         return (time.perf_counter() - start) / n
 

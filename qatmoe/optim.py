@@ -46,7 +46,7 @@ def labels(params: Any) -> Any:
 
 
 def make_optimizer(cfg: OptimConfig) -> optax.GradientTransformation:
-    """Gradients -> updates at the groups' full rates; `step.py` multiplies them by `schedule`."""
+    """Gradients -> updates at the groups' full rates; a step multiplies them by the factor that `schedule` gives."""
     b1, b2 = cfg.betas
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=cfg.eps, mu_dtype=jnp.dtype(cfg.moments_dtype))
     decay = optax.add_decayed_weights(cfg.weight_decay)

@@ -27,7 +27,7 @@ from qatmoe.optim import schedule
 from qatmoe.quant import fake
 from qatmoe.quant.grid import RULES
 from qatmoe.quant.plan import Plan
-from qatmoe.run import Run, Weights, abstract_state, quant_plan
+from qatmoe.run import Run, Weights, abstract_state, jit_eval_weights, quant_plan
 from qatmoe.step import TrainState
 from qatmoe.tree import leaves_by_path, path_of
 
@@ -159,7 +159,7 @@ def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:
             f"config.train.phases.{name}.quantize is on, and config.init_from replaces that phase, the first: "
             f"let it be the trunk, and add a phase with start={name!r}"
         )
-    abstract = abstract_state(cfg, first, plan, mesh)
+    abstract = abstract_state(cfg, plan, mesh, quantize=False)
     with Checkpoints(folder, phase) as checkpoints:
         if checkpoints.in_parts(step):
             meta = checkpoints.meta(step)
@@ -328,11 +328,11 @@ def teacher_weights(run: Run, name: str) -> tuple[Weights | None, str]:
     with distributed.together():
         found = find_teacher(run.cfg, name, run.data)
     plan, spec = quant_plan(found.cfg)[0], found.cfg.train.phases[found.phase]
-    wanted = abstract_state(found.cfg, spec, plan, run.mesh)._replace(opt_state={})  # moments are twice the weights
+    wanted = abstract_state(found.cfg, plan, run.mesh, quantize=spec.quantize)
+    wanted = wanted._replace(opt_state={})  # moments are twice the weights
     with Checkpoints(found.folder, found.phase) as checkpoints:
         state = checkpoints.restore(found.step, wanted)[0]
-    weights = jax.jit(functools.partial(steps.eval_weights, found.cfg, plan, quantize=spec.quantize))(state)
-    return weights, found.digest
+    return jit_eval_weights(found.cfg, plan, wanted, quantize=spec.quantize)(state), found.digest
 
 
 # ---- The loop --------------------------------------------------------------------------------------------------------
@@ -362,9 +362,9 @@ def loop(
         due = bool(cfg.eval.every) and (n % cfg.eval.every == 0 or n == phase.steps)
         before = watch.codes(state.params) if due else None
         trace.before(n, state)
-        rate = np.float32(schedule(cfg.optim, phase, n - 1))
+        factor = np.float32(schedule(cfg.optim, phase, n - 1))
         with jax.profiler.StepTraceAnnotation("train", step_num=n):
-            state, values = train_step(state, batch, watch.teacher, rate)
+            state, values = train_step(state, batch, watch.teacher, factor)
         trace.after(n, state)
         log.flush()
         log.pending = (n, values)
@@ -480,7 +480,7 @@ class Log:
         self._progress.update(n, loss=float(values["ce"]), tokens_per_s=self._speed or self._rate(n))
         if n % self.run.cfg.train.log_every == 0 or n == self.total:
             self._record(n, values)
-        elif not self._compiled:  # the first step was compiled too: the clock starts after it
+        elif not self._compiled:  # the first step may have been compiled too: the clock starts after it
             self._last, self._pause = (n, time.perf_counter()), 0.0
         self._compiled = True
 

@@ -113,7 +113,9 @@ class Run:
     def abstract_state(self, phase: PhaseConfig) -> steps.TrainState:
         """Shapes and shardings of a phase's state."""
         if phase.quantize not in self._abstract_states:
-            self._abstract_states[phase.quantize] = abstract_state(self.cfg, phase, self.plan, self.mesh)
+            self._abstract_states[phase.quantize] = abstract_state(
+                self.cfg, self.plan, self.mesh, quantize=phase.quantize
+            )
         return self._abstract_states[phase.quantize]
 
     @functools.cached_property
@@ -125,11 +127,15 @@ class Run:
         """A phase's step, as `jit_step` makes it. Phases that differ in their schedule alone are one program."""
         key = phase.quantize, phase.distill
         if key not in self._train_steps:
-            self._train_steps[key] = jit_step(self.cfg, phase, self.plan, self.mesh, self.abstract_state(phase))
+            state = self.abstract_state(phase)
+            self._train_steps[key] = jit_step(
+                self.cfg, self.plan, self.mesh, state, quantize=phase.quantize, distill=phase.distill
+            )
         return self._train_steps[key]
 
     @functools.cached_property
     def _train_steps(self) -> dict[tuple[bool, float], Any]:
+        """By `quantize` and `distill`."""
         return {}
 
     @functools.cached_property
@@ -144,15 +150,17 @@ class Run:
 
     def eval_weights(self, phase: PhaseConfig, state: steps.TrainState) -> Weights:
         """What is evaluated: the average if the run keeps one, on the grid if the phase quantizes."""
+        if phase.quantize not in self._eval_weights:
+            abstract = self.abstract_state(phase)
+            self._eval_weights[phase.quantize] = jit_eval_weights(
+                self.cfg, self.plan, abstract, quantize=phase.quantize
+            )
         return self._eval_weights[phase.quantize](state)
 
     @functools.cached_property
     def _eval_weights(self) -> dict[bool, Callable[[steps.TrainState], Weights]]:
-        """Jitted once per run, not once per validation."""
-        return {
-            quantize: jax.jit(functools.partial(steps.eval_weights, self.cfg, self.plan, quantize=quantize))
-            for quantize in (False, True)
-        }
+        """By `quantize`: jitted once per run, not once per validation."""
+        return {}
 
     def evaluate(self, weights: Weights, limit: int, *, interruptible: bool = False) -> dict[str, float]:
         """Validation of one set of weights on `limit` batches (0: all of it), dropless.
@@ -231,28 +239,39 @@ def valid_batches(cfg: Config, mesh: Mesh, data: batches.Data, limit: int) -> It
     )
 
 
-def abstract_state(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh) -> steps.TrainState:
-    """Shapes and shardings of a phase's state, with nothing computed."""
+def abstract_state(cfg: Config, plan: Plan, mesh: Mesh, *, quantize: bool) -> steps.TrainState:
+    """Shapes and shardings of the state of a phase that quantizes or does not, with nothing computed."""
     shapes = jax.eval_shape(lambda: steps.init_state(cfg, jax.random.key(0)))
-    if phase.quantize:
-        shapes = jax.eval_shape(functools.partial(steps.branch, cfg, phase, plan), shapes)
+    if quantize:
+        shapes = jax.eval_shape(functools.partial(steps.branch, cfg, PhaseConfig(quantize=True), plan), shapes)
     places = steps.state_shardings(cfg, mesh, shapes)
     return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
 
 
-def jit_step(cfg: Config, phase: PhaseConfig, plan: Plan, mesh: Mesh, state: steps.TrainState) -> Any:
-    """A phase's training step, (state, batch, teacher, rate) -> (state, metrics). The state is donated, stays in place.
+def jit_eval_weights(
+    cfg: Config, plan: Plan, state: steps.TrainState, *, quantize: bool
+) -> Callable[[steps.TrainState], Weights]:
+    """`steps.eval_weights`, jitted; the weights lie as the parameters of `state` do, arrays or their shapes."""
+    return jax.jit(
+        functools.partial(steps.eval_weights, cfg, plan, quantize=quantize),
+        out_shardings=jax.tree.map(lambda s: s.sharding, state.params["model"]),
+    )
+
+
+def jit_step(cfg: Config, plan: Plan, mesh: Mesh, state: steps.TrainState, *, quantize: bool, distill: float) -> Any:
+    """The training step, (state, batch, teacher, factor) -> (state, metrics). The state is donated and stays in place.
 
     Args:
       state: arrays or their shapes, with the shardings that the step keeps.
+      quantize: as for `steps.train_step`, like `distill`.
     """
     return jax.jit(
         functools.partial(
             steps.train_step,
             cfg=cfg,
             plan=plan,
-            quantize=phase.quantize,
-            distill=phase.distill,
+            quantize=quantize,
+            distill=distill,
             groups=batch_groups(mesh),
         ),
         donate_argnums=0,

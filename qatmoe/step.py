@@ -80,12 +80,12 @@ def train_step(
     state: TrainState,
     batch: losses.Batch,
     teacher: Params | None,
-    rate: jax.Array | np.float32,
+    factor: jax.Array | np.float32,
     *,
     cfg: Config,
     plan: Plan,
     quantize: bool,
-    distill: float = 0.0,
+    distill: float,
     groups: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step.
@@ -93,10 +93,10 @@ def train_step(
     Args:
       batch: (B, L') arrays.
       teacher: weights for distillation, or None.
-      rate: () f32, the factor of `optim.schedule` on every rate. An input, so that phases that differ in their schedule
-        alone are one program.
+      factor: () f32 on every learning rate, from `optim.schedule`. An input, so that phases that differ in their
+        schedule alone are one program.
       quantize: whether planned weights are used as they would be deployed.
-      distill: the share of the loss that is the KL to the teacher.
+      distill: weight of the KL to the teacher; cross-entropy has the rest.
 
     The quantized weights are computed once, whatever the number of micro-batches: gradients are summed at them and
     pulled back through the quantizer once.
@@ -114,14 +114,14 @@ def train_step(
     grads, (loss, aux) = _accumulate(micro_grads, batch, cfg.train.grad_accum, groups)
     (grads,) = pull_back(grads)
     updates, opt_state = make_optimizer(cfg.optim).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * rate, updates))
+    params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * factor, updates))
     params["model"] = _move_router_bias(params["model"], aux["load_NE"], cfg)
     ema = jax.tree.map(lambda e, p: e + (1 - cfg.optim.ema) * (p - e), state.ema, params["model"]) if state.ema else {}
     metrics = {k: v for k, v in aux.items() if k != "load_NE"} | {
         "loss": loss,
         "load_NE": aux["load_NE"],
         "grad_norm": optax.tree.norm(grads),
-        "lr": rate * cfg.optim.lr,
+        "lr": factor * cfg.optim.lr,
     }
     return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
 

@@ -27,13 +27,14 @@ pytest.register_assert_rewrite("hf_folders")
 
 # Compiling is most of the tests' time, and on a CPU this code generator of XLA takes a third of what the default one
 # does. It is set before jax's first program, for this process and those that it starts. After jax 0.10 there is none
-# but the default, and XLA ends a process that names a flag it does not know. A choice that is made already stays.
-# Nor is a program cut into parts to be compiled side by side: the other core is the other worker's.
-if jax.__version_info__ < (0, 11) and "fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
-    _quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_quick}".strip()
+# but the default, and XLA ends a process that names a flag it does not know. Nor is a program cut into parts that are
+# compiled side by side: the other core is the other worker's. A choice that is made already stays.
+if jax.__version_info__ < (0, 11):
+    for _flag in ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"):
+        if _flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
-# Tracing makes many objects and hardly a cycle; looking for one after every 700 took 4 % of the time.
+# Tracing makes many objects and few cycles; looking for one after every 700 took 4 % of the time.
 gc.set_threshold(50_000, 20, 100)
 
 
@@ -85,6 +86,7 @@ def forget_programs():
     most machines): XLA ends it with a segmentation fault when the programs of all modules are kept."""
     yield
     jax.clear_caches()
+    gc.collect()  # what holds programs, and what a module left open: it is blamed for that, and not a later one
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def train(sizes: tuple[int, ...]) -> dict[str, Any]:
     plan, _ = quant_plan(CFG)
     first = jax.tree.map(jnp.copy, first_state())  # the step writes over it
     with jax.set_mesh(mesh):
-        abstract = abstract_state(CFG, QAT, plan, mesh)
+        abstract = abstract_state(CFG, plan, mesh, quantize=True)
         places = jax.tree.map(lambda s: s.sharding, abstract)
         state = jax.device_put(first, places)
         if sizes == (1, 2, 2, 2):  # what is made in place is what was made on one device
@@ -79,11 +79,12 @@ def train(sizes: tuple[int, ...]) -> dict[str, Any]:
             assert shard.data.shape == (2, 4, 32, 64)
         rows = NamedSharding(mesh, spec(("batch", None)))
         batch = {"tokens": jax.ShapeDtypeStruct((8, L + 2), np.int32, sharding=rows)}
-        step = jit_step(CFG, QAT, plan, mesh, abstract).lower(abstract, batch, None, np.float32(1)).compile()
+        step = jit_step(CFG, plan, mesh, abstract, quantize=True, distill=0.0)
+        step = step.lower(abstract, batch, None, np.float32(1)).compile()
         found = []
         for i in range(QAT.steps):
-            rate = np.float32(schedule(CFG.optim, QAT, i))
-            state, metrics = step(state, jax.device_put(batch_of(i), rows), None, rate)
+            factor = np.float32(schedule(CFG.optim, QAT, i))
+            state, metrics = step(state, jax.device_put(batch_of(i), rows), None, factor)
             assert np.asarray(metrics["dropped_N"]).max() == 0
             found.append(float(metrics["loss"]))
         moved = hlo.cost(step.as_text(), mesh.shape).collectives if sizes in WATCHED else []

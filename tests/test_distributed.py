@@ -156,16 +156,20 @@ def test_two_processes_give_the_numbers_of_one(whole, job, tmp_path):
     assert "trunk" not in err[1]
 
 
-def test_a_teacher_is_split_as_what_learns_from_it(finished, job, tmp_path):
-    """Two processes that hold half of every expert each, and one that holds all; the teacher was trained by four."""
+def test_a_teacher_teaches_the_same_on_two_processes(finished, job, tmp_path):
+    """Each holds half of every expert of both models. In Adam a large eps: see parallel_program.py."""
     changed = {"teacher": f"{finished}:trunk", "distill": 0.5, "steps": 3, "warmup": 0}
-    more = [f"--config.train.phases.trunk.{key}={value}" for key, value in changed.items()]
+    more = ["--config.optim.eps=1e-3", *(f"--config.train.phases.trunk.{key}={v}" for key, v in changed.items())]
     for count in (1, 2):
         codes, _, err, _ = job(tmp_path / str(count), count, 1, f"--config.mesh.tensor={count}", *more)
         assert codes == [0] * count, err
     alone, halves = losses(tmp_path / "1"), losses(tmp_path / "2")
     assert halves == pytest.approx(alone, rel=1e-5)
-    assert [r["kl"] > 0.01 for r in metrics.read(tmp_path / "2") if r["split"] == "train"] == [True] * 3
+    taught = [r for r in metrics.read(tmp_path / "2") if r["split"] == "train"]
+    assert len(taught) == 3
+    for r in taught:
+        assert r["kl"] > 0.01
+        assert r["loss"] == pytest.approx(0.5 * (r["ce"] + r["kl"]) + 1e-3 * r["balance"] + 1e-4 * r["z"], rel=1e-5)
 
 
 def test_killed_stopped_and_continued_on_other_processes_and_meshes(whole, job, tmp_path):

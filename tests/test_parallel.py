@@ -32,8 +32,7 @@ def trained(quick_env):
     start = functools.partial(subprocess.Popen, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     halves = [start([sys.executable, str(PROGRAM), str(i), *names[i::2]]) for i in (0, 1)]
     found = {}
-    for child in halves:
-        out, err = child.communicate()
+    for child, (out, err) in [(child, child.communicate()) for child in halves]:
         assert child.returncode == 0, out[-2000:] + err[-3000:]
         found |= {tuple(map(int, mesh.split(","))): r for mesh, r in json.loads(out.splitlines()[-1]).items()}
     return found

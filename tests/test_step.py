@@ -28,7 +28,7 @@ def batch_of(seed=1, rows=4):
 
 
 COMPILED = {}
-RATE = np.float32(1)
+FULL = np.float32(1)  # the factor on the learning rates
 
 
 def programs(cfg, phase):
@@ -51,7 +51,7 @@ def run(cfg, phase, n, state=None, teacher=None):
         state = first()
     values = []
     for i in range(n):
-        state, metrics = step(state, batch_of(i), teacher, RATE)
+        state, metrics = step(state, batch_of(i), teacher, FULL)
         values.append(float(metrics["loss"]))
     return state, values
 
@@ -118,6 +118,17 @@ def averaged_and_unbalanced():
     return dataclasses.replace(CFG, optim=optim, train=train)
 
 
+def test_every_update_is_multiplied_by_the_factor():
+    first, step = programs(CFG, PLAIN)
+    start = first()
+    ends = [step(start, batch_of(), None, factor * FULL)[0].params["model"] for factor in (1.0, 0.5, 0.0)]
+    for name in ("embed", "head", "norm"):
+        whole, half, none = (end[name] - start.params["model"][name] for end in ends)
+        assert np.abs(whole).max() > 1e-3, name
+        np.testing.assert_allclose(half, whole / 2, atol=1e-6)
+        assert not np.any(none)
+
+
 def test_router_bias_moves_towards_balance_and_not_by_gradients():
     state, _ = run(CFG, PLAIN, 1)
     for bias in (
@@ -159,7 +170,7 @@ def test_distilling_pulls_a_perturbed_model_back_to_its_teacher():
     _, step = programs(CFG, phase)
     kl = []
     for i in range(25):
-        state, metrics = step(state, batch_of(i), teacher, 0.2 * RATE)
+        state, metrics = step(state, batch_of(i), teacher, 0.2 * FULL)
         kl.append(float(metrics["kl"]))
     assert kl[0] > 0.05
     assert np.mean(kl[-5:]) < 0.5 * np.mean(kl[:5])
@@ -176,7 +187,7 @@ def test_the_step_of_the_gpu_config_lowers(config_files):
     state = jax.eval_shape(functools.partial(steps.branch, cfg, phase, plan), state)
     batch = {"tokens": jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.data.seq_len + 1), jnp.int32)}
     step = jax.jit(step_of(cfg, phase, plan))
-    new, metrics = jax.eval_shape(step, state, batch, None, RATE)
+    new, metrics = jax.eval_shape(step, state, batch, None, FULL)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
     assert metrics["loss"].shape == ()
 

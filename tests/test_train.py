@@ -233,6 +233,10 @@ def test_a_phase_learns_from_a_finished_phase_of_its_own_or_another_run(branched
     figures = {name: [(steps[name, n]["loss"], steps[name, n]["kl"]) for n in range(1, 5)] for name, _ in steps}
     assert figures["theirs"] == figures["own"]
     assert figures["theirs"][0][1] > 1e-2
+    weights = json.loads((branched[0] / "run" / "config.json").read_text())["train"]
+    for r in (r for (phase, _), r in steps.items() if phase == "theirs"):  # all of them: the KL has the weight 1
+        rest = sum(weights[f"{name}_weight"] * r[name] for name in ("mtp", "balance", "z"))
+        assert r["loss"] == pytest.approx(r["kl"] + rest, rel=1e-5)
     assert abs(figures["itself"][0][1]) < 1e-6  # it starts as its teacher
 
 

@@ -49,7 +49,9 @@ def compiled(cfg: Config, quantize: bool, device: jax.Device) -> dict[str, Any]:
     state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
     rows = (cfg.train.batch_size, cfg.data.seq_len + 1 + cfg.model.n_mtp)
     batch = {"tokens": jax.ShapeDtypeStruct(rows, jnp.int32, sharding=place)}
-    step = jax.jit(functools.partial(steps.train_step, cfg=cfg, plan=plan, quantize=quantize), donate_argnums=0)
+    step = jax.jit(
+        functools.partial(steps.train_step, cfg=cfg, plan=plan, quantize=quantize, distill=0.0), donate_argnums=0
+    )
     start = time.perf_counter()
     program = step.lower(state, batch, None, np.float32(1)).compile()
     seconds = time.perf_counter() - start
