@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.algebra import Point, Points, product, values, zip_
+from launch.algebra import Point, Points, chain, product, values, zip_
 from launch.points import Sweep
 from launch.study import Stage, Study, branches
 from qatmoe.errors import UserError
@@ -29,6 +29,7 @@ class Scale:
     trunk_steps: int
     rates: Sequence[float]  # searched for control and QAT, besides the config's
     scale_rates: Sequence[float]  # searched for learned scales, besides the config's
+    followed: Points  # the best of both searches, run on every seed with and without a teacher
     k_quants: bool  # rows are whole blocks of the K formats
     tokens: int
     common: Point = dataclasses.field(default_factory=dict)  # what is set in every run
@@ -85,7 +86,8 @@ SMALL = Scale(
     share_steps=(45, 90, 180, 360),
     trunk_steps=900,
     rates=(0.005, 0.02),
-    scale_rates=(1e-5, 1e-4, 1e-3),
+    scale_rates=(1e-5, 1e-4, 1e-3, 3e-3, 1e-2),
+    followed=chain(values("optim.scale_lr", [1e-3]), values("train.phases.qat.lr", [0.02, 0.04])),
     k_quants=False,
     tokens=32_768,
 )
@@ -99,6 +101,7 @@ H100 = Scale(
     trunk_steps=4_800,
     rates=(1.5e-3, 6e-3),
     scale_rates=(1e-5, 1e-4, 1e-3),
+    followed=[],  # not searched yet
     k_quants=True,
     tokens=65_536,
 )

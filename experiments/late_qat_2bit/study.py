@@ -2,7 +2,8 @@
 
     python -m launch.study experiments/late_qat_2bit/study.py --slots 2
 
-Recipes branch from whole trunks, shares from earlier steps of the same trunks; rates are searched at the first seed.
+Recipes branch from whole trunks, shares from earlier steps of the same trunks. Rates are searched at the first seed;
+the best ones run on all, with and without a teacher.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments import scales
 from experiments.scales import Scale, experts_on
-from launch.algebra import Points, chain, values
+from launch.algebra import Points, chain, product, values
 from launch.study import Report, Results, Row, Study, branches
 from launch.study_tables import (
     Group,
@@ -39,15 +40,20 @@ def taught_by(teacher: str, share: float) -> Points:
     return [{"train.phases.qat.teacher": teacher, "train.phases.qat.distill": share}]
 
 
-HALF, ALL = (f"q2_0, learned, {share} KL to the control" for share in ("half", "all"))
+TAUGHT: dict[str, Points] = {
+    "no teacher": [{}],
+    "half KL to the control": taught_by(":control", 0.5),
+    "all KL to the control": taught_by(":control", 1.0),
+}
+HALF, ALL = (f"q2_0, learned, {teacher}" for teacher in list(TAUGHT)[1:])
 RECIPES: dict[str, Points] = {
     "q2_0, dynamic scales": values("quant.scale", ["dynamic"]),
     "q2_0, learned scales without a sign": values(SIGNED, [False]),
     "q2_0, learned, LSQ's clipped gradient": values(CLIP, [True]),
     "q2_0, learned, half KL to the trunk": taught_by("trunk", 0.5),
     "q2_0, learned, all KL to the trunk": taught_by("trunk", 1.0),
-    HALF: taught_by(":control", 0.5),
-    ALL: taught_by(":control", 1.0),
+    HALF: TAUGHT["half KL to the control"],
+    ALL: TAUGHT["all KL to the control"],
     "ternary, learned": experts_on("ternary"),
     "q2_k (stretched), learned": experts_on("q2_k"),
 }
@@ -72,12 +78,14 @@ def get_study(scale: str, corpus: str) -> Study:
     ]
     rates = [{f"train.phases.{phase}.lr": rate for phase in ("control", "qat")} for rate in s.rates]
     scale_rates = values("optim.scale_lr", s.scale_rates)
+    followed = product(chain(*TAUGHT.values()), s.followed)
     return s.study(
         trunks,
         branches(trunks, f"{s.name}_recipes", s.branch, chain(*recipes_of(s).values())),
         branches(trunks, f"{s.name}_shares", s.config, shares, judged="^(control|qat)$|^control/q2_0/search$"),
         branches(trunks, f"{s.name}_rates", s.config, rates, judged="^(control|qat)$", seeds=s.seeds[:1]),
         branches(trunks, f"{s.name}_scale_rates", s.branch, scale_rates, seeds=s.seeds[:1]),
+        *([branches(trunks, f"{s.name}_followed", s.branch, followed)] if followed else []),
     )
 
 
@@ -101,7 +109,10 @@ def report(results: Results) -> Report:
         tables[f"{scale}_domains"] = domains_table([controls[1], *rounded, best, *made.values()])
         tables[f"{scale}_shares"] = shares_table(shares_of(s, rows), rows)
         tables[f"{scale}_rates"] = table(rates_of(s, rows, best, controls[1]), [], rows)
-        tables[f"{scale}_goals"] = goals([best, made[HALF], made[ALL]], ptq, rows)
+        followed = followed_of(s, rows)
+        if followed:
+            tables[f"{scale}_followed"] = table([best, made[HALF], made[ALL], *followed], ptq, rows)
+        tables[f"{scale}_goals"] = goals([best, made[HALF], made[ALL], *followed], ptq, rows)
         drawn = [*((g, "black") for g in rounded), (best, "tab:red"), *((g, "tab:orange") for g in made.values())]
         dots(left, drawn, rows)
         left.set_xscale("symlog", linthresh=0.1)  # recipes differ by hundredths, roundings by tenths
@@ -188,18 +199,37 @@ def rates_of(s: Scale, rows: Sequence[Row], qat: Group, control: Group) -> list[
     return groups
 
 
+def followed_of(s: Scale, rows: Sequence[Row]) -> list[Group]:
+    """The rates that the search led to, without a teacher and with one, on every seed."""
+    groups = []
+    for teacher, (given,) in TAUGHT.items():
+        for point in s.followed:
+            ((key, rate),) = point.items()
+            label = f"{'rate of scales' if 'scale' in key else 'rate'} {rate:g}, {teacher}"
+            unset = dict.fromkeys(TAUGHT["all KL to the control"][0])  # of which "no teacher" has none
+            groups.append(select(rows, label, f"{s.name}_followed", **unset | given | point))
+    return groups
+
+
 def goals(recipes: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) -> str:
     """What was asked of 2.25 bits, and what recipes reach."""
     best = min(ptq, key=lambda g: mean_se([r["kld"] for r in g.rows])[0])
-    names = (
-        "recovers at least 95 % of what the best rounding in 2.7 bits loses",
-        "within 2 % of the control's loss",
-        f"KLD at most 1/5 of the best rounding's ({best.label})",
-    )
-    lines = [["goal at 2.25 bits", *(group.label for group in recipes)], *([name] for name in names)]
+    lines = [
+        [
+            "goals at 2.25 bits",
+            "recovers at least 95 % of what the best rounding in 2.7 bits loses",
+            "within 2 % of the control's loss",
+            f"KLD at most 1/5 of the best rounding's ({best.label})",
+        ]
+    ]
     for group in recipes:
         relative = [100 * a / (r["loss"] - a) for a, r in zip(above_control(group, rows), group.rows, strict=True)]
-        lines[1].append(with_se([100 * x for x in recovered(group, ptq, rows)], ".0f") + " %")
-        lines[2].append(with_se(relative, ".2f") + " %")
-        lines[3].append(with_se([qat["kld"] / rounded["kld"] for qat, rounded in by_seed(group, best)], ".2f"))
+        lines.append(
+            [
+                group.label,
+                with_se([100 * x for x in recovered(group, ptq, rows)], ".0f") + " %",
+                with_se(relative, ".2f") + " %",
+                with_se([qat["kld"] / rounded["kld"] for qat, rounded in by_seed(group, best)], ".2f"),
+            ]
+        )
     return markdown(lines)
