@@ -29,7 +29,7 @@ class Scale:
     trunk_steps: int
     rates: Sequence[float]  # searched for control and QAT, besides the config's
     scale_rates: Sequence[float]  # searched for learned scales, besides the config's
-    followed: Points  # the best of both searches, run on every seed with and without a teacher
+    followed: Points  # the best of both searches and one rate beyond, on every seed, with and without a teacher
     k_quants: bool  # rows are whole blocks of the K formats
     tokens: int
     common: Point = dataclasses.field(default_factory=dict)  # what is set in every run

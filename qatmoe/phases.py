@@ -76,7 +76,8 @@ def round_control(run: Run) -> None:
     state, _ = final_state(run, branch)
     for rule in missing:
         model = state.ema or state.params["model"]
-        rounded = jax.jit(functools.partial(fake.apply, run.plan, rule=rule))(model, {})
+        places = jax.tree.map(lambda a: a.sharding, model)
+        rounded = jax.jit(functools.partial(fake.apply, run.plan, rule=rule), out_shardings=places)(model, {})
         result = run.evaluate(rounded, run.cfg.eval.final_batches, interruptible=True)
         run.metrics.write(f"ptq:{branch}:{rule}", int(state.step), "final", result)
 

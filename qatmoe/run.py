@@ -124,7 +124,7 @@ class Run:
         return {}
 
     def train_step(self, phase: PhaseConfig) -> Any:
-        """A phase's step, as `jit_step` makes it. Phases that differ in their schedule alone are one program."""
+        """A phase's step, as `jit_step` makes it. Phases of the same `quantize` and `distill` share one."""
         key = phase.quantize, phase.distill
         if key not in self._train_steps:
             state = self.abstract_state(phase)
@@ -263,7 +263,7 @@ def jit_step(cfg: Config, plan: Plan, mesh: Mesh, state: steps.TrainState, *, qu
 
     Args:
       state: arrays or their shapes, with the shardings that the step keeps.
-      quantize: as for `steps.train_step`, like `distill`.
+      quantize, distill: as for `steps.train_step`.
     """
     return jax.jit(
         functools.partial(

@@ -11,6 +11,7 @@ from qatmoe import step as steps
 from qatmoe.config import Config, ModelConfig, OptimConfig, PhaseConfig, QuantConfig, TrainConfig
 from qatmoe.quant import fake
 from qatmoe.run import quant_plan
+from qatmoe.tree import leaves_by_path
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODEL = ModelConfig(
@@ -119,14 +120,15 @@ def averaged_and_unbalanced():
 
 
 def test_every_update_is_multiplied_by_the_factor():
-    first, step = programs(CFG, PLAIN)
+    first, step = programs(CFG, QAT)
     start = first()
-    ends = [step(start, batch_of(), None, factor * FULL)[0].params["model"] for factor in (1.0, 0.5, 0.0)]
-    for name in ("embed", "head", "norm"):
-        whole, half, none = (end[name] - start.params["model"][name] for end in ends)
-        assert np.abs(whole).max() > 1e-3, name
-        np.testing.assert_allclose(half, whole / 2, atol=1e-6)
-        assert not np.any(none)
+    before = leaves_by_path(start.params)
+    ends = [leaves_by_path(step(start, batch_of(), None, f * FULL)[0].params) for f in (1.0, 0.5, 0.0)]
+    for name in (n for n in before if not n.endswith("router/bias")):
+        whole, half, none = (end[name] - before[name] for end in ends)
+        assert np.abs(whole).max() > 1e-6, name
+        np.testing.assert_allclose(half, whole / 2, rtol=0.02, atol=1e-7, err_msg=name)
+        assert not np.any(none), name
 
 
 def test_router_bias_moves_towards_balance_and_not_by_gradients():

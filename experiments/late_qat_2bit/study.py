@@ -95,7 +95,7 @@ def get_study(scale: str, corpus: str) -> Study:
 def report(results: Results) -> Report:
     """For each size: recipes, shares, rates; the figure shows recipes and shares of all sizes."""
     tables = {}
-    figure = Figure(figsize=(12, 1.5 + 4.2 * len(results)), layout="constrained")
+    figure = Figure(figsize=(12, 1.5 + 5.2 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), 2, squeeze=False)
     for (scale, rows), (left, right) in zip(results.items(), panels, strict=True):
         s = scales.get(scale)
@@ -114,11 +114,12 @@ def report(results: Results) -> Report:
             tables[f"{scale}_followed"] = table([best, made[HALF], made[ALL], *followed], ptq, rows)
         tables[f"{scale}_goals"] = goals([best, made[HALF], made[ALL], *followed], ptq, rows)
         drawn = [*((g, "black") for g in rounded), (best, "tab:red"), *((g, "tab:orange") for g in made.values())]
+        drawn += [(g, "tab:purple") for g in followed]
         dots(left, drawn, rows)
         left.set_xscale("symlog", linthresh=0.1)  # recipes differ by hundredths, roundings by tenths
         ticks = [0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.3, 1]
         left.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        left.set_title(f"{scale}: rounding (black) and QAT, {len(best.rows)} seeds", fontsize=10)
+        left.set_title(f"{scale}: rounding (black), QAT, other rates (purple); {len(best.rows)} seeds", fontsize=10)
         draw_shares(right, shares_of(s, rows), rows)
         right.set_title(f"{scale}: QAT in the last steps of equal training", fontsize=10)
     return Report(tables, figure)
