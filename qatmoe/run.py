@@ -112,31 +112,26 @@ class Run:
 
     def abstract_state(self, phase: PhaseConfig) -> steps.TrainState:
         """Shapes and shardings of a phase's state."""
-        if phase.quantize not in self._abstract_states:
-            self._abstract_states[phase.quantize] = abstract_state(
-                self.cfg, self.plan, self.mesh, quantize=phase.quantize
-            )
-        return self._abstract_states[phase.quantize]
+        return self._abstract_state(phase.quantize)
 
     @functools.cached_property
-    def _abstract_states(self) -> dict[bool, steps.TrainState]:
-        """By `quantize`: each is asked for several times, and traced once."""
-        return {}
+    def _abstract_state(self) -> Callable[[bool], steps.TrainState]:
+        """Of `quantize`: each is asked for several times, and traced once."""
+        return functools.cache(lambda quantize: abstract_state(self.cfg, self.plan, self.mesh, quantize=quantize))
 
     def train_step(self, phase: PhaseConfig) -> Any:
         """A phase's step, as `jit_step` makes it. Phases of the same `quantize` and `distill` share one."""
-        key = phase.quantize, phase.distill
-        if key not in self._train_steps:
-            state = self.abstract_state(phase)
-            self._train_steps[key] = jit_step(
-                self.cfg, self.plan, self.mesh, state, quantize=phase.quantize, distill=phase.distill
-            )
-        return self._train_steps[key]
+        return self._train_step(phase.quantize, phase.distill)
 
     @functools.cached_property
-    def _train_steps(self) -> dict[tuple[bool, float], Any]:
-        """By `quantize` and `distill`."""
-        return {}
+    def _train_step(self) -> Callable[[bool, float], Any]:
+        """Of `quantize` and `distill`: jitted once per run, not once per phase."""
+
+        def jitted(quantize: bool, distill: float) -> Any:
+            state = self._abstract_state(quantize)
+            return jit_step(self.cfg, self.plan, self.mesh, state, quantize=quantize, distill=distill)
+
+        return functools.cache(jitted)
 
     @functools.cached_property
     def _evaluate_batch(self) -> Callable[..., dict[str, jax.Array]]:
@@ -150,17 +145,16 @@ class Run:
 
     def eval_weights(self, phase: PhaseConfig, state: steps.TrainState) -> Weights:
         """What is evaluated: the average if the run keeps one, on the grid if the phase quantizes."""
-        if phase.quantize not in self._eval_weights:
-            abstract = self.abstract_state(phase)
-            self._eval_weights[phase.quantize] = jit_eval_weights(
-                self.cfg, self.plan, abstract, quantize=phase.quantize
-            )
-        return self._eval_weights[phase.quantize](state)
+        return self._eval_weights(phase.quantize)(state)
 
     @functools.cached_property
-    def _eval_weights(self) -> dict[bool, Callable[[steps.TrainState], Weights]]:
-        """By `quantize`: jitted once per run, not once per validation."""
-        return {}
+    def _eval_weights(self) -> Callable[[bool], Callable[[steps.TrainState], Weights]]:
+        """Of `quantize`: jitted once per run, not once per validation."""
+
+        def jitted(quantize: bool) -> Callable[[steps.TrainState], Weights]:
+            return jit_eval_weights(self.cfg, self.plan, self._abstract_state(quantize), quantize=quantize)
+
+        return functools.cache(jitted)
 
     def evaluate(self, weights: Weights, limit: int, *, interruptible: bool = False) -> dict[str, float]:
         """Validation of one set of weights on `limit` batches (0: all of it), dropless.

@@ -3,7 +3,7 @@
     python -m launch.study experiments/late_qat_2bit/study.py --slots 2
 
 Recipes branch from whole trunks, shares from earlier steps of the same trunks. Rates are searched at the first seed;
-the best ones run on all, with and without a teacher.
+the best ones, and one beyond, run on all, with and without a teacher.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,12 @@ from qatmoe.text_table import markdown
 PTQ = r"^control/(q2_0|ternary|q2_k|Q2_0|Q2_K|IQ2_XXS|IQ2_XS|IQ2_S)/"
 
 CLIP, SIGNED = "quant.clip_gradient", "quant.signed"
+TEACHER, DISTILL = "train.phases.qat.teacher", "train.phases.qat.distill"
 
 
 def taught_by(teacher: str, share: float) -> Points:
     """One point: a share of the loss is the KL to a teacher; ":control" is that of the trunk's run."""
-    return [{"train.phases.qat.teacher": teacher, "train.phases.qat.distill": share}]
+    return [{TEACHER: teacher, DISTILL: share}]
 
 
 TAUGHT: dict[str, Points] = {
@@ -207,8 +208,8 @@ def followed_of(s: Scale, rows: Sequence[Row]) -> list[Group]:
         for point in s.followed:
             ((key, rate),) = point.items()
             label = f"{'rate of scales' if 'scale' in key else 'rate'} {rate:g}, {teacher}"
-            unset = dict.fromkeys(TAUGHT["all KL to the control"][0])  # of which "no teacher" has none
-            groups.append(select(rows, label, f"{s.name}_followed", **unset | given | point))
+            chosen = {TEACHER: None, DISTILL: None} | given | point  # None: not set
+            groups.append(select(rows, label, f"{s.name}_followed", **chosen))
     return groups
 
 
