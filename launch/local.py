@@ -78,8 +78,9 @@ def slots(n: int) -> list[Slot]:
     """
     if n < 1:
         raise UserError(f"--slots {n}: at least 1 run at a time")
+    pages = {} if _gpus() or _tpus() or "GLIBC_TUNABLES" in os.environ else HUGE_PAGES
     if n == 1:
-        return [Slot("slot 0", {})]
+        return [Slot("slot 0", pages)]
     for what, devices, environment in (("GPUs", _gpus(), _gpu_environment), ("TPU chips", _tpus(), _tpu_environment)):
         if devices:
             if what == "GPUs" and n > len(devices) and n % len(devices) == 0:
@@ -94,11 +95,10 @@ def slots(n: int) -> list[Slot]:
             parts = [devices[i * each : (i + 1) * each] for i in range(n)]
             return [Slot(f"slot {i}, {what} {','.join(p)}", environment(p, n)) for i, p in enumerate(parts)]
     if not hasattr(os, "sched_getaffinity"):  # not on macOS: the processes share all cores
-        return [Slot(f"slot {i}", {}) for i in range(n)]
+        return [Slot(f"slot {i}", pages) for i in range(n)]
     cores = sorted(os.sched_getaffinity(0))
     shares = [frozenset(cores[i::n] or [cores[i % len(cores)]]) for i in range(n)]
-    env = {} if "GLIBC_TUNABLES" in os.environ else HUGE_PAGES
-    return [Slot(f"slot {i}, cores {','.join(map(str, sorted(c)))}", env, c) for i, c in enumerate(shares)]
+    return [Slot(f"slot {i}, cores {','.join(map(str, sorted(c)))}", pages, c) for i, c in enumerate(shares)]
 
 
 def _gpus() -> list[str]:

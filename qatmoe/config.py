@@ -85,7 +85,7 @@ class QuantConfig:
 class DataConfig:
     """Where the text comes from and how it is cut into sequences."""
 
-    source: str = "default"  # "default" (bundled), a file, directory or glob, or "hf:DATASET[:CONFIG]"
+    source: str = "default"  # "default" (bundled), a file, directory or glob, "hf:DATASET[:CONFIG[:SPLIT]]"
     valid: str = ""  # like source; "" = the bundled held-out text, or a split of the source by document
     valid_fraction: float = 0.05  # share of documents held out when there is no `valid`
     text_key: str = "text"  # field of .jsonl and .parquet rows that holds the text

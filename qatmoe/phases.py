@@ -27,7 +27,7 @@ from qatmoe.optim import schedule
 from qatmoe.quant import fake
 from qatmoe.quant.grid import RULES
 from qatmoe.quant.plan import Plan
-from qatmoe.run import Run, Weights, abstract_state, jit_eval_weights, quant_plan
+from qatmoe.run import Run, Weights, abstract_state, jit_eval_weights, jit_rounding, quant_plan
 from qatmoe.step import TrainState
 from qatmoe.tree import leaves_by_path, path_of
 
@@ -74,11 +74,11 @@ def round_control(run: Run) -> None:
     if not missing:
         return
     state, _ = final_state(run, branch)
+    model = state.ema or state.params["model"]
     for rule in missing:
-        model = state.ema or state.params["model"]
-        places = jax.tree.map(lambda a: a.sharding, model)
-        rounded = jax.jit(functools.partial(fake.apply, run.plan, rule=rule), out_shardings=places)(model, {})
-        result = run.evaluate(rounded, run.cfg.eval.final_batches, interruptible=True)
+        result = run.evaluate(
+            jit_rounding(run.plan, model, rule)(model), run.cfg.eval.final_batches, interruptible=True
+        )
         run.metrics.write(f"ptq:{branch}:{rule}", int(state.step), "final", result)
 
 

@@ -24,6 +24,7 @@ from qatmoe.mesh import batch_groups, spec
 from qatmoe.metrics import Metrics
 from qatmoe.model import attention
 from qatmoe.model.transformer import param_shapes
+from qatmoe.quant import fake
 from qatmoe.quant.plan import Plan, coverage, make_plan
 
 Weights = dict[str, Any]
@@ -117,7 +118,8 @@ class Run:
     @functools.cached_property
     def _abstract_state(self) -> Callable[[bool], steps.TrainState]:
         """Of `quantize`: each is asked for several times, and traced once."""
-        return functools.cache(lambda quantize: abstract_state(self.cfg, self.plan, self.mesh, quantize=quantize))
+        cfg, plan, mesh = self.cfg, self.plan, self.mesh  # a function that held `self` would keep it from being freed
+        return functools.cache(lambda quantize: abstract_state(cfg, plan, mesh, quantize=quantize))
 
     def train_step(self, phase: PhaseConfig) -> Any:
         """A phase's step, as `jit_step` makes it. Phases of the same `quantize` and `distill` share one."""
@@ -126,10 +128,10 @@ class Run:
     @functools.cached_property
     def _train_step(self) -> Callable[[bool, float], Any]:
         """Of `quantize` and `distill`: jitted once per run, not once per phase."""
+        cfg, plan, mesh, abstract = self.cfg, self.plan, self.mesh, self._abstract_state
 
         def jitted(quantize: bool, distill: float) -> Any:
-            state = self._abstract_state(quantize)
-            return jit_step(self.cfg, self.plan, self.mesh, state, quantize=quantize, distill=distill)
+            return jit_step(cfg, plan, mesh, abstract(quantize), quantize=quantize, distill=distill)
 
         return functools.cache(jitted)
 
@@ -150,9 +152,10 @@ class Run:
     @functools.cached_property
     def _eval_weights(self) -> Callable[[bool], Callable[[steps.TrainState], Weights]]:
         """Of `quantize`: jitted once per run, not once per validation."""
+        cfg, plan, abstract = self.cfg, self.plan, self._abstract_state
 
         def jitted(quantize: bool) -> Callable[[steps.TrainState], Weights]:
-            return jit_eval_weights(self.cfg, self.plan, self._abstract_state(quantize), quantize=quantize)
+            return jit_eval_weights(cfg, plan, abstract(quantize), quantize=quantize)
 
         return functools.cache(jitted)
 
@@ -250,6 +253,12 @@ def jit_eval_weights(
         functools.partial(steps.eval_weights, cfg, plan, quantize=quantize),
         out_shardings=jax.tree.map(lambda s: s.sharding, state.params["model"]),
     )
+
+
+def jit_rounding(plan: Plan, model: Weights, rule: str) -> Callable[[Weights], Weights]:
+    """Parameters rounded to their grids under a scale rule, jitted; they lie as those of `model` do."""
+    places = jax.tree.map(lambda a: a.sharding, model)
+    return jax.jit(lambda params: fake.apply(plan, params, {}, rule=rule), out_shardings=places)
 
 
 def jit_step(cfg: Config, plan: Plan, mesh: Mesh, state: steps.TrainState, *, quantize: bool, distill: float) -> Any:

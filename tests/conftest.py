@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -92,9 +93,17 @@ def forget_programs():
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For tests whose time is compiling; the arithmetic stays the same up to rounding."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    with compiled_quickly():
+        yield
+
+
+@contextlib.contextmanager
+def compiled_quickly():
+    """Compiles with few optimizations in this process too, unless the environment says how to compile."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", before or "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
@@ -118,8 +127,7 @@ def _make_tiny_run(folder: Path) -> None:
     (folder / "valid.txt").write_text(text[60_000:70_000])
     names = ("trunk", "control", "qat")
     figures = {"loss": 5.0, "loss_se": 0.1, "bits_per_byte": 2.0, "perplexity": 9.0, "tokens": 1.0}
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:  # only the checkpoints are wanted
+    with compiled_quickly(), pytest.MonkeyPatch.context() as patch:  # only the checkpoints are wanted
         patch.setattr(train, "round_control", lambda run: None)
         patch.setattr(Run, "evaluate", lambda *args, **options: figures)
         code = train.main(
@@ -139,7 +147,6 @@ def _make_tiny_run(folder: Path) -> None:
                 f"--config.data.cache_dir={folder / 'cache'}",
             ]
         )
-    jax.config.update("jax_disable_most_optimizations", False)
     assert code == 0
 
 

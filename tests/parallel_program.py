@@ -23,7 +23,7 @@ from qatmoe import step as steps
 from qatmoe.config import Config, MeshConfig, ModelConfig, OptimConfig, PhaseConfig, QuantConfig, TrainConfig
 from qatmoe.mesh import make_mesh, spec
 from qatmoe.optim import schedule
-from qatmoe.run import abstract_state, jit_eval_weights, jit_step, quant_plan
+from qatmoe.run import abstract_state, jit_eval_weights, jit_rounding, jit_step, quant_plan
 
 QAT = PhaseConfig(steps=20, quantize=True, warmup=5)
 # Eight experts with room for every token (no drop, whatever the groups), dims that all axes divide. A large eps: where
@@ -77,8 +77,11 @@ def train(sizes: tuple[int, ...]) -> dict[str, Any]:
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), made, state)
             shard = made.params["model"]["layers"]["experts"]["gate_up"].addressable_shards[0]
             assert shard.data.shape == (2, 4, 32, 64)
-            shown = jit_eval_weights(CFG, plan, abstract, quantize=True)(state)["layers"]["experts"]["gate_up"]
-            assert shown.addressable_shards[0].data.shape == (2, 4, 32, 64)
+            model = state.params["model"]  # and what is evaluated lies as it does
+            on_grid = jit_eval_weights(CFG, plan, abstract, quantize=True)(state)
+            for shown in (on_grid, jit_rounding(plan, model, "search")(model)):
+                same = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim), shown, model)
+                assert all(jax.tree.leaves(same)), same
         rows = NamedSharding(mesh, spec(("batch", None)))
         batch = {"tokens": jax.ShapeDtypeStruct((8, L + 2), np.int32, sharding=rows)}
         step = jit_step(CFG, plan, mesh, abstract, quantize=True, distill=0.0)

@@ -147,6 +147,7 @@ def accelerators(monkeypatch):
 def test_gpus_are_divided(accelerators, monkeypatch):
     accelerators["/dev", "nvidia"] = list("01234567")
     assert [s.env for s in slots(2)] == [{"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}]
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert slots(1)[0].env == {}
     with pytest.raises(UserError, match="--slots 3: does not divide the 8 GPUs"):
         slots(3)
@@ -175,9 +176,9 @@ def test_cores_are_divided(accelerators, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert [s.cores for s in slots(2)] == [{0, 5}, {2}]
-    assert [s.env for s in slots(2)] == [{"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}] * 2
+    assert [s.env for s in [*slots(1), *slots(2)]] == [{"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}] * 3
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=1")
-    assert [s.env for s in slots(2)] == [{}] * 2
+    assert [s.env for s in [*slots(1), *slots(2)]] == [{}] * 3
     assert [s.cores for s in slots(4)] == [{0}, {2}, {5}, {0}]
     accelerators["/dev", "nvidia"] = ["0"]
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")

@@ -16,4 +16,4 @@ def get_sweep() -> Sweep:
         values("optim.lr", [0.002, 0.01]),
         values("train.seed", [0, 1]),
     )
-    return Sweep(name="toy", config="configs/toy.py", points=points)
+    return Sweep(name="toy_sweep", config="configs/toy.py", points=points)
