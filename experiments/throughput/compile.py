@@ -4,9 +4,9 @@
     python -m experiments.throughput.compile --write    writes the table of the README from compiled.json
 
 Needs an environment with `pip install -e . 'jax[cuda12]==0.11.2'` (Python 3.12 or newer); no GPU, no CUDA driver. XLA
-compiles for a description of the chip, without trying kernels on it (no autotuning). The figures are the compiler's:
-bytes and FLOPs are XLA's count over all kernels (it does not see into cuDNN's attention and counts a loop's body once),
-memory is what its buffers take. They say how a change moves the program, and what fits; they are no times.
+compiles for a description of the chip, without trying kernels on it (no autotuning, no split-K). The figures are the
+compiler's: bytes and FLOPs are XLA's count over all kernels (it does not see into cuDNN's attention and counts a loop's
+body once), memory is what its buffers take. They say how a change moves the program, and what fits; they are no times.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
+# Without trying kernels no backend takes a product that is split along its contraction axis: none is split.
+os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_experimental_force_split_k=1"
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ from qatmoe.topology import H100
 HERE = Path(__file__).parent
 
 
-def compiled(cfg: Config, quantize: bool, device: jax.Device) -> dict[str, Any]:
+def compiled(cfg: Config, quantize: bool, distill: float, device: jax.Device) -> dict[str, Any]:
     """Compiles one step and reads off what the compiler says of it."""
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="cudnn"))
     phase, plan = PhaseConfig(steps=1, quantize=quantize), quant_plan(cfg)[0]
@@ -49,11 +50,12 @@ def compiled(cfg: Config, quantize: bool, device: jax.Device) -> dict[str, Any]:
     state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
     rows = (cfg.train.batch_size, cfg.data.seq_len + 1 + cfg.model.n_mtp)
     batch = {"tokens": jax.ShapeDtypeStruct(rows, jnp.int32, sharding=place)}
+    teacher = state.params["model"] if distill else None
     step = jax.jit(
-        functools.partial(steps.train_step, cfg=cfg, plan=plan, quantize=quantize, distill=0.0), donate_argnums=0
+        functools.partial(steps.train_step, cfg=cfg, plan=plan, quantize=quantize, distill=distill), donate_argnums=0
     )
     start = time.perf_counter()
-    program = step.lower(state, batch, None, np.float32(1)).compile()
+    program = step.lower(state, batch, teacher, np.float32(1)).compile()
     seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     return {
@@ -75,8 +77,8 @@ def traffic(program: Any) -> dict[str, float]:
     return {"gb_moved": cost["bytes accessed"] / 1e9, "tflop": cost["flops"] / 1e12}
 
 
-def variants() -> list[tuple[str, Config, bool]]:
-    """(name, config, quantize)."""
+def variants() -> list[tuple[str, Config, bool, float]]:
+    """(name, config, quantize, distill)."""
     big, fine, small = (resolve(c.get_config()) for c in (h100_1b, h100_fine, h100_study))
 
     def sized(cfg: Config, batch: int) -> Config:
@@ -88,31 +90,34 @@ def variants() -> list[tuple[str, Config, bool]]:
     def model(cfg: Config, **fields: Any) -> Config:
         return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **fields))
 
-    found = [(f"{big.name}, batch {b}", sized(big, b), False) for b in (8, 16, 32)]
-    found += [
-        (f"{big.name}, batch 32, remat full", model(sized(big, 32), remat="full"), False),
-        (f"{big.name}, batch 8, scanned layers", model(big, scan_layers=True), False),
-        (f"{big.name}, batch 8, capacity 1.25", model(big, capacity_factor=1.25), False),
-        (f"{big.name}, batch 8, f32 moments", dataclasses.replace(
-            big, optim=dataclasses.replace(big.optim, moments_dtype="float32")), False),
-    ]  # fmt: skip
-    found += [
-        (f"{big.name}, batch 8, {g}, learned scales", on(big, g), True) for g in ("q2_0", "q2_k", "q4_0", "mxfp4")
+    f32_moments = dataclasses.replace(big, optim=dataclasses.replace(big.optim, moments_dtype="float32"))
+    whole = f"{small.name}, batch {small.train.batch_size}"
+    return [
+        *((f"{big.name}, batch {b}", sized(big, b), False, 0.0) for b in (8, 16, 32)),
+        (f"{big.name}, batch 32, remat full", model(sized(big, 32), remat="full"), False, 0.0),
+        (f"{big.name}, batch 8, scanned layers", model(big, scan_layers=True), False, 0.0),
+        (f"{big.name}, batch 8, capacity 1.25", model(big, capacity_factor=1.25), False, 0.0),
+        (f"{big.name}, batch 8, f32 moments", f32_moments, False, 0.0),
+        *(
+            (f"{big.name}, batch 8, {g}, learned scales", on(big, g), True, 0.0)
+            for g in ("q2_0", "q2_k", "q4_0", "mxfp4")
+        ),
+        (f"{big.name}, batch 8, q2_0, learned scales, half KL to a teacher", on(big, "q2_0"), True, 0.5),
+        (f"{big.name}, batch 8, q2_0, dynamic scales", on(big, "q2_0", "dynamic"), True, 0.0),
+        *((f"{fine.name}, batch 8, {n} layers", model(fine, n_layers=n), False, 0.0) for n in (5, 7)),
+        (whole, small, False, 0.0),
+        (f"{whole}, q2_0, learned scales", small, True, 0.0),
+        (f"{whole}, q2_0, learned scales, half KL to a teacher", small, True, 0.5),
     ]
-    found += [(f"{big.name}, batch 8, q2_0, dynamic scales", on(big, "q2_0", "dynamic"), True)]
-    found += [(f"{fine.name}, batch 8, {n} layers", model(fine, n_layers=n), False) for n in (5, 7)]
-    found += [(f"{small.name}, batch {small.train.batch_size}", small, False)]
-    found += [(f"{small.name}, batch {small.train.batch_size}, q2_0, learned scales", small, True)]
-    return found
 
 
 def measure() -> dict[str, Any]:
     """Compiles every variant; one that does not fit is a row too."""
     topology = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology="1x1x1")
     rows = []
-    for name, cfg, quantize in variants():
+    for name, cfg, quantize, distill in variants():
         try:
-            row = compiled(cfg, quantize, topology.devices[0])
+            row = compiled(cfg, quantize, distill, topology.devices[0])
         except jax.errors.JaxRuntimeError as e:
             row = {"failed": str(e).splitlines()[0][:200]}
         rows.append({"variant": name, **row})

@@ -6,6 +6,7 @@ Master weights are f32 and cast to cfg.dtype where they are used; the residual s
 softmax, SwiGLU and logits are f32.
 """
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -106,19 +107,20 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
     def draw(path: tuple, param: Param) -> jax.Array:
         names = [str(entry.key) for entry in path]
-        layer = int(names.pop(1)) if names[0] in STACKED and names[1].isdigit() else None
         path_key = jax.random.fold_in(key, zlib.crc32("/".join(names).encode()))
         if not param.std:
             return jnp.full(param.shape, param.fill, jnp.float32)
         if names[0] not in STACKED:
             return param.std * jax.random.normal(path_key, param.shape, jnp.float32)
-        if layer is not None:
-            return param.std * jax.random.normal(jax.random.fold_in(path_key, layer), param.shape, jnp.float32)
         n, *shape = param.shape
         layer_keys = jax.vmap(lambda i: jax.random.fold_in(path_key, i))(jnp.arange(n))
         return param.std * jax.vmap(lambda k: jax.random.normal(k, shape, jnp.float32))(layer_keys)
 
-    return jax.tree_util.tree_map_with_path(draw, param_tree(cfg))
+    params = jax.tree_util.tree_map_with_path(draw, param_tree(dataclasses.replace(cfg, scan_layers=True)))
+    if cfg.scan_layers:
+        return params
+    # Drawn for all layers at once and cut afterwards: a GPU's compiler takes half a second for each kernel that draws.
+    return unstack_layers(jax.tree.map(jax.lax.optimization_barrier, params))
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
