@@ -15,6 +15,9 @@ from launch.points import Sweep
 from launch.study import Stage, Study, branches
 from qatmoe.errors import UserError
 
+TEACHER, DISTILL, RATE, QUANTIZE = (f"train.phases.qat.{key}" for key in ("teacher", "distill", "lr", "quantize"))
+FULL = "full"  # stands for a grid where there is none: full precision
+
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
@@ -30,6 +33,7 @@ class Scale:
     rates: Sequence[float]  # searched for control and QAT, besides the config's
     scale_rates: Sequence[float]  # searched for learned scales, besides the config's
     followed: Points  # the best of both searches and one rate beyond, on every seed, with and without a teacher
+    taught: dict[str, Points]  # {grid: what is set in late QAT with a teacher, where studies compare formats}
     k_quants: bool  # rows are whole blocks of the K formats
     tokens: int
     common: Point = dataclasses.field(default_factory=dict)  # what is set in every run
@@ -62,6 +66,21 @@ class Scale:
         """QAT of all experts on a grid, from trunks of any size."""
         return branches(trunks, grid_name(trunks.sweep.name, grid), self.branch, experts_on(grid))
 
+    def with_teacher(self, trunks: Stage, grid: str) -> list[Stage]:
+        """As `on_grid` with the size's recipes that have a teacher; no stage where there is none. FULL: on no grid."""
+        where = [{QUANTIZE: False}] if grid == FULL else experts_on(grid)
+        variants = product(where, self.taught.get(grid, []))
+        name = taught_name(trunks.sweep.name, grid)
+        return [branches(trunks, name, self.branch, variants)] if variants else []
+
+    def taught_kinds(self, grid: str) -> dict[str, Point]:
+        """{what each of those recipes is called: what is set, None for what is not}."""
+        unset = {TEACHER: None, DISTILL: None, RATE: None}
+        return {
+            "taught" + (f", rate {point[RATE]:g}" if RATE in point else ""): unset | point
+            for point in self.taught.get(grid, [])
+        }
+
     def _seeds(self, kept: int) -> Points:
         shared = {"train.checkpoint_every": self.share_steps[0], "train.keep": kept}
         return product([self.common], [shared], values("train.seed", self.seeds))
@@ -70,6 +89,16 @@ class Scale:
 def grid_name(trunks: str, grid: str) -> str:
     """The sweep of a grid's branches, by the name of their trunks' sweep."""
     return f"{trunks.removesuffix('_trunks')}_{grid}"
+
+
+def taught_name(trunks: str, grid: str) -> str:
+    """The sweep of a grid's branches with a teacher, by the name of their trunks' sweep."""
+    return f"{grid_name(trunks, grid)}_taught"
+
+
+def taught_by(teacher: str, share: float) -> Points:
+    """One point: a share of the loss is the KL to a teacher; ":control" is that of the trunk's run."""
+    return [{TEACHER: teacher, DISTILL: share}]
 
 
 def experts_on(grid: str, **more: object) -> Points:
@@ -87,7 +116,11 @@ SMALL = Scale(
     trunk_steps=900,
     rates=(0.005, 0.02),
     scale_rates=(1e-5, 1e-4, 1e-3, 3e-3, 1e-2),
-    followed=chain(values("optim.scale_lr", [1e-3]), values("train.phases.qat.lr", [0.02, 0.04])),
+    followed=chain(values("optim.scale_lr", [1e-3]), values(RATE, [0.02, 0.04])),
+    taught={  # the best that late_qat_2bit found on q2_0; without a grid and on q4_0 at the config's rate too
+        **dict.fromkeys(("q2_0", "mxfp4", "nvfp4"), product(taught_by(":control", 0.5), values(RATE, [0.02]))),
+        **dict.fromkeys((FULL, "q4_0"), product(taught_by(":control", 0.5), [{}, {RATE: 0.02}])),
+    },
     k_quants=False,
     tokens=32_768,
 )
@@ -102,6 +135,7 @@ H100 = Scale(
     rates=(1.5e-3, 6e-3),
     scale_rates=(1e-5, 1e-4, 1e-3),
     followed=[],  # not searched yet
+    taught={},
     k_quants=True,
     tokens=65_536,
 )

@@ -100,12 +100,12 @@ def quick_compilation():
 @contextlib.contextmanager
 def compiled_quickly():
     """Compiles with few optimizations in this process too, unless the environment says how to compile."""
-    if "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ:  # which jax has read
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", before or "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ)
+    try:
         yield
-        return
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ It keeps to one core, the CORE-th of those that it may use: the threads of eight
 other, and would take the second core from another such process.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -22,6 +23,7 @@ from qatmoe import hlo
 from qatmoe import step as steps
 from qatmoe.config import Config, MeshConfig, ModelConfig, OptimConfig, PhaseConfig, QuantConfig, TrainConfig
 from qatmoe.mesh import make_mesh, spec
+from qatmoe.model.transformer import stack_layers
 from qatmoe.optim import schedule
 from qatmoe.run import abstract_state, jit_eval_weights, jit_rounding, jit_step, quant_plan
 
@@ -75,6 +77,11 @@ def train(sizes: tuple[int, ...]) -> dict[str, Any]:
         if sizes == (1, 2, 2, 2):  # what is made in place is what was made on one device
             made = jax.jit(make_state, out_shardings=places)()
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9), made, state)
+            unrolled = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, scan_layers=False))
+            draw = functools.partial(steps.init_state, unrolled)
+            apart = steps.state_shardings(unrolled, mesh, jax.eval_shape(draw, jax.random.key(0)))
+            model = stack_layers(jax.jit(draw, out_shardings=apart)(jax.random.key(0)).params["model"])
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), model, first.params["model"])
             shard = made.params["model"]["layers"]["experts"]["gate_up"].addressable_shards[0]
             assert shard.data.shape == (2, 4, 32, 64)
             model = state.params["model"]  # and what is evaluated lies as it does

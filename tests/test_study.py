@@ -161,6 +161,7 @@ def made_up(stage):
         for i, name in enumerate(NAMES):
             if not re.search(stage.judged, name) or name.split("/")[0] not in run.config.train.phases:
                 continue
+            phase = run.config.train.phases[name.split("/")[0]]
             quantized = 1_000 * run.config.model.n_experts
             figures = {"loss": 4 + 0.01 * n + (0.1 + 1e-6 * quantized) * (i != 1), "tokens": 1000, "steps": 10}
             if name == "qat":
@@ -169,7 +170,8 @@ def made_up(stage):
                 row(stage.sweep.name, name, run.config.train.seed, figures.pop("loss"), **figures)
                 | study._identity(stage, run)
                 | {"reference": reference, "rule": name.partition("/")[2], "quantized": quantized, "parameters": 1}
-                | {"bytes": 1000, "joined_rows": 4 if "IQ" in name else 1}
+                | {"bytes": 1000 * run.config.model.n_experts, "joined_rows": 4 if "IQ" in name else 1}
+                | ({} if phase.quantize or "/" in name else {"format": "f32", "bits_per_weight": 32})
             )
     return rows
 

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,21 @@ def test_initial_sizes():
     assert jnp.all(block["attn_norm"] == 1)
     assert not jnp.any(block["router"]["bias"])
     assert not jnp.array_equal(block["attn"]["q"][0], block["attn"]["q"][1])
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_weight_is_drawn_by_its_path_and_layer_alone(scan):
+    """So a run starts from the same numbers whatever else its model has, and however its layers lie."""
+    found = init_params(dataclasses.replace(CFG, scan_layers=scan), jax.random.key(5))
+    draw = lambda key, shape: 0.2 * np.asarray(jax.random.normal(key, shape))  # noqa: E731
+    key_of = lambda path: jax.random.fold_in(jax.random.key(5), zlib.crc32(path.encode()))  # noqa: E731
+    np.testing.assert_allclose(found["embed"], draw(key_of("embed"), (32, 16)), rtol=1e-6)
+    for i in range(2):  # MoE layers
+        layer = jax.tree.map(lambda a, i=i: a[i], found["layers"]) if scan else found["layers"][str(i)]
+        for path, shape in (("attn/q", (32, 16)), ("experts/gate_up", (4, 16, 16))):
+            got = leaves_by_path(layer)[path]
+            want = draw(jax.random.fold_in(key_of(f"layers/{path}"), i), shape)
+            np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_layouts_start_equal_and_convert_into_each_other(params):

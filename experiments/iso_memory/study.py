@@ -4,14 +4,19 @@
 
 The models of a pair differ in the number of experts alone, so both train the same number of weights for a token: equal
 training tokens are equal training FLOPs too, but for the router and the optimizer. They have no MTP module.
+
+"Taught": half of late QAT's loss is the KL to the finished control of the same size.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import scales
-from experiments.scales import Scale, experts_on, grid_name
+from experiments.scales import Scale, experts_on, grid_name, taught_name
 from launch.study import Report, Results, Row, Stage, Study, beside
 from launch.study_tables import Group, by_seed, mean_se, select, with_se
 from qatmoe.text_table import markdown
@@ -37,7 +42,8 @@ COLORS = {"bf16": "black", "Q4_0": "tab:blue", "Q2_0": "tab:red", "ternary": "ta
 
 def get_study(scale: str, corpus: str) -> Study:
     """Trunks of N, 2N and 4N; Q4_0 of N and 2N, late and from the first step, there with learned and with dynamic
-    scales; Q2_0 and ternary from the first step of 2N and 4N. The trunks make late Q2_0."""
+    scales; Q2_0 and ternary from the first step of 2N and 4N. The trunks make late Q2_0. Both late grids with a teacher
+    too."""
     s = scales.on(scale, corpus)
     n, middle, large = s.experts[1:]
     trunks = {size: s.size(size, "^(control|qat)$") for size in (n, middle, large)}
@@ -47,6 +53,8 @@ def get_study(scale: str, corpus: str) -> Study:
     return s.study(
         *trunks.values(),
         *(s.on_grid(trunks[size], "q4_0") for size in (n, middle)),
+        *(stage for size in (n, middle) for stage in s.with_teacher(trunks[size], "q4_0")),
+        *(stage for size in (middle, large) for stage in s.with_teacher(trunks[size], "q2_0")),
         *(scratch(s, trunks[size], size, kind) for size, kind in first),
         needs_llama=False,
     )
@@ -63,32 +71,48 @@ def scratch_name(s: Scale, size: int, kind: str) -> str:
     return f"{s.size_name(size)}_scratch_{kind.lower().replace(' ', '_')}"
 
 
+def pairs_of(s: Scale) -> list[tuple[str, str]]:
+    """What is compared: in fewer bits with twice the experts, the second."""
+    four, two = ([f"{grid.upper()} {kind}" for kind in s.taught_kinds(grid)] for grid in ("q4_0", "q2_0"))
+    return [*PAIRS, *itertools.product(four, [*two, f"Q2_0 {FIRST}", f"ternary {FIRST}"])]
+
+
 def report(results: Results) -> Report:
     """For each size: the models by bytes, and each pair seed by seed."""
     tables = {}
-    figure = Figure(figsize=(7, 0.5 + 4 * len(results)), layout="constrained")
+    figure = Figure(figsize=(9, 0.8 + 6 * len(results)), layout="constrained")
     for (scale, rows), axes in zip(results.items(), figure.subplots(len(results), squeeze=False)[:, 0], strict=True):
         s = scales.get(scale)
         found = models(s, rows)
         tables[f"{scale}_models"] = models_table(found)
         tables[f"{scale}_pairs"] = pairs_table(s, found)
-        for kind in dict.fromkeys(kind for _, kind in found):
-            drawn = [(size, g) for (size, k), g in found.items() if k == kind and g.rows]
-            if not drawn:
-                continue
-            y, se = zip(*(mean_se([r["loss"] for r in g.rows]) for _, g in drawn), strict=True)
-            x = [g.rows[0]["bytes"] / 1e6 for _, g in drawn]
-            style = ":" if "dynamic" in kind else "--" if FIRST in kind else "-"
-            axes.errorbar(x, y, se, marker="o", ls=style, capsize=3, color=COLORS[kind.split()[0]], label=kind)
-            for (size, _), a, b in zip(drawn, x, y, strict=True):
-                axes.annotate(f"{size} experts", (a, b), fontsize=7, xytext=(4, 4), textcoords="offset points")
-        axes.set_xscale("log")
-        axes.set_xlabel("whole model, MB (log scale)")
-        axes.set_ylabel("validation loss (nats per token)")
-        axes.set_title(f"{scale}: loss by bytes, {len(s.seeds)} seeds", fontsize=10)
-        axes.grid(alpha=0.25, which="both")
-        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        draw(axes, found)
+        axes.set_title(f"{scale}: loss of models by bytes, {len(s.seeds)} seeds", fontsize=10)
     return Report(tables, figure)
+
+
+def draw(axes: Axes, found: dict[tuple[int, str], Group]) -> None:
+    """A line for each model, those of equal bytes (to a twentieth) together, each such class by loss."""
+    classes: list[list[tuple[float, float, str, str]]] = []
+    size = lambda g: g.rows[0]["bytes"]  # noqa: E731
+    smallest = 0
+    for kind, g in sorted(((k, g) for (_, k), g in found.items() if g.rows), key=lambda model: size(model[1])):
+        if size(g) > 1.05 * smallest:
+            smallest = size(g)
+            classes.append([])
+        loss, se = mean_se([r["loss"] for r in g.rows])
+        classes[-1].append((loss, se, COLORS[kind.split()[0]], f"{g.label}: {size(g) / 1e6:.2f} MB"))
+    labels: list[str] = []
+    for models in classes:
+        if labels:
+            axes.axhline(len(labels) - 0.5, color="black", lw=0.8)
+        for loss, se, color, label in sorted(models):
+            axes.errorbar(loss, len(labels), xerr=0 if math.isnan(se) else se, fmt="o", color=color, capsize=3)
+            labels.append(label)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("validation loss (nats per token)")
+    axes.grid(alpha=0.25)
 
 
 def models(s: Scale, rows: Sequence[Row]) -> dict[tuple[int, str], Group]:
@@ -104,6 +128,12 @@ def models(s: Scale, rows: Sequence[Row]) -> dict[tuple[int, str], Group]:
         ):
             if any(r["stage"] == stage for r in rows):
                 found[size, kind] = select(rows, f"{size} experts, {kind}", stage, row=row)
+        for grid in ("q4_0", "q2_0"):
+            stage = taught_name(name, grid)
+            for kind, chosen in s.taught_kinds(grid).items():
+                if any(r["stage"] == stage for r in rows):
+                    full = f"{grid.upper()} {kind}"
+                    found[size, full] = select(rows, f"{size} experts, {full}", stage, **chosen)
     return found
 
 
@@ -135,7 +165,7 @@ def pairs_table(s: Scale, found: dict[tuple[int, str], Group]) -> str:
     lines = [["pair", "bytes of the second / first", "loss of the second minus the first", "wins of the second"]]
     _, n, middle, large = s.experts
     for small, big in ((n, middle), (middle, large)):
-        for first, second in PAIRS:
+        for first, second in pairs_of(s):
             if not {(small, first), (big, second)} <= found.keys():
                 continue
             a, b = found[small, first], found[big, second]

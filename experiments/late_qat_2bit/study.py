@@ -3,7 +3,8 @@
     python -m launch.study experiments/late_qat_2bit/study.py --slots 2
 
 Recipes branch from whole trunks, shares from earlier steps of the same trunks. Rates are searched at the first seed;
-the best ones, and one beyond, run on all, with and without a teacher.
+the best ones, and one beyond, run on all, with and without a teacher. What the teacher does without a grid: the same
+branch in full precision.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import scales
-from experiments.scales import Scale, experts_on
+from experiments.scales import DISTILL, FULL, RATE, TEACHER, Scale, experts_on, taught_by, taught_name
 from launch.algebra import Points, chain, product, values
 from launch.study import Report, Results, Row, Study, branches
 from launch.study_tables import (
@@ -33,14 +34,6 @@ from qatmoe.text_table import markdown
 PTQ = r"^control/(q2_0|ternary|q2_k|Q2_0|Q2_K|IQ2_XXS|IQ2_XS|IQ2_S)/"
 
 CLIP, SIGNED = "quant.clip_gradient", "quant.signed"
-TEACHER, DISTILL = "train.phases.qat.teacher", "train.phases.qat.distill"
-
-
-def taught_by(teacher: str, share: float) -> Points:
-    """One point: a share of the loss is the KL to a teacher; ":control" is that of the trunk's run."""
-    return [{TEACHER: teacher, DISTILL: share}]
-
-
 TAUGHT: dict[str, Points] = {
     "no teacher": [{}],
     "half KL to the control": taught_by(":control", 0.5),
@@ -87,6 +80,7 @@ def get_study(scale: str, corpus: str) -> Study:
         branches(trunks, f"{s.name}_rates", s.config, rates, judged="^(control|qat)$", seeds=s.seeds[:1]),
         branches(trunks, f"{s.name}_scale_rates", s.branch, scale_rates, seeds=s.seeds[:1]),
         *([branches(trunks, f"{s.name}_followed", s.branch, followed)] if followed else []),
+        *s.with_teacher(trunks, FULL),
     )
 
 
@@ -111,16 +105,24 @@ def report(results: Results) -> Report:
         tables[f"{scale}_shares"] = shares_table(shares_of(s, rows), rows)
         tables[f"{scale}_rates"] = table(rates_of(s, rows, best, controls[1]), [], rows)
         followed = followed_of(s, rows)
-        if followed:
-            tables[f"{scale}_followed"] = table([best, made[HALF], made[ALL], *followed], ptq, rows)
+        in_full = [
+            select(
+                rows, kind.replace("taught", "full precision, half KL to the control"), taught_name(trunks, FULL), **at
+            )
+            for kind, at in s.taught_kinds(FULL).items()
+        ]
+        if followed or in_full:
+            tables[f"{scale}_followed"] = table([best, made[HALF], made[ALL], *followed, *in_full], ptq, rows)
         tables[f"{scale}_goals"] = goals([best, made[HALF], made[ALL], *followed], ptq, rows)
         drawn = [*((g, "black") for g in rounded), (best, "tab:red"), *((g, "tab:orange") for g in made.values())]
-        drawn += [(g, "tab:purple") for g in followed]
+        drawn += [*((g, "tab:purple") for g in followed), *((g, "tab:blue") for g in in_full)]
         dots(left, drawn, rows)
         left.set_xscale("symlog", linthresh=0.1)  # recipes differ by hundredths, roundings by tenths
-        ticks = [0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.3, 1]
+        left.set_xlim(left=-0.02)
+        ticks = [0, 0.02, 0.05, 0.1, 0.3, 1]
         left.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        left.set_title(f"{scale}: rounding (black), QAT, other rates (purple); {len(best.rows)} seeds", fontsize=10)
+        colors = "rounding (black), QAT, other rates (purple), no grid (blue)"
+        left.set_title(f"{scale}: {colors}; {len(best.rows)} seeds", fontsize=10)
         draw_shares(right, shares_of(s, rows), rows)
         right.set_title(f"{scale}: QAT in the last steps of equal training", fontsize=10)
     return Report(tables, figure)
@@ -193,7 +195,7 @@ def rates_of(s: Scale, rows: Sequence[Row], qat: Group, control: Group) -> list[
     groups = [first(control, "control, the config's rates"), first(qat, "QAT, the config's rates")]
     for rate in s.rates:
         for row in ("control", "qat"):
-            at = {"train.phases.qat.lr": rate}
+            at = {RATE: rate}
             groups.append(select(rows, f"{row}, rate {rate:g}", f"{s.name}_rates", row=row, **at))
     for rate in s.scale_rates:
         at = {"optim.scale_lr": rate}
