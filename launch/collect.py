@@ -163,7 +163,7 @@ def write(folder: Path) -> tuple[list[Row], list[tuple[str, str]]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 all runs are finished, 1 some are not, 2 unusable input."""
     parser = argparse.ArgumentParser(prog="python -m launch.collect", description="Collect the results of a sweep.")
-    parser.add_argument("folder", help="the sweep's folder, as runs/toy_sweep")
+    parser.add_argument("folder", help="the sweep's folder, as runs/toys")
     folder = Path(parser.parse_args(argv).folder)
     try:
         rows, others = write(folder)

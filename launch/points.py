@@ -103,7 +103,7 @@ def load(file: str | Path) -> Sweep:
       UserError: there is no such file, it fails, or it does not return a sweep.
     """
     where = f"sweep {file}"
-    sweep = called(where, functions_of(where, file, ["get_sweep"], "launch/sweeps/toy.py")["get_sweep"])
+    sweep = called(where, functions_of(where, file, ["get_sweep"], "launch/sweeps/toys.py")["get_sweep"])
     if not isinstance(sweep, Sweep):
         raise UserError(f"sweep {file}: get_sweep() returns a {type(sweep).__name__}; return a launch.points.Sweep")
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", sweep.name):

@@ -1,10 +1,10 @@
 """Starts a sweep, or goes on with it: only the runs that are not finished are run.
 
-    python -m launch.sweep launch/sweeps/toy.py [--dir runs/NAME] [--dry_run]
-    python -m launch.sweep launch/sweeps/toy.py --slots 2 --restarts 3                   on this machine
-    python -m launch.sweep launch/sweeps/toy.py --backend slurm --option partition=a100 --option gpus_per_node=8
-    python -m launch.sweep launch/sweeps/toy.py --backend skypilot --option accelerators=tpu-v5e-16 --option bucket=gs://B
-    python -m launch.sweep launch/sweeps/toy.py --backend jobset --option image=I --option claim=C --option topology=4x4
+    python -m launch.sweep launch/sweeps/toys.py [--dir runs/NAME] [--dry_run]
+    python -m launch.sweep launch/sweeps/toys.py --slots 2 --restarts 3                   on this machine
+    python -m launch.sweep launch/sweeps/toys.py --backend slurm --option partition=a100 --option gpus_per_node=8
+    python -m launch.sweep launch/sweeps/toys.py --backend skypilot --option accelerators=tpu-v5e-16 --option bucket=gs://B
+    python -m launch.sweep launch/sweeps/toys.py --backend jobset --option image=I --option claim=C
 
 Run it from the repository's root. Every point is resolved before anything starts. docs/launch.md tells the rest;
 results come from `python -m launch.collect runs/NAME`.

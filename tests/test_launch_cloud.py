@@ -137,7 +137,7 @@ def test_wrong_options(make, message, run):
 
 def test_files_and_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    arguments = ["launch/sweeps/toy.py", f"--dir={tmp_path / 'd'}", "--backend=skypilot"]
+    arguments = ["launch/sweeps/toys.py", f"--dir={tmp_path / 'd'}", "--backend=skypilot"]
     assert sweep.main([*arguments, "--option=accelerators=tpu-v5e-8", "--option=bucket=gs://b"]) == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     assert len(commands) == 8
@@ -148,7 +148,7 @@ def test_files_and_commands(tmp_path, monkeypatch, capsys):
     file = tmp_path / "sweep.py"
     file.write_text(
         "from launch.points import Sweep\n"
-        f"def get_sweep(): return Sweep(name='toy', config='{ROOT}/configs/toy.py', points=[{{}}])"
+        f"def get_sweep(): return Sweep(name='toys', config='{ROOT}/configs/toy.py', points=[{{}}])"
     )
     assert sweep.main([str(file), *arguments[1:], "--option=accelerators=tpu-v5e-8", "--option=bucket=gs://b"]) == 2
     assert "must lie inside the repository, named from its root" in capsys.readouterr().err

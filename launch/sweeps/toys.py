@@ -1,6 +1,6 @@
 """Eight toy runs, to try the launcher with: two grids, two learning rates, two seeds.
 
-    python -m launch.sweep launch/sweeps/toy.py --slots 2
+    python -m launch.sweep launch/sweeps/toys.py --slots 2
 
 Hardware: any; 8 times what configs/toy.py takes. The losses mean nothing.
 """
@@ -16,4 +16,4 @@ def get_sweep() -> Sweep:
         values("optim.lr", [0.002, 0.01]),
         values("train.seed", [0, 1]),
     )
-    return Sweep(name="toy_sweep", config="configs/toy.py", points=points)
+    return Sweep(name="toys", config="configs/toy.py", points=points)
