@@ -158,7 +158,7 @@ def test_a_sweep_is_submitted_once(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_without_submitit_or_slurm_one_line_says_what_is_missing(tmp_path, monkeypatch, capsys):
-    file = ROOT / "launch" / "sweeps" / "toy.py"
+    file = ROOT / "launch" / "sweeps" / "toys.py"
     arguments = [str(file), f"--dir={tmp_path / 'd'}", "--backend=slurm"]
     assert sweep.main([*arguments, "--option=cluster=nowhere"]) == 2
     assert "--option cluster=nowhere" in capsys.readouterr().err
