@@ -78,10 +78,12 @@ def slots(n: int) -> list[Slot]:
     """
     if n < 1:
         raise UserError(f"--slots {n}: at least 1 run at a time")
-    pages = {} if _gpus() or _tpus() or "GLIBC_TUNABLES" in os.environ else HUGE_PAGES
+    kinds = (("GPUs", _gpus(), _gpu_environment), ("TPU chips", _tpus(), _tpu_environment))
+    accelerated = any(devices for _, devices, _ in kinds)
+    pages = {} if accelerated or "GLIBC_TUNABLES" in os.environ else HUGE_PAGES
     if n == 1:
         return [Slot("slot 0", pages)]
-    for what, devices, environment in (("GPUs", _gpus(), _gpu_environment), ("TPU chips", _tpus(), _tpu_environment)):
+    for what, devices, environment in kinds:
         if devices:
             if what == "GPUs" and n > len(devices) and n % len(devices) == 0:
                 # Taken at once: memory that grows in pieces, which never become one, holds less.

@@ -19,7 +19,7 @@ from qatmoe.text_table import markdown
 PTQ = r"^control/(mxfp4|nvfp4|q4_0|iq4_nl|MXFP4|NVFP4|Q4_0|IQ4_NL|IQ4_XS|Q4_K)/"
 FP4 = ("mxfp4", "nvfp4")
 GRIDS = (*FP4, "q4_0")
-NAMES = {FULL: "full precision"} | {grid: f"{grid}, learned scales" for grid in FP4}
+NAMES = {FULL: "full precision"} | {grid: f"{grid}, learned scales" for grid in GRIDS}
 MIXED = experts_on("mxfp4", **{"quant.down": "q8_0"})
 CLAMPED = experts_on("mxfp4", **{"model.swiglu_limit": 10.0})
 
@@ -45,9 +45,9 @@ def report(results: Results) -> Report:
         trunks = f"{scale}_trunks"
         control = select(rows, "control", trunks, row="control")
         rounded = roundings(rows, trunks, PTQ)
-        grids = [select(rows, f"{grid}, learned scales", grid_name(trunks, grid)) for grid in GRIDS]
+        grids = [select(rows, NAMES[grid], grid_name(trunks, grid)) for grid in GRIDS]
         taught = {
-            (grid, kind): select(rows, f"{NAMES.get(grid, grid)}, {kind}", taught_name(trunks, grid), **at)
+            (grid, kind): select(rows, f"{NAMES[grid]}, {kind}", taught_name(trunks, grid), **at)
             for grid in (FULL, *FP4)
             for kind, at in scales.get(scale).taught_kinds(grid).items()
         }

@@ -103,10 +103,10 @@ def draw(axes: Axes, found: dict[tuple[int, str], Group]) -> None:
         loss, se = mean_se([r["loss"] for r in g.rows])
         classes[-1].append((loss, se, COLORS[kind.split()[0]], f"{g.label}: {size(g) / 1e6:.2f} MB"))
     labels: list[str] = []
-    for models in classes:
+    for equal in classes:
         if labels:
             axes.axhline(len(labels) - 0.5, color="black", lw=0.8)
-        for loss, se, color, label in sorted(models):
+        for loss, se, color, label in sorted(equal):
             axes.errorbar(loss, len(labels), xerr=0 if math.isnan(se) else se, fmt="o", color=color, capsize=3)
             labels.append(label)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
@@ -130,10 +130,9 @@ def models(s: Scale, rows: Sequence[Row]) -> dict[tuple[int, str], Group]:
                 found[size, kind] = select(rows, f"{size} experts, {kind}", stage, row=row)
         for grid in ("q4_0", "q2_0"):
             stage = taught_name(name, grid)
-            for kind, chosen in s.taught_kinds(grid).items():
-                if any(r["stage"] == stage for r in rows):
-                    full = f"{grid.upper()} {kind}"
-                    found[size, full] = select(rows, f"{size} experts, {full}", stage, **chosen)
+            for kind, chosen in s.taught_kinds(grid).items() if any(r["stage"] == stage for r in rows) else ():
+                full = f"{grid.upper()} {kind}"
+                found[size, full] = select(rows, f"{size} experts, {full}", stage, **chosen)
     return found
 
 

@@ -43,13 +43,12 @@ def compiled(cfg: Config, quantize: bool, distill: float, device: jax.Device) ->
     """A training step. The state is what it is given: a teacher's weights count in it."""
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="cudnn"))
     phase, plan = PhaseConfig(steps=1, quantize=quantize), quant_plan(cfg)[0]
-    place = SingleDeviceSharding(device)
     shapes = jax.eval_shape(functools.partial(steps.init_state, cfg), jax.random.key(0))
     if quantize:
         shapes = jax.eval_shape(functools.partial(steps.branch, cfg, phase, plan), shapes)
-    state = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    state = placed(shapes, device)
     rows = (cfg.train.batch_size, cfg.data.seq_len + 1 + cfg.model.n_mtp)
-    batch = {"tokens": jax.ShapeDtypeStruct(rows, jnp.int32, sharding=place)}
+    batch = placed({"tokens": jax.ShapeDtypeStruct(rows, jnp.int32)}, device)
     teacher = state.params["model"] if distill else None
     step = jax.jit(
         functools.partial(steps.train_step, cfg=cfg, plan=plan, quantize=quantize, distill=distill), donate_argnums=0
@@ -59,10 +58,14 @@ def compiled(cfg: Config, quantize: bool, distill: float, device: jax.Device) ->
 
 def first_state(cfg: Config, device: jax.Device) -> dict[str, Any]:
     """What a run begins with: weights, drawn, and zeros."""
-    place = SingleDeviceSharding(device)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=place)
+    key = placed(jax.eval_shape(lambda: jax.random.key(0)), device)
     return measured(jax.jit(functools.partial(steps.init_state, cfg)), key)
+
+
+def placed(shapes: Any, device: jax.Device) -> Any:
+    """Arrays' shapes, on a device."""
+    place = SingleDeviceSharding(device)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
 
 
 def measured(function: Any, *arguments: Any) -> dict[str, float]:
