@@ -2,8 +2,8 @@
 
     python -m launch.study experiments/late_qat_2bit/study.py --scale h100 --corpus CORPUS
 
-CORPUS: a folder with train*.jsonl* and heldout/NAME.jsonl; the tokenizer is trained on the text. 315 million tokens of
-trunk, 63 million of a branch. Hardware: one H100; not run on one yet.
+CORPUS: a folder with train*.jsonl* and heldout/{novel,wiki,techdoc,code}.jsonl (experiments/README.md); the tokenizer
+is trained on the text. 315 million tokens of trunk, 63 million of a branch. Hardware: one H100; not run on one yet.
 """
 
 from qatmoe.config import default_config, phase

@@ -3,7 +3,7 @@
     python -m qatmoe.train --config configs/moe_2bit.py
 
 Routed and shared experts and the FFN of the leading dense layer lie on Q2_0 (2.25 bits per weight). Hardware: 2 CPU
-cores, 5 to 12 minutes; any GPU. Data: the bundled novels. Expected: the table in the README.
+cores, 5 to 12 minutes; one GPU too (not run on one yet). Data: the bundled novels. Expected: the table in the README.
 """
 
 from qatmoe.config import default_config, phase

@@ -5,7 +5,7 @@
         --config.quant.experts=mxfp4 --config.quant.shared=mxfp4 --workdir runs/mxfp4
     python -m qatmoe.evaluate --run runs/mxfp4 --reference runs/moe_2bit:control
 
-Hardware: 2 CPU cores, under 2 minutes; any GPU. Data: the bundled novels, from where the trunk stopped.
+Hardware: 2 CPU cores, under 2 minutes; one GPU too (not tried). Data: the bundled novels, from where the trunk stopped.
 """
 
 from configs import moe_2bit

@@ -2,8 +2,8 @@
 
     python -m qatmoe.train --config configs/moe_2bit_scratch.py
 
-Hardware: 2 CPU cores, 4 minutes; any GPU. Data: the bundled novels. Its rate and schedule are the main job's, so it is
-beside that job's QAT what training from scratch is beside late QAT (experiments/iso_memory).
+Hardware: 2 CPU cores, 4 minutes; one GPU too (not tried). Data: the bundled novels. Its rate and schedule are the main
+job's, so it is beside that job's QAT what training from scratch is beside late QAT (experiments/iso_memory).
 """
 
 from configs import moe_2bit

@@ -3,7 +3,7 @@
     python -m qatmoe.train --config configs/moe_2bit_taught.py
 
 Half of the loss is the KL to the control's scores, at twice the rate (experiments/late_qat_2bit). Hardware: 2 CPU
-cores, 6 to 14 minutes; any GPU. Data: the bundled novels.
+cores, 6 to 14 minutes; one GPU too (not run on one yet). Data: the bundled novels.
 """
 
 from configs import moe_2bit

@@ -2,8 +2,8 @@
 
     python -m qatmoe.train --config configs/moe_bf16.py
 
-Hardware: 2 CPU cores, 5 to 12 minutes; any GPU. Data: the bundled novels. Expected: the control's loss of
-configs/moe_2bit.py, within the noise of seeds.
+Hardware: 2 CPU cores, 5 to 12 minutes; one GPU too (not tried). Data: the bundled novels. Expected: the control's
+loss of configs/moe_2bit.py, within the noise of seeds.
 """
 
 from configs import moe_2bit

@@ -2,7 +2,7 @@
 
     python -m qatmoe.train --config configs/moe_fp4.py
 
-Hardware: 2 CPU cores, 5 to 12 minutes; any GPU. Data: the bundled novels.
+Hardware: 2 CPU cores, 5 to 12 minutes; one GPU too (not run on one yet). Data: the bundled novels.
 """
 
 from configs import moe_2bit

@@ -2,7 +2,8 @@
 
     python -m qatmoe.train --config configs/toy.py
 
-Hardware: any. Data: the bundled novels. Expected: a finished table in under half a minute; the losses mean nothing.
+Hardware: any, up to 4 devices. Data: the bundled novels. Expected: a finished table in under half a minute; the
+losses mean nothing.
 """
 
 from qatmoe.config import default_config, phase

@@ -2,7 +2,7 @@
 
     python -m qatmoe.train --config configs/toy_noscan.py
 
-Hardware: any. Data: the bundled novels. Expected: the losses of configs/toy.py up to rounding.
+Hardware: any, up to 4 devices. Data: the bundled novels. Expected: the losses of configs/toy.py up to rounding.
 """
 
 from configs import toy

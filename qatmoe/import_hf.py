@@ -1,7 +1,7 @@
 """Makes a run of a Hugging Face model: a trunk that QAT branches from.
 
     python -m qatmoe.import_hf models/Qwen3-30B-A3B --out runs/qwen3
-    python -m qatmoe.train --config runs/qwen3/qat.py --workdir runs/qwen3_qat
+    python -m qatmoe.train --config runs/qwen3/qat.py --workdir runs/qwen3_qat --config.data.source=TEXT
 
 DIR holds config.json, tokenizer.json and model.safetensors (or shards and their index) of a Qwen3-MoE, OLMoE, GLM-4-MoE
 or dots1 model. Nothing in it is executed or unpickled. The model may be larger than memory.
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
     print(f"{args.out}: {model.n_layers} layers, {model.n_experts} experts, {model.n_mtp} MTP modules")
-    print(f"next: python -m qatmoe.train --config {args.out}/qat.py --workdir {args.out}_qat")
+    print(f"next: python -m qatmoe.train --config {args.out}/qat.py --workdir {args.out}_qat --config.data.source=TEXT")
     return 0
 
 

@@ -159,8 +159,9 @@ def prepare(topology: Topology) -> None:
     if topology.kind == "cpu":
         with contextlib.suppress(RuntimeError):  # it has looked already; `devices` counts them
             jax.config.update("jax_num_cpu_devices", topology.size)
-    elif topology.kind == "gpu":  # without kernels being tried on the chip
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+    elif topology.kind == "gpu":  # no kernel is tried on the chip, and a product that is split needs one that was
+        flags = "--xla_gpu_autotune_level=0 --xla_gpu_experimental_force_split_k=1"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     else:
         # libtpu would ask the network what machine it is on, and lock its chips.
         os.environ["TPU_SKIP_MDS_QUERY"] = os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"

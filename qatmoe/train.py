@@ -217,6 +217,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name in ("topology", "phase", "json"):
                     if given[name]:
                         raise UserError(f"--{name}={given[name]}: it belongs to --compile_only, which is not given")
+                if "://" in given["workdir"]:
+                    raise UserError(
+                        f"--workdir={given['workdir']}: a run lies in a folder, not at an address: give a path that "
+                        "all processes see (a shared or mounted file system)"
+                    )
             distributed.require_same("configuration", to_json(cfg))
             workdir = Path(given["workdir"] or f"runs/{cfg.name}")
             summary = train(cfg, workdir, stop)

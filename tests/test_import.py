@@ -55,7 +55,7 @@ def test_the_command_says_what_it_made_and_what_comes_next(tiny, tmp_path, capsy
     out, err = capsys.readouterr()
     assert out.splitlines() == [
         f"{run}: 1 layers, 2 experts, 0 MTP modules",
-        f"next: python -m qatmoe.train --config {run}/qat.py --workdir {run}_qat",
+        f"next: python -m qatmoe.train --config {run}/qat.py --workdir {run}_qat --config.data.source=TEXT",
     ]
     assert err == ""
     assert {p.name for p in run.iterdir()} == {"checkpoints", "config.json", "origin.json", "qat.py", "tokenizer.json"}

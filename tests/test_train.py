@@ -347,6 +347,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_checkpoints_intact(qui
     assert not [r for r in metrics.read(workdir) if r["phase"] == "control"]
 
 
+def test_an_address_is_no_folder(capsys, tmp_path, cache, monkeypatch):
+    """Path() would make one of it, on each machine its own."""
+    monkeypatch.chdir(tmp_path)
+    code, line = fails(capsys, *arguments("gs://bucket/run"))
+    assert code == 2
+    assert "gs://bucket/run" in line and "mounted" in line
+    assert not any(tmp_path.iterdir())
+
+
 def test_unwritable_folder(capsys, tmp_path, cache):
     (tmp_path / "file").write_text("")
     code, line = fails(capsys, *arguments(tmp_path / "file"))

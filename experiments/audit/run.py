@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from qatmoe.audit_report import frontier, markdown, rivals
+from qatmoe.audit_report import markdown, rivals
 from qatmoe.report import fill_tables
 
 HERE = Path(__file__).parent
@@ -32,8 +32,7 @@ CACHED = {  # a model for caches: heads of 64, which llama.cpp rotates, windows 
     **{f"train.phases.{phase}.{key}": 275 for phase in ("control", "qat") for key in ("steps", "decay")},
 }
 BRANCHES = ("control", "qat")
-CACHES = ("q8_0", "q4_0")
-AGAIN = ("Q8_0", "Q6_K", "Q4_0", "Q2_K", "Q2_0")  # conversions of the QAT model
+AGAIN = ("Q4_0", "Q2_0")  # conversions of the QAT model
 
 
 def run(*args: str) -> None:
@@ -59,16 +58,14 @@ def make(runs: Path) -> None:
 
 
 def chosen(rows: list[dict]) -> set[str]:
-    """The rows that the main README shows: branches, the best roundings, with and without joined rows, conversions of
-    the QAT model, and caches.
+    """The rows that the main README shows: branches, the roundings to hold QAT against, with and without joined rows,
+    conversions of the QAT model, and caches.
     """
     in_files = [r for r in rows if r["joined_rows"] == 1]
     beside = [r for qat in rows if qat["group"] == "qat" for of in (rows, in_files) for r in rivals(of, qat) if r]
-    names = {r["row"] for r in frontier(rows) + beside}
-    names |= {f"control/q2_0/{rule}" for rule in ("absmax", "search")}
+    names = {r["row"] for r in beside} | {"control/q2_0/search"} | set(BRANCHES)
     names |= {f"qat/{kind}/stock" for kind in AGAIN}
-    names |= {f"{branch}/kv/{cache}" for branch in BRANCHES for cache in CACHES}
-    return names | {r["row"] for r in rows if r["group"] in ("control", "trunk", "qat")}
+    return names | {f"{branch}/kv/q4_0" for branch in BRANCHES}
 
 
 def tasks_table(rows: list[dict]) -> str:
@@ -88,12 +85,12 @@ def write() -> None:
     rows, cost = json.loads((HERE / "audit.json").read_text()), json.loads((HERE / "cost.json").read_text())
     minutes = f"{cost['seconds'] / 60:.1f} minutes on {cost['cores']} cores"
     spent = f"{len(rows)} rows of {rows[0]['tokens']:,} tokens in {minutes}."
-    fill_tables(ROOT / "README.md", {
-        "audit": f"{markdown(rows, chosen(rows))}\n\n{spent}",
+    fill_tables(ROOT / "README.md", {"audit": f"{markdown(rows, chosen(rows))}\n\n{spent}"})
+    fill_tables(ROOT / "docs" / "audit.md", {
+        "audit": markdown(rows),
+        "cache": markdown(json.loads((HERE / "cache.json").read_text())),
         "tasks": tasks_table(json.loads((HERE / "tasks.json").read_text())["rows"]),
     })  # fmt: skip
-    cached = json.loads((HERE / "cache.json").read_text())
-    fill_tables(ROOT / "docs" / "audit.md", {"audit": markdown(rows), "cache": markdown(cached)})
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python -m launch.sweep launch/sweeps/grids.py --slots 2
 
-Hardware: any; 21 times what configs/moe_2bit.py takes.
+Hardware: any, as many devices a run as divide 16; 21 times what configs/moe_2bit.py takes.
 """
 
 from launch.algebra import chain, product, values, zip_

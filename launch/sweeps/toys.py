@@ -2,7 +2,7 @@
 
     python -m launch.sweep launch/sweeps/toys.py --slots 2
 
-Hardware: any; 8 times what configs/toy.py takes. The losses mean nothing.
+Hardware: any, up to 4 devices a run; 8 times what configs/toy.py takes. The losses mean nothing.
 """
 
 from launch.algebra import product, values

@@ -31,7 +31,9 @@ _DROP = "; --drop_mtp imports the model without its MTP modules"
 
 _QAT = '''"""Late-stage QAT of an imported model. Edit it, then give it to qatmoe.train as --config.
 
-The trunk is the imported model; the branches train on `data.source`.
+The trunk is the imported model; the branches train on `data.source`, which has no default here. Each step trains on
+train.batch_size sequences of data.seq_len tokens, and the devices share the weights (mesh.fsdp); batch_size must be
+a multiple of their number.
 """
 
 from pathlib import Path
@@ -47,7 +49,9 @@ def get_config():
     config.name = {name!r}
     config.init_from = str(HERE)
     config.model.update(MODEL)
+    config.data.source = ""  # your text: a file, folder, glob, "hf:DATASET"; "default" is six novels
     config.data.tokenizer = str(HERE / "tokenizer.json")
+    config.mesh.data, config.mesh.fsdp = 1, -1
     config.quant.experts = "{grid}"
     config.optim.lr = 1e-5
     config.optim.scale_lr = 1e-6
