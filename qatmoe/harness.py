@@ -33,7 +33,13 @@ class Model(TemplateLM):
     """
 
     def __init__(
-        self, params: dict[str, Any], cfg: ModelConfig, tokenizer: Tokenizer, context: int, tokens: int = 4096
+        self,
+        params: dict[str, Any],
+        cfg: ModelConfig,
+        tokenizer: Tokenizer,
+        context: int,
+        tokens: int = 4096,
+        end_ids: Sequence[int] = (),
     ):
         """Takes a model in.
 
@@ -42,11 +48,13 @@ class Model(TemplateLM):
           cfg: with scan_layers off.
           context: tokens that the model sees at most, at least 2.
           tokens: of a batch, padding included; a longer sequence is a batch of its own.
+          end_ids: tokens that end a text or a turn, besides the tokenizer's.
         """
         super().__init__()
         self._params, self._cfg, self._tokenizer = params, cfg, tokenizer
         self.max_length = context
         self._tokens = tokens
+        self._stop_ids = (tokenizer.end_id, *end_ids)
 
     @property
     def eot_token_id(self) -> int:
@@ -121,9 +129,8 @@ class Model(TemplateLM):
             sampling = {"temperature": 1.0} | {key: options[key] for key in _SAMPLING if key in options}
         ids: list[int] = []
         text = ""
-        stop_ids = (self.eot_token_id,)
         sampling |= {"seed": seed}
-        for token in generate(self._params, self._cfg, prompt, max_tokens=new, stop_ids=stop_ids, **sampling):
+        for token in generate(self._params, self._cfg, prompt, max_tokens=new, stop_ids=self._stop_ids, **sampling):
             ids.append(token)
             text = self._tokenizer.decode(ids)
             if any(stop in text for stop in stops):

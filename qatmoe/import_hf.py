@@ -17,7 +17,7 @@ from qatmoe.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 imported, 2 unusable input."""
+    """Entry point. Exit codes: 0 imported, 1 the disk failed, 2 unusable input."""
     parser = argparse.ArgumentParser(
         prog="python -m qatmoe.import_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

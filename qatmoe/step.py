@@ -115,6 +115,7 @@ def train_step(
     (grads,) = pull_back(grads)
     updates, opt_state = make_optimizer(cfg.optim).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * factor, updates))
+    params["scales"] = fake.kept_positive(plan, params["scales"])
     params["model"] = _move_router_bias(params["model"], aux["load_NE"], cfg)
     ema = jax.tree.map(lambda e, p: e + (1 - cfg.optim.ema) * (p - e), state.ema, params["model"]) if state.ema else {}
     metrics = {k: v for k, v in aux.items() if k != "load_NE"} | {

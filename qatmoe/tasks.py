@@ -171,16 +171,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             for name in args.branch or [""]:
                 with Branch(args.run, name, rest="F32") as branch:
-                    cfg = dataclasses.replace(branch.model, scan_layers=False)
-                    model = Model(branch.numbers(), cfg, branch.tokenizer, args.context or branch.context)
+                    cfg = dataclasses.replace(
+                        branch.model, scan_layers=False, attention="auto"
+                    )  # not training's shapes
+                    context, ends = args.context or branch.context, branch.origin.end_ids
+                    model = Model(branch.numbers(), cfg, branch.tokenizer, context, end_ids=ends)
                     branches[branch.phase] = evaluate(model, tasks, manager, args.limit)
                     steps[branch.phase] = branch.step
-        out = Path(args.json) if args.json else Path(args.run) / "tasks.json"
+        print(table(branches))
+        out = _out(args)
         write_atomically(out, json.dumps(_report(args, branches, steps), indent=1) + "\n")
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
-    print(table(branches))
     print(f"\n{NOTE}\n{out}")
     return 0
 
@@ -203,12 +206,16 @@ def _parser() -> argparse.ArgumentParser:
 def _check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
     if not tasks:
         raise UserError(f"--tasks {args.tasks!r}: names no task; give {','.join(cloze.NAMES)} or others")
-    if args.json:
-        check_place(args.json, "--json")
+    if args.json or Path(args.run).is_dir():  # where there is no run, Branch says so
+        check_place(_out(args), "--json")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: must be at least 1; leave it out for all documents")
     if args.context and args.context < 2:
         raise UserError(f"--context {args.context}: must be at least 2, or 0 for that of training")
+
+
+def _out(args: argparse.Namespace) -> Path:
+    return Path(args.json) if args.json else Path(args.run) / "tasks.json"
 
 
 def _report(args: argparse.Namespace, branches: dict[str, list[Row]], steps: dict[str, int]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from qatmoe import aot, cli, distributed, fit, report, topology
 from qatmoe.checkpoint import open_workdir
 from qatmoe.config import Config, to_json
 from qatmoe.convert import gguf_model, huggingface_model, names
-from qatmoe.convert.vocab import pre_tokenizer
+from qatmoe.convert.vocab import gguf_fields, huggingface_files
 from qatmoe.convert.weights import ORIGIN, Storage
 from qatmoe.data import batches
 from qatmoe.data.tokenizer import Tokenizer
@@ -143,9 +143,10 @@ def deployment(cfg: Config, plan: Plan, tokenizer: Tokenizer) -> str:
             arch = names.architecture(cfg.model, table)
             if what == "GGUF":
                 gguf_model.parts(storage, arch)
-                pre_tokenizer(tokenizer.json)
+                gguf_fields(tokenizer, cfg.model.vocab_size)
             else:
                 huggingface_model.contents(storage, arch, packed=False)
+                huggingface_files(tokenizer)
             lines.append(f"deploys to {what} as {arch}")
         except UserError as e:
             lines.append(f"does not deploy to {what}: {e}")

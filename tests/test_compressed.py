@@ -181,6 +181,8 @@ def test_targets_match_the_quantized_modules_and_no_others():
 
 
 def test_config_names_the_format():
+    assert compressed.scheme(GRIDS["q2_0"]) == compressed.scheme(GRIDS["ternary"])
+    assert compressed.scheme(GRIDS["ternary"]) != compressed.scheme(GRIDS["ternary_256"])
     one = compressed.config({"a": GRIDS["q2_0"], "b": GRIDS["ternary"]}, [])
     assert one["format"] == "pack-quantized"
     assert [group["targets"] for group in one["config_groups"].values()] == [["a", "b"]]  # stored alike

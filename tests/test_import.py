@@ -81,6 +81,7 @@ def test_what_the_folder_says_of_the_models_use_comes_back(tiny, tmp_path):
     with gguf.File(tmp_path / "gguf") as file:
         assert file.fields["qwen3moe.context_length"].value == 4096
         assert file.fields["tokenizer.ggml.eos_token_id"].value == 7
+        assert file.fields["tokenizer.ggml.eot_token_id"].value == 0
         assert file.fields["tokenizer.chat_template"].value == "{{ messages[0].content }}!"
     written = json.loads((tmp_path / "safetensors" / "config.json").read_text())
     assert (written["max_position_embeddings"], written["eos_token_id"]) == (4096, [7, 0])

@@ -95,6 +95,14 @@ def test_qat_trains_weights_and_learned_scales_and_only_planned_ones_are_quantiz
     assert np.array_equal(weights["layers"]["experts"]["gate_up"], deployed)
 
 
+def test_a_rate_that_throws_scales_below_zero_does_not_end_the_run():
+    quant = QuantConfig(experts="mxfp4")
+    cfg = dataclasses.replace(CFG, quant=quant, optim=OptimConfig(lr=1e-2, scale_lr=1.0))
+    state, values = run(cfg, QAT, 3)
+    assert np.isfinite(values).all()
+    assert all(np.min(s) == fake.MIN_F16 for s in state.params["scales"].values())  # some were thrown, and are kept
+
+
 def test_dynamic_scales_have_no_parameters():
     cfg = dataclasses.replace(CFG, quant=QuantConfig(scale="dynamic", dynamic_rule="absmax"))
     state, values = run(cfg, QAT, 5)

@@ -213,7 +213,7 @@ def config(grids: Mapping[str, Grid], ignore: Sequence[str]) -> dict[str, Any]:
     for name, grid in grids.items():
         if any(re.match(i[3:], name) if i.startswith("re:") else i == name for i in ignore):
             raise UserError(f"{name} has grid {grid.name} and is in ignore, which wins; take it out of one of them")
-        groups[(_format(grid, name), *_weight_args(grid).items())].append(name)
+        groups[(_format(grid, name), *scheme(grid))].append(name)
     ordered = sorted(groups.items(), key=lambda item: not any(".experts." in name for name in item[1]))
     forms = list(dict.fromkeys(form for (form, *_), _ in ordered))
     return {
@@ -228,11 +228,11 @@ def config(grids: Mapping[str, Grid], ignore: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _weight_args(grid: Grid) -> dict[str, Any]:
-    """compressed_tensors.quantization.QuantizationArgs of the weights."""
+def scheme(grid: Grid) -> tuple[tuple[str, Any], ...]:
+    """compressed_tensors.quantization.QuantizationArgs of the weights, as items: grids that share them look alike."""
     ints = _INTS.get(grid.name)
     scale_dtype = {"mxfp4": "uint8", "nvfp4": "float8_e4m3fn"}.get(grid.name) or np.dtype(_int_scale_dtype(grid)).name
-    return {
+    args = {
         "num_bits": ints.bits if ints else 4,
         "type": "int" if ints else "float",
         "symmetric": True,
@@ -241,6 +241,7 @@ def _weight_args(grid: Grid) -> dict[str, Any]:
         "dynamic": False,
         "scale_dtype": f"torch.{scale_dtype}",
     }
+    return tuple(args.items())
 
 
 def _targets(names: Iterable[str]) -> list[str]:

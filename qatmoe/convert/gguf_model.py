@@ -72,8 +72,8 @@ def metadata(branch: Branch, arch: str, name: str = "", context: int = 0, chat_t
     fields = hyper_parameters(branch.model, arch, name or branch.cfg.name, context or branch.context)
     fields |= gguf_fields(branch.tokenizer, branch.model.vocab_size)
     fields["tokenizer.chat_template"] = Field("string", chat_template or branch.origin.chat_template or PLAIN_TEXT)
-    if branch.origin.end_ids:  # llama.cpp finds the other ends by their text
-        fields["tokenizer.ggml.eos_token_id"] = Field("uint32", branch.origin.end_ids[0])
+    for role, token in zip(("eos", "eot", "eom"), branch.origin.end_ids, strict=False):  # llama.cpp stops at each
+        fields[f"tokenizer.ggml.{role}_token_id"] = Field("uint32", token)
     return fields
 
 

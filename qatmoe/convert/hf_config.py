@@ -118,6 +118,10 @@ def _rope(r: _Reader, arch: str) -> tuple[float, float]:
         rope |= settings
     inner = _Reader({**r.raw, **rope}, r.where)
     fraction = inner.number("partial_rotary_factor", default=0.5 if arch == "glm4_moe" else 1.0)
+    if arch != "glm4_moe" and fraction != 1.0:
+        raise r.refuse(
+            f"partial_rotary_factor={fraction} is set and transformers turns whole heads of {arch}: remove it"
+        )
     return inner.number("rope_theta", default=10_000.0), fraction
 
 

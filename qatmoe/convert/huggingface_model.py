@@ -143,8 +143,7 @@ def _quantization(storage: Storage, arch: str) -> dict[str, object]:
             grids[module] = grid
         elif name.endswith("_proj.weight") or module == "lm_head" or module.endswith("mlp.gate"):
             ignore.append(module)
-    routed = {compressed.FORMATS[g.name] + f" {g.levels}" for name, g in grids.items() if ".experts." in name}
-    if len(routed) > 1:
+    if len({compressed.scheme(g) for name, g in grids.items() if ".experts." in name}) > 1:
         raise UserError(
             "routed experts lie on more than one grid, and programs that load compressed-tensors decode all of them by "
             "one: export with --format safetensors or gguf"

@@ -81,6 +81,15 @@ def init_scales(plan: Plan, params: Params) -> Scales:
     return {path: jnp.where(s == 0, MIN_F16, s) for path, s in scales.items()}
 
 
+def kept_positive(plan: Plan, scales: Scales) -> Scales:
+    """Learned scales after an update: those of grids without a sign stay at the smallest float16 step or above.
+
+    Snapping takes what is at 0 or below as the smallest scale that the format has, by whose inverse the gradient is
+    multiplied (2^120 for MXFP4), or as 0, which no gradient would ever leave (Q2_K).
+    """
+    return {path: s if plan[path].signed else jnp.maximum(s, MIN_F16) for path, s in scales.items()}
+
+
 def apply(
     plan: Plan, params: Params, scales: Scales, *, rule: str, clip: bool = False, dtype: Any = jnp.float32
 ) -> Params:

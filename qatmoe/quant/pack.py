@@ -159,7 +159,7 @@ def _read_tq1_0(data: Bytes) -> _Fields:
 def _write_q2_k(codes: Array, scale: Array) -> list[Bytes]:
     grid = GRIDS["q2_k"]
     d = grid.shared_factor(grid.shared_index(scale))[:, :1]
-    k = (scale / d).astype(np.uint8)
+    k = _xp(scale).rint(scale / d).astype(np.uint8)  # a GPU's quotient may be a last bit short
     return [k | k << 4, _join_planes(codes), _f16_bytes(d), _f16_bytes(d * np.float32(1.5))]
 
 
@@ -171,7 +171,7 @@ def _read_q2_k(data: Bytes) -> _Fields:
 def _write_q3_k(codes: Array, scale: Array) -> list[Bytes]:
     grid = GRIDS["q3_k"]
     d = grid.shared_factor(grid.shared_index(scale))[:, :1]
-    sc = (scale / d + 32).astype(np.uint8)
+    sc = (_xp(scale).rint(scale / d) + 32).astype(np.uint8)
     nibbles = sc[:, :8] & 15 | (sc[:, 8:] & 15) << 4
     tops = _join_pairs((sc >> 4).reshape(len(sc), 4, 4))
     high = (codes >> 2).reshape(len(codes), 8, 32)
