@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import os
 import re
 import shlex
@@ -108,7 +109,8 @@ def _gpus() -> list[str]:
     if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
         return []
     if given is not None:
-        return [d for d in given.split(",") if d.strip()]
+        listed = [d.strip() for d in given.split(",") if d.strip()]
+        return list(itertools.takewhile(lambda d: not d.startswith("-"), listed))  # CUDA stops at a negative number
     return [str(i) for i in range(len(_numbers("/dev", r"nvidia(\d+)")))]  # CUDA counts those that it sees
 
 

@@ -36,8 +36,10 @@ from launch.algebra import Points, chain, product
 from launch.points import Run, Sweep
 from qatmoe import audit, cli, evaluate, metrics
 from qatmoe.convert import llama
+from qatmoe.convert.weights import ORIGIN
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
+from qatmoe.phases import source_of
 from qatmoe.report import fill_tables
 from qatmoe.run import Interrupted, Stop
 
@@ -189,8 +191,10 @@ def _train_stages(stages: Sequence[Stage], options: argparse.Namespace, only: st
 
 def _can_start(run: Run) -> bool:
     """Whether the run that it starts from, if any, is finished."""
-    start = run.config.init_from.partition(":")[0]
-    return not start or points.finished(Path(start))
+    if not run.config.init_from:
+        return True
+    start = Path(source_of(run.config)[0])
+    return points.finished(start) or (start / ORIGIN).exists()  # an import has nothing to train
 
 
 def _runs(stage: Stage, only: str = "") -> list[Run]:

@@ -340,10 +340,18 @@ class Checkpoints:
                 return step
         return None
 
-    def in_parts(self, step: int) -> bool:
-        """Whether a checkpoint holds weights alone, as `save_weights` writes them; reads one small file."""
+    def said(self, step: int) -> Json:
+        """The `meta` of one checkpoint without a look at its other files: reads one small file.
+
+        Raises:
+          UserError: there is no such step, or this file is damaged.
+        """
         self._require(step)
-        return "parts" in _load_json(self.path(step) / "meta.json")
+        return _load_json(self.path(step) / "meta.json")
+
+    def in_parts(self, step: int) -> bool:
+        """Whether a checkpoint holds weights alone, as `save_weights` writes them."""
+        return "parts" in self.said(step)
 
     def meta(self, step: int) -> Json:
         """The `meta` of one checkpoint, without its arrays.

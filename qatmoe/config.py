@@ -191,6 +191,7 @@ class Config:
 
 # --- from a ConfigDict to a Config -----------------------------------------------------------------------------------
 
+RESERVED = ("ptq", "total", "hparams", "run")  # what reports and TensorBoard's folders call something else
 CHOICES = {
     "model.router": ("softmax", "sigmoid"),
     "model.qk_norm": ("head", "full", "none"),
@@ -411,7 +412,10 @@ def _check_training(cfg: Config) -> None:
     for name, p in t.phases.items():
         where = f"config.train.phases.{name}"
         _require(name.isidentifier(), f"{where}: a phase name is letters, digits and '_'")
-        _require(name != "ptq", f"{where}: 'ptq' is what reports call the rounded control; choose another name")
+        _require(
+            name not in RESERVED,
+            f"{where}: {name!r} is a name that reports use themselves ({', '.join(RESERVED)}); choose another",
+        )
         _require(p.steps >= 1, f"{where}.steps={p.steps}: must be at least 1")
         _require(
             min(p.warmup, p.decay) >= 0 and p.warmup + p.decay <= p.steps,

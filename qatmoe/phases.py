@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qatmoe import distributed
 from qatmoe import metrics as metrics_lib
 from qatmoe import step as steps
-from qatmoe.checkpoint import Checkpoints
+from qatmoe.checkpoint import Checkpoints, DamagedCheckpoint
 from qatmoe.config import Config, other_settings, resolve, to_json
 from qatmoe.data.batches import Data
 from qatmoe.errors import RunError, UserError
@@ -50,7 +50,7 @@ def run_phase(run: Run, name: str) -> None:
             state, position = first_state(run, name)
             done = False
         run.metrics.rewind(name, int(state.step) if found else -1)
-        if not found:  # what was rounded came from weights that are being trained again
+        if not done:  # what was rounded came from weights that are being trained again
             for rule in RULES:
                 run.metrics.rewind(f"ptq:{name}:{rule}", -1)
         if not done:
@@ -133,9 +133,14 @@ def import_source(cfg: Config) -> tuple[str, str, int]:
         raise UserError(f"{where}: what follows '@' must be a step number")
     with Checkpoints(folder, phase) as checkpoints:
         known = checkpoints.steps()
-    wanted = int(step) if step else max(known, default=-1)
-    if wanted not in known:
-        raise UserError(f"{where}: no such checkpoint; {folder} has steps {known} of phase {phase!r}")
+        wanted = int(step) if step else max(known, default=-1)
+        if wanted not in known:
+            raise UserError(f"{where}: no such checkpoint; {folder} has steps {known} of phase {phase!r}")
+        if not step and not checkpoints.said(wanted)["done"]:
+            raise UserError(
+                f"{where}: phase {phase!r} of {folder} is not finished: finish it, or name the step that is meant, "
+                f"e.g. {cfg.init_from}@{wanted}"
+            )
     return folder, phase, wanted
 
 
@@ -291,6 +296,26 @@ def find_teacher(cfg: Config, name: str, data: Data) -> Teacher:
     return Teacher(folder, phase, step, theirs, digest, meta["data"] == data.hash)
 
 
+def check_text(cfg: Config, workdir: Path, data: Data) -> None:
+    """Raises UserError where the run's phases were trained on another text, or with another tokenizer, than is there.
+
+    A finished phase reads no batch that would show it: its tokenizer would be replaced by one that its weights do not
+    know, and its branches would be validated on another text than itself.
+    """
+    for name in cfg.train.phases:
+        with Checkpoints(workdir, name) as checkpoints:
+            for step in checkpoints.steps()[-1:]:
+                try:
+                    meta = checkpoints.said(step)
+                except DamagedCheckpoint:  # what reads it looks for an older one
+                    continue
+                if (meta["tokenizer"], meta["data"]) != (data.tokenizer.hash, data.hash):
+                    raise UserError(
+                        f"{workdir} was trained on other text, or with another tokenizer, than config.data gives now: "
+                        "restore it, or take another --workdir"
+                    )
+
+
 def check_teachers(cfg: Config, workdir: Path, data: Data) -> None:
     """Looks for the teachers in other runs, of phases that are not finished.
 
@@ -360,7 +385,7 @@ def loop(
             keep(state, run.train_iterator.get_state(), wait=True)
             raise run.stop.interrupted(f"after step {n - 1} of {phase.steps} of phase {name}, which is saved")
         batch = run.place(next(run.train_iterator))
-        due = bool(cfg.eval.every) and (n % cfg.eval.every == 0 or n == phase.steps)
+        due = n == phase.steps or bool(cfg.eval.every and n % cfg.eval.every == 0)
         before = watch.codes(state.params) if due else None
         trace.before(n, state)
         factor = np.float32(schedule(cfg.optim, phase, n - 1))

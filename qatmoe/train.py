@@ -42,7 +42,7 @@ from qatmoe.errors import UserError
 from qatmoe.files import check_place, write_atomically
 from qatmoe.mesh import RULES, make_mesh
 from qatmoe.metrics import Metrics
-from qatmoe.phases import check_import, check_teachers, round_control, run_phase, source_of
+from qatmoe.phases import check_import, check_teachers, check_text, round_control, run_phase, source_of
 from qatmoe.quant.plan import Plan, format_coverage, totals
 from qatmoe.run import Interrupted, Run, Stop, check_mesh, quant_plan, train_iterator, valid_batches
 
@@ -82,6 +82,8 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
     with distributed.together():
         lock = open_workdir(workdir, to_json(cfg))
     with lock, jax.set_mesh(mesh):
+        with distributed.together():
+            check_text(cfg, workdir, data)
         with Metrics(workdir, tensorboard=cfg.train.tensorboard) as metrics:
             run = Run(cfg, workdir, mesh, data, iterator, plan, metrics, stop)
             announce(run, table)

@@ -151,6 +151,8 @@ def test_gpus_are_divided(accelerators, monkeypatch):
     assert slots(1)[0].env == {}
     with pytest.raises(UserError, match="--slots 3: does not divide the 8 GPUs"):
         slots(3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert all(slot.cores for slot in slots(2))  # none is visible: cores are divided
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
     assert [s.env for s in slots(2)] == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "6"}]
 

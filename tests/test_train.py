@@ -327,6 +327,31 @@ def test_another_configs_folder_is_not_written_over(whole, capsys, cache):
     assert {p: p.stat().st_mtime_ns for p in whole[0].rglob("*") if p.is_file() and p.name != "lock"} == before
 
 
+def test_a_finished_run_is_not_given_another_text(whole, capsys, cache, tmp_path):
+    """It would keep its weights and lose the tokenizer that they know, or compare branches on two texts."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"Chapter {i}. " + "It was a fine day, and she said so. " * 60)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["data"]["source"] = str(tmp_path / "text")  # as if that had been what it was trained on, before it changed
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").glob("*.json")}
+    code, line = fails(capsys, *arguments(tmp_path / "run", f"--config.data.source={tmp_path / 'text'}"))
+    assert code == 2
+    assert "trained on other text" in line and str(tmp_path / "run") in line
+    assert {p: p.read_bytes() for p in (tmp_path / "run").glob("*.json")} == before
+
+
+def test_an_unfinished_trunk_is_branched_from_only_by_its_step(branched, capsys, cache, tmp_path):
+    shutil.copytree(branched[0] / "source", tmp_path / "source")
+    shutil.rmtree(tmp_path / "source" / "checkpoints" / "trunk" / "6")
+    code, line = fails(capsys, *arguments(tmp_path / "run", f"--config.init_from={tmp_path / 'source'}"))
+    assert code == 2
+    assert f"{tmp_path / 'source'}@4" in line and "not finished" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_checkpoints_of_another_architecture_are_refused_by_name(whole, capsys, tmp_path, cache):
     changed = ["--config.model.expert_dim=128", f"--config.init_from={whole[0]}"]
     code, line = fails(capsys, *arguments(tmp_path / "run", *changed))
