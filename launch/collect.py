@@ -10,6 +10,7 @@ import argparse
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,12 +87,14 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.get(SEED) is not None:
-            start = str(row.get("init_from")).partition(":")[2]  # a seed's branches start from that seed's trunk
+            # A seed's branches start from that seed's trunk, all at the same phase and step.
+            start = re.search(r"(:\w+)?(@\d+)?$", str(row.get("init_from")))
             same = [(k, v) for k, v in sorted(row.items()) if k not in results]
-            groups.setdefault(repr((start, same)), []).append(row)
+            groups.setdefault(repr((start and start[0], same)), []).append(row)
     means = []
     for group in groups.values():
-        if len(group) < 2:
+        # A seed that is there twice: runs of several trunks, which are no seeds of each other.
+        if len(group) < 2 or len({row[SEED] for row in group}) < len(group):
             continue
         mean: Row = {key: value for key, value in group[0].items() if key not in results} | {"seeds": len(group)}
         for key in figures:

@@ -171,9 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             for name in args.branch or [""]:
                 with Branch(args.run, name, rest="F32") as branch:
-                    cfg = dataclasses.replace(
-                        branch.model, scan_layers=False, attention="auto"
-                    )  # not training's shapes
+                    # Rows are of other lengths than training's, which its attention kernel may not take.
+                    cfg = dataclasses.replace(branch.model, scan_layers=False, attention="auto")
                     context, ends = args.context or branch.context, branch.origin.end_ids
                     model = Model(branch.numbers(), cfg, branch.tokenizer, context, end_ids=ends)
                     branches[branch.phase] = evaluate(model, tasks, manager, args.limit)

@@ -81,8 +81,10 @@ def test_a_folder_that_is_no_sweep(tmp_path, capsys):
 def test_branches_of_each_seeds_trunk_are_of_one_mean():
     rows = [
         {"run": f"{i}", "init_from": f"runs/t/seed={i}-abc{at}", "train.seed": i, "loss_qat": 4.0 + i}
-        for at in ("", ":trunk@720")
+        for at in ("", ":trunk@720", "@360")
         for i in (0, 1)
     ]
     rows = [row | {"bits_per_weight": 2.25} for row in rows]
-    assert [(m["seeds"], m["loss_qat"]) for m in collect.over_seeds(rows)] == [(2, "4.5000 ±0.5000")] * 2
+    assert [(m["seeds"], m["loss_qat"]) for m in collect.over_seeds(rows)] == [(2, "4.5000 ±0.5000")] * 3
+    twice = [row | {"init_from": f"runs/{trunk}"} for trunk in "ab" for row in rows[:2]]
+    assert collect.over_seeds(twice) == []

@@ -20,6 +20,8 @@ from hf_folders import INDEX, ONE, configure, load, refused, store
 from qatmoe import import_hf
 from qatmoe.checkpoint import Checkpoints
 
+DOTS = {"model_type": "dots1", "rope_parameters": ..., "partial_rotary_factor": ...}
+
 
 @pytest.mark.parametrize(
     ("which", "changes", "message"),
@@ -38,7 +40,9 @@ from qatmoe.checkpoint import Checkpoints
         ("glm", {"n_group": 2}, "n_group=2"),
         ("tiny", {"layer_types": ["sliding_attention"]}, "layer_types"),
         ("tiny", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "per kind of layer"),
-        ("glm", {"model_type": "dots1", "sliding_window": 4, "max_window_layers": 1}, "max_window_layers=1"),
+        ("glm", DOTS | {"sliding_window": 4, "max_window_layers": 1}, "max_window_layers=1"),
+        ("glm", {"model_type": "dots1"}, "partial_rotary_factor=0.5 is set"),
+        ("tiny", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is set"),
         ("glm", {"topk_group": 4}, "topk_group=4"),
         ("tiny", {"attention_bias": True}, "attention_bias=True"),
         ("tiny", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
