@@ -80,7 +80,7 @@ def measure(only: set[str], found: dict) -> None:
     programs: dict[str, list[Callable[[], dict]]] = {
         "peer": [functools.partial(peer, b) for b in BATCHES] + [lambda: peer(BATCHES[0], "--no-compile")],
         "bf16": [functools.partial(ours, big, b, "--grids=none") for b in BATCHES],
-        "best": [lambda: ours(big, 16, "--grids=q2_0")],
+        "best": [lambda: ours(big, 16, "--grids=q2_0", "--scales=learned")],
         "grids": [functools.partial(ours, big, 8, f"--grids={g}", "--scales=learned", "--rounds=10") for g in GROUPS],
         "parts": [lambda: ours(big, 8, "--grids=q2_0", "--scales=learned", "--parts=yes", "--data=yes")],
         "fine": [lambda: ours("configs/h100_fine.py", 8, "--grids=none", "--parts=yes")],
