@@ -36,7 +36,6 @@ from launch.algebra import Points, chain, product
 from launch.points import Run, Sweep
 from qatmoe import audit, cli, evaluate, metrics
 from qatmoe.convert import llama
-from qatmoe.convert.weights import ORIGIN
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.phases import source_of
@@ -157,8 +156,9 @@ def train(study: Study, options: argparse.Namespace, only: str = "", partial: bo
         print(f"{len(runs)} runs, {sum(map(_tokens, runs)):,} tokens")
         return 0
     worst = 0
+    own = {run.folder for stage in study.stages for run in _runs(stage)}
     for stages in (first, later):
-        code = _train_stages(stages, options, only)
+        code = _train_stages(stages, options, only, own)
         unfinished = [run for stage in stages for run in _runs(stage, only) if not points.finished(run.folder)]
         if code or unfinished:
             print(f"{len(unfinished)} runs are not finished. The same command continues.", file=sys.stderr)
@@ -174,7 +174,7 @@ def _tokens(run: Run) -> int:
     return sum(phase.steps for phase in phases) * run.config.train.batch_size * run.config.data.seq_len
 
 
-def _train_stages(stages: Sequence[Stage], options: argparse.Namespace, only: str) -> int:
+def _train_stages(stages: Sequence[Stage], options: argparse.Namespace, only: str, own: set[Path]) -> int:
     if options.backend != "local":
         return max((sweep.launch(options, s.sweep, folder_of(s.sweep)) for s in stages), default=0)
     places = local.slots(1 if options.slots is None else options.slots)
@@ -184,17 +184,19 @@ def _train_stages(stages: Sequence[Stage], options: argparse.Namespace, only: st
     for stage in stages:
         runs = _runs(stage)
         if wanted := [run for run in runs if _matches(run, only)]:
-            todo += [run for run in sweep.enter(stage.sweep, runs, folder_of(stage.sweep), wanted) if _can_start(run)]
+            entered = sweep.enter(stage.sweep, runs, folder_of(stage.sweep), wanted)
+            todo += [run for run in entered if _can_start(run, own)]
     restarts = sweep.RESTARTS if options.restarts is None else options.restarts
     return sweep.run_locally(todo, places, restarts) if todo else 0
 
 
-def _can_start(run: Run) -> bool:
-    """Whether the run that it starts from, if any, is finished."""
-    if not run.config.init_from:
-        return True
+def _can_start(run: Run, own: set[Path]) -> bool:
+    """Whether the run that it starts from is finished, if it is one of the study's own, whose folders are given.
+
+    What is not, such as an imported model, is there or is refused when the run is started.
+    """
     start = Path(source_of(run.config)[0])
-    return points.finished(start) or (start / ORIGIN).exists()  # an import has nothing to train
+    return start not in own or points.finished(start)
 
 
 def _runs(stage: Stage, only: str = "") -> list[Run]:

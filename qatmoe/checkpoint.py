@@ -341,11 +341,7 @@ class Checkpoints:
         return None
 
     def said(self, step: int) -> Json:
-        """The `meta` of one checkpoint without a look at its other files: reads one small file.
-
-        Raises:
-          UserError: there is no such step, or this file is damaged.
-        """
+        """`meta` without a look at the checkpoint's other files: reads one small file."""
         self._require(step)
         return _load_json(self.path(step) / "meta.json")
 
@@ -361,7 +357,7 @@ class Checkpoints:
         """
         self._require(step)
         self._verify(step)
-        return _load_json(self.path(step) / "meta.json")
+        return self.said(step)
 
     def digest(self, step: int) -> str:
         """What tells a checkpoint's files from any others: the hash of its manifest, which has a checksum of each."""

@@ -304,16 +304,18 @@ def check_text(cfg: Config, workdir: Path, data: Data) -> None:
     """
     for name in cfg.train.phases:
         with Checkpoints(workdir, name) as checkpoints:
-            for step in checkpoints.steps()[-1:]:
-                try:
-                    meta = checkpoints.said(step)
-                except DamagedCheckpoint:  # what reads it looks for an older one
-                    continue
-                if (meta["tokenizer"], meta["data"]) != (data.tokenizer.hash, data.hash):
-                    raise UserError(
-                        f"{workdir} was trained on other text, or with another tokenizer, than config.data gives now: "
-                        "restore it, or take another --workdir"
-                    )
+            step = checkpoints.latest()
+            if step is None:
+                continue
+            try:
+                meta = checkpoints.said(step)
+            except DamagedCheckpoint:  # what reads it looks for an older one
+                continue
+        if (meta["tokenizer"], meta["data"]) != (data.tokenizer.hash, data.hash):
+            raise UserError(
+                f"{workdir} was trained on other text, or with another tokenizer, than config.data gives now: "
+                "restore it, or take another --workdir"
+            )
 
 
 def check_teachers(cfg: Config, workdir: Path, data: Data) -> None:
