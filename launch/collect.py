@@ -80,7 +80,8 @@ SEED = "train.seed"
 
 def over_seeds(rows: Sequence[Row]) -> list[Row]:
     """Runs that differ in their seed alone, as one row: "seeds" is how many, losses and `recovered` their mean and its
-    standard error as text; [] where no two runs do. A figure that one of them lacks is None.
+    standard error as text; [] where no two runs do. A figure that one of them lacks is None. Runs of which two have the
+    same seed, as branches of several trunks have, are left out.
     """
     figures = [key for key in columns(rows) if key.startswith("loss_") or key == "recovered"]
     results = {*figures, "run", SEED, "init_from", "tokens", "wall_s", "bits_per_weight"}
@@ -88,9 +89,9 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if row.get(SEED) is not None:
             # A seed's branches start from that seed's trunk, all at the same phase and step.
-            start = re.search(r"(:\w+)?(@\d+)?$", str(row.get("init_from")))
+            start = re.findall(r"(?::\w+)?(?:@\d+)?$", str(row.get("init_from")))[0]
             same = [(k, v) for k, v in sorted(row.items()) if k not in results]
-            groups.setdefault(repr((start and start[0], same)), []).append(row)
+            groups.setdefault(repr((start, same)), []).append(row)
     means = []
     for group in groups.values():
         # A seed that is there twice: runs of several trunks, which are no seeds of each other.

@@ -10,7 +10,8 @@ Run it from the repository's root. `--scale NAME` chooses the size; what else is
 report(results) -> Report.
 
 Runs lie under runs/SWEEP, and a study that shares a sweep with another one shares its runs. Results are written beside
-the study file as SCALE.json, one line for every judged branch; README.md and figure.png are made from all of them.
+the study file as SCALE.json, after every run that is judged, one line for every branch; README.md and figure.png are
+made from all of them.
 Where runs fail for good (a loss that is not finite), --partial judges the others; tables name those that failed.
 
 On a machine that is lent for a while a study can be run in parts: `--only PATTERN` trains and judges the runs in whose
@@ -25,7 +26,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +192,13 @@ def _train_stages(stages: Sequence[Stage], options: argparse.Namespace, only: st
 
 
 def _can_start(run: Run, own: set[Path]) -> bool:
-    """Whether the run that it starts from is finished, if it is one of the study's own, whose folders are given.
+    """Whether the runs that it starts and learns from are finished, those of the study's own, whose folders are given.
 
     What is not, such as an imported model, is there or is refused when the run is started.
     """
-    start = Path(source_of(run.config)[0])
-    return start not in own or points.finished(start)
+    teachers = [phase.teacher.rpartition(":")[0] for phase in run.config.train.phases.values()]
+    needed = {Path(folder) for folder in (source_of(run.config)[0], *teachers) if folder}
+    return all(points.finished(folder) for folder in needed & own)
 
 
 def _runs(stage: Stage, only: str = "") -> list[Run]:
@@ -217,8 +219,8 @@ def judge(
     check: Callable[[str], None] = lambda _: None,
     only: str = "",
     before: Sequence[Row] = (),
-) -> list[Row]:
-    """Audits every run of a stage, where that was not done before, and returns the rows.
+) -> Iterator[list[Row]]:
+    """Audits every run of a stage, where that was not done before, and yields its rows, run by run.
 
     Args:
       partial: a run that is not finished gives a row that says so, under "failed", instead of an error; one whose
@@ -230,20 +232,19 @@ def judge(
     Raises:
       UserError: a run is not finished, or was trained on another number of tokens than its control.
     """
-    rows = []
     runs = _runs(stage)
     for run, reference in zip(runs, stage.references or ("",) * len(runs), strict=True):
         reference = reference or f"{run.folder}:control"
         if not _matches(run, only) or (partial and not run.folder.exists()):
             known = [row for row in before if (row["stage"], row["run"]) == (stage.sweep.name, str(run.folder))]
-            rows += known or [_identity(stage, run) | {"failed": "not run"}]
+            yield known or [_identity(stage, run) | {"failed": "not run"}]
             continue
         if not points.finished(run.folder):
             if not partial:
                 raise UserError(
                     f"{run.folder} is not finished ({points.state_of(run.folder).text}): give the same command again"
                 )
-            rows.append(_identity(stage, run) | {"failed": points.state_of(run.folder).text})
+            yield [_identity(stage, run) | {"failed": points.state_of(run.folder).text}]
             continue
         found, notes = audit.open_run(run.folder, reference)
         wanted = audit.choose(found, stage.judged)
@@ -259,8 +260,7 @@ def judge(
         print("\n".join([f"{run.folder} against {reference}", *notes]), flush=True)
         done = evaluate.evaluate(found, wanted, texts, calibration_ML, False, check)
         names = {row.name for row in wanted}
-        rows += [_row(stage, run, reference, row) for row in done if row["row"] in names]
-    return rows
+        yield [_row(stage, run, reference, row) for row in done if row["row"] in names]
 
 
 def _identity(stage: Stage, run: Run) -> Row:
@@ -348,31 +348,39 @@ def _check(args: argparse.Namespace, options: argparse.Namespace, study: Study) 
         raise UserError(f"--only {args.only}: found in no run's folder; --dry_run without it lists them")
 
 
+def judge_all(study: Study, file: Path, partial: bool, check: Callable[[str], None], only: str = "") -> None:
+    """Judges every stage and writes SCALE.json, after each run too: an end before the last one loses no other's rows.
+
+    Arguments and errors as `judge` has them.
+    """
+    before, rows = _read(file) if file.exists() else [], []
+    for stage in study.stages:
+        for found in judge(study, stage, partial, check, only, before):
+            rows += found
+            known = {(row["stage"], row["run"]) for row in rows}
+            write_results(file, [*rows, *(row for row in before if (row["stage"], row["run"]) not in known)])
+    write_results(file, rows)
+
+
 def write_results(file: Path, rows: Sequence[Row]) -> None:
     """One line a row, so that a change shows what changed."""
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
     write_atomically(file, f"[\n{lines}\n]\n")
 
 
-def report(file: str, make: Callable[[Results], Report], new: Results | None = None) -> None:
+def report(file: str, make: Callable[[Results], Report]) -> None:
     """README.md's tables and figure.png from every SCALE.json beside a study file.
-
-    Args:
-      new: results that take the place of their SCALE.json, which is written once tables could be made of them.
 
     Raises:
       UserError: there are no results, they are damaged or lack a row, or README.md lacks a table's markers.
     """
-    folder, new = Path(file).parent, new or {}
-    before = {found.stem: _read(found) for found in folder.glob("*.json") if found.stem not in new}
-    results = dict(sorted((before | new).items()))
+    folder = Path(file).parent
+    results = {found.stem: _read(found) for found in sorted(folder.glob("*.json"))}
     if not results:
         raise UserError(f"{folder} has no results yet: run the study without --report")
     if not (folder / "README.md").is_file():
         raise UserError(f"{folder}/README.md: no such file; it needs lines `<!-- NAME: command -->` and `<!-- end -->`")
     made = points.called(f"study {file}", lambda: make(results))
-    for scale, rows in new.items():
-        write_results(folder / f"{scale}.json", rows)
     fill_tables(folder / "README.md", made.tables)
     made.figure.savefig(folder / "figure.png", dpi=110)
     print(f"{folder}/README.md  {folder}/figure.png")
@@ -397,7 +405,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = sweep.parse([args.file, *rest])
         if options.dir:
             raise UserError(f"--dir {options.dir}: the runs of a study lie under runs/, where other studies find them")
-        new: Results = {}
         if not args.report:
             study: Study = points.called(f"study {args.file}", lambda: functions["get_study"](args.scale, args.corpus))
             _check(args, options, study)
@@ -405,12 +412,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.dry_run or (code and not (args.partial and code == 1)):
                 return code
             file = Path(args.file).parent / f"{args.scale}.json"
-            before = _read(file) if file.exists() else []
-            partial = args.partial or args.judge
             with Stop() as stop:
-                parts = [judge(study, stage, partial, stop.check, args.only, before) for stage in study.stages]
-            new = {args.scale: [row for part in parts for row in part]}
-        report(args.file, functions["report"], new)
+                judge_all(study, file, args.partial or args.judge, stop.check, args.only)
+        report(args.file, functions["report"])
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code

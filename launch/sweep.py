@@ -2,9 +2,10 @@
 
     python -m launch.sweep launch/sweeps/toys.py [--dir runs/NAME] [--dry_run]
     python -m launch.sweep launch/sweeps/toys.py --slots 2 --restarts 3                   on this machine
-    python -m launch.sweep launch/sweeps/toys.py --backend slurm --option partition=a100 --option gpus_per_node=8
-    python -m launch.sweep launch/sweeps/toys.py --backend skypilot --option accelerators=tpu-v5e-16 --option bucket=gs://B
-    python -m launch.sweep launch/sweeps/toys.py --backend jobset --option image=I --option claim=C
+    python -m launch.sweep launch/sweeps/grids.py --backend slurm --option partition=a100 --option gpus_per_node=1
+    python -m launch.sweep launch/sweeps/grids.py --backend skypilot --option accelerators=tpu-v5e-16 \
+        --option bucket=gs://B
+    python -m launch.sweep launch/sweeps/grids.py --backend jobset --option image=I --option claim=C
 
 Run it from the repository's root. Every point is resolved before anything starts. docs/launch.md tells the rest;
 results come from `python -m launch.collect runs/NAME`.
@@ -24,6 +25,7 @@ from launch import cloud, local, options, points, slurm
 from launch.points import Run, Sweep
 from qatmoe import cli
 from qatmoe.errors import UserError
+from qatmoe.files import check_local
 
 BACKENDS = ("local", "slurm", "skypilot", "jobset")
 RESTARTS = 3  # of a run that was stopped or killed
@@ -142,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(argv)
         jax.config.update("jax_platforms", "cpu")  # only shapes are computed here; accelerators belong to the runs
+        check_local(args.dir or "", "--dir")
         sweep = points.load(args.file)
         return launch(args, sweep, Path(args.dir or f"runs/{sweep.name}"))
     except UserError as e:

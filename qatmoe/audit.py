@@ -51,8 +51,8 @@ class Reference:
 
     @property
     def model(self) -> ModelConfig:
-        """Unrolled, as `Branch.numbers` lays weights out."""
-        return dataclasses.replace(self.cfg.model, scan_layers=False)
+        """As `unrolled` has it."""
+        return unrolled(self.cfg)
 
     def open(self) -> Branch:
         """Its weights."""
@@ -65,7 +65,7 @@ class Audit:
 
     workdir: Path
     cfg: Config
-    model: ModelConfig  # unrolled, as `Branch.numbers` lays weights out
+    model: ModelConfig  # as `unrolled` has it
     plan: Plan  # paths of the unrolled layout
     reference: Reference
     steps: dict[str, int]  # phase -> newest checkpoint
@@ -78,6 +78,11 @@ class Audit:
     def trained_tokens(self, phase: str) -> int:
         """Tokens of training up to the phase's checkpoint, those of the phases that it comes from included."""
         return trained_tokens(self.cfg, phase, self.steps)
+
+
+def unrolled(cfg: Config) -> ModelConfig:
+    """A run's model as `Branch.numbers` lays its weights out, with the attention kernel of the machine that judges."""
+    return dataclasses.replace(cfg.model, scan_layers=False, attention="auto")
 
 
 def lineage(cfg: Config, phase: str) -> list[str]:
@@ -120,7 +125,7 @@ def open_run(workdir: Path, reference: str = "") -> tuple[Audit, list[str]]:
             notes.append(f"phase {name} has no checkpoint yet: its rows are left out")
         else:
             steps[name] = step
-    model = dataclasses.replace(cfg.model, scan_layers=False)
+    model = unrolled(cfg)
     shapes = param_shapes(model)
     found = _reference(workdir, reference)
     if found.workdir != workdir and (param_shapes(found.model), found.model.top_k) != (shapes, model.top_k):
@@ -172,7 +177,8 @@ def _unequal(audit: Audit) -> list[str]:
     expected = trained_tokens(ref.cfg, ref.phase, ref.steps)
     own = lineage(ref.cfg, ref.phase) if ref.workdir == audit.workdir else []
     for name, step in audit.steps.items():
-        if step != (last := audit.cfg.train.phases[name].steps):
+        replaced = bool(audit.cfg.init_from) and name == next(iter(audit.cfg.train.phases))
+        if step != (last := audit.cfg.train.phases[name].steps) and not replaced:
             notes.append(f"phase {name} is not finished: its newest checkpoint is step {step:,} of {last:,}")
         found = audit.trained_tokens(name)
         if found != expected and name not in own:

@@ -284,7 +284,10 @@ def run(cfg: Config, quants: dict[str, QuantConfig], rounds: int, with_parts: bo
             result["rows"].append(row)
             yield result
         if with_parts:
-            result["parts"] = parts.measure(cfg, rounds)
+            try:
+                result["parts"] = parts.measure(cfg, rounds)
+            except jax.errors.JaxRuntimeError as e:  # memory: the rows are worth having
+                print(f"parts: failed: {' '.join(str(e).split())[:200]}", file=sys.stderr)
             yield result
 
 

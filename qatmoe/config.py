@@ -191,7 +191,7 @@ class Config:
 
 # --- from a ConfigDict to a Config -----------------------------------------------------------------------------------
 
-RESERVED = ("ptq", "total", "hparams", "run")  # what reports and TensorBoard's folders call something else
+RESERVED = ("ptq", "total", "hparams", "run")  # what reports and TensorBoard's folders call something else; so ptq_*
 CHOICES = {
     "model.router": ("softmax", "sigmoid"),
     "model.qk_norm": ("head", "full", "none"),
@@ -413,7 +413,7 @@ def _check_training(cfg: Config) -> None:
         where = f"config.train.phases.{name}"
         _require(name.isidentifier(), f"{where}: a phase name is letters, digits and '_'")
         _require(
-            name not in RESERVED,
+            name not in RESERVED and not name.startswith("ptq_"),
             f"{where}: {name!r} is a name that reports use themselves ({', '.join(RESERVED)}); choose another",
         )
         _require(p.steps >= 1, f"{where}.steps={p.steps}: must be at least 1")

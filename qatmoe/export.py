@@ -19,7 +19,7 @@ from qatmoe.convert import gguf_model, huggingface_model, names
 from qatmoe.convert.verify import Report, verify_gguf, verify_huggingface
 from qatmoe.convert.weights import RESTS, Branch
 from qatmoe.errors import UserError
-from qatmoe.files import check_apart, check_free
+from qatmoe.files import check_apart, check_free, check_local
 
 FORMATS = ("gguf", "safetensors", "compressed-tensors")
 
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError for values that nothing can be done with, and for options that the format would ignore."""
+    check_local(args.out, "--out")
     if args.context < 0:
         raise UserError(f"--context {args.context}: must be a number of tokens, or 0 for that of training")
     if args.verify_tokens < 0:

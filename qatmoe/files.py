@@ -110,6 +110,14 @@ def check_place(path: str | Path, option: str) -> None:
         raise UserError(f"{option} {path}: its folder cannot be written into; choose another")
 
 
+def check_local(path: str, option: str) -> None:
+    """Raises UserError where an option gives an address: it would become a folder of that name here."""
+    if "://" in path:
+        raise UserError(
+            f"{option} {path}: is an address; give a path, of a mounted file system where all should see it"
+        )
+
+
 def check_apart(out: Path, source: Path) -> None:
     """Raises UserError where writing `out` would remove `source` or a part of it."""
     there, source = out.resolve(), source.resolve()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qatmoe.convert.hf_import import import_folder
 from qatmoe.errors import UserError
+from qatmoe.files import check_local
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--drop_mtp", action="store_true", help="leave the MTP modules out")
     args = parser.parse_args(argv)
     try:
+        check_local(args.out, "--out")
         model = import_folder(Path(args.source), Path(args.out), drop_mtp=args.drop_mtp, force=args.force)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -50,7 +50,7 @@ def run_phase(run: Run, name: str) -> None:
             state, position = first_state(run, name)
             done = False
         run.metrics.rewind(name, int(state.step) if found else -1)
-        if not done:  # what was rounded came from weights that are being trained again
+        if found is None or not done:  # what was rounded came from weights that are being replaced
             for rule in RULES:
                 run.metrics.rewind(f"ptq:{name}:{rule}", -1)
         if not done:
@@ -178,6 +178,13 @@ def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:
         )
     if meta["data"] != data.hash:
         print(f"{folder} was trained on other text: what this run holds out may have been trained on there")
+    try:
+        others = other_settings(cfg.model, resolve(meta["config"]).model)
+    except UserError as e:  # the weights fit all the same
+        print(f"whether {folder} was trained with this model's settings is not known: {e}")
+        return
+    for setting, (here, there) in others.items():
+        print(f"{folder} was trained with model.{setting}={there!r}, and this run has {here!r}")
 
 
 def import_state(run: Run, name: str) -> tuple[TrainState, Position]:
@@ -304,14 +311,12 @@ def check_text(cfg: Config, workdir: Path, data: Data) -> None:
     """
     for name in cfg.train.phases:
         with Checkpoints(workdir, name) as checkpoints:
-            step = checkpoints.latest()
-            if step is None:
-                continue
-            try:
-                meta = checkpoints.said(step)
-            except DamagedCheckpoint:  # what reads it looks for an older one
-                continue
-        if (meta["tokenizer"], meta["data"]) != (data.tokenizer.hash, data.hash):
+            meta = None
+            for step in reversed(checkpoints.steps()):
+                with contextlib.suppress(DamagedCheckpoint):  # an older one says it too
+                    meta = checkpoints.said(step)
+                    break
+        if meta and (meta["tokenizer"], meta["data"]) != (data.tokenizer.hash, data.hash):
             raise UserError(
                 f"{workdir} was trained on other text, or with another tokenizer, than config.data gives now: "
                 "restore it, or take another --workdir"
@@ -384,7 +389,9 @@ def loop(
     for n in range(int(state.step) + 1, phase.steps + 1):
         if run.stop.reached():
             log.close()
-            keep(state, run.train_iterator.get_state(), wait=True)
+            checkpoints.wait()
+            if not distributed.from_first(n - 1 in checkpoints.steps()):  # saving it again would first remove it
+                keep(state, run.train_iterator.get_state(), wait=True)
             raise run.stop.interrupted(f"after step {n - 1} of {phase.steps} of phase {name}, which is saved")
         batch = run.place(next(run.train_iterator))
         due = n == phase.steps or bool(cfg.eval.every and n % cfg.eval.every == 0)

@@ -192,7 +192,7 @@ def curves(workdir: str | Path, path: str | Path) -> None:
     if not records:
         raise UserError(f"run {workdir} has no metrics yet: nothing to draw")
     phases = [p for p in _phases(config, records) if not p.startswith("ptq:")]
-    offsets = _offsets(config, phases)
+    offsets = _offsets(config, records, phases)
     fresh = iter(OTHER_COLORS * len(phases))
     colors = {p: COLORS.get(p) or next(fresh) for p in phases}
     branches = [p for p in phases if _phase_specs(config).get(p, {}).get("start")] or phases
@@ -299,13 +299,18 @@ def _phases(config: dict[str, Any], records: list[metrics.Record]) -> list[str]:
     return [p for p in _phase_specs(config) if p in seen] + [p for p in seen if p not in _phase_specs(config)]
 
 
-def _offsets(config: dict[str, Any], phases: list[str]) -> dict[str, int]:
-    """Steps that lie before each phase on its lineage."""
+def _offsets(config: dict[str, Any], records: list[metrics.Record], phases: list[str]) -> dict[str, int]:
+    """Steps that lie before each phase on its lineage.
+
+    A phase that config.init_from replaced ended where that checkpoint was taken, whatever its own configuration says.
+    """
     specs = _phase_specs(config)
+    ends = {name: spec.get("steps", 0) for name, spec in specs.items()}
+    ends |= {r["phase"]: r["step"] for r in records if r["split"] == "final"}
 
     def before(phase: str) -> int:
         parent = specs.get(phase, {}).get("start")
-        return before(parent) + specs.get(parent, {}).get("steps", 0) if parent else 0
+        return before(parent) + ends.get(parent, 0) if parent else 0
 
     return {p: before(p) for p in phases}
 

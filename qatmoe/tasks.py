@@ -206,7 +206,7 @@ def _check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
     if not tasks:
         raise UserError(f"--tasks {args.tasks!r}: names no task; give {','.join(cloze.NAMES)} or others")
     if args.json or Path(args.run).is_dir():  # where there is no run, Branch says so
-        check_place(_out(args), "--json")
+        check_place(_out(args), "--json" if args.json else "--json, by default")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: must be at least 1; leave it out for all documents")
     if args.context and args.context < 2:

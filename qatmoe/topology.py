@@ -148,18 +148,22 @@ def prepare(topology: Topology) -> None:
     """Settings that must be made before JAX looks for devices: it is to look for none but CPUs.
 
     Raises:
-      UserError: libtpu or JAX's CUDA plugin is not installed.
+      UserError: libtpu or JAX's CUDA plugin is not installed, or the plugin is too old to compile without a GPU.
     """
-    package, extra = {"gpu": ("jax_cuda12_plugin", "gpu"), "cpu": ("jax", "")}.get(topology.kind, ("libtpu", "tpu"))
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"--topology={topology.name}: compiling for it needs the package {package}: pip install -e '.[{extra}]'"
-        )
+    if topology.kind == "gpu":
+        there = importlib.util.find_spec("jax_cuda12_plugin") and jax.__version_info__ >= (0, 11, 2)
+        wanted, install = "JAX's CUDA plugin, 0.11.2 or newer (Python 3.12)", "-e . 'jax[cuda12]>=0.11.2'"
+    else:
+        there = topology.kind == "cpu" or importlib.util.find_spec("libtpu")
+        wanted, install = "the package libtpu", "-e '.[tpu]'"
+    if not there:
+        raise UserError(f"--topology={topology.name}: compiling for it needs {wanted}: pip install {install}")
     jax.config.update("jax_platforms", "cpu")
     if topology.kind == "cpu":
         with contextlib.suppress(RuntimeError):  # it has looked already; `devices` counts them
             jax.config.update("jax_num_cpu_devices", topology.size)
     elif topology.kind == "gpu":  # no kernel is tried on the chip, and a product that is split needs one that was
+        # A JAX that does not know a flag ends the process and names it; jaxlib 0.10.2 to 0.11.2 know both.
         flags = "--xla_gpu_autotune_level=0 --xla_gpu_experimental_force_split_k=1"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     else:

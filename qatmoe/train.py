@@ -39,9 +39,10 @@ from qatmoe.convert.weights import ORIGIN, Storage
 from qatmoe.data import batches
 from qatmoe.data.tokenizer import Tokenizer
 from qatmoe.errors import UserError
-from qatmoe.files import check_place, write_atomically
+from qatmoe.files import check_local, check_place, write_atomically
 from qatmoe.mesh import RULES, make_mesh
 from qatmoe.metrics import Metrics
+from qatmoe.metrics import read as read_metrics
 from qatmoe.phases import check_import, check_teachers, check_text, round_control, run_phase, source_of
 from qatmoe.quant.plan import Plan, format_coverage, totals
 from qatmoe.run import Interrupted, Run, Stop, check_mesh, quant_plan, train_iterator, valid_batches
@@ -105,19 +106,29 @@ def announce(run: Run, table: list[dict[str, Any]]) -> None:
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     kind = jax.devices()[0].device_kind
     print(f"{run.cfg.name} in {run.workdir} on {jax.device_count()} {kind}{processes} (mesh {mesh})")
-    note_mesh(run)
+    known = trained_on(run)
+    if not known:
+        note_mesh(run)
     print(
         f"text: {stats['train_tokens']:,} tokens to train on, {stats['valid_tokens']:,} held out, "
         f"{stats['valid_bytes_per_token']:.2f} bytes per token"
     )
     print(format_coverage(table))
     print(deployment(run.cfg, run.plan, run.data.tokenizer), flush=True)
-    environment = report.environment() | {"processes": jax.process_count(), "mesh": dict(run.mesh.shape)}
+    environment = known or report.environment() | {"processes": jax.process_count(), "mesh": dict(run.mesh.shape)}
     plan = {"totals": totals(table), "rows": table, "data": stats, "environment": environment}
     write_atomically(run.workdir / "plan.json", json.dumps(plan, indent=1))
     write_atomically(run.workdir / "tokenizer.json", run.data.tokenizer.json)
     run.metrics.text("config", to_json(run.cfg))
     run.metrics.text("plan", format_coverage(table))
+
+
+def trained_on(run: Run) -> dict[str, Any]:
+    """Where a run was trained, as plan.json has it, if nothing of it is left to train; else {}."""
+    done = {r["phase"] for r in read_metrics(run.workdir) if r["split"] == "final"}
+    file = run.workdir / "plan.json"
+    whole = file.exists() and done >= set(run.cfg.train.phases)
+    return json.loads(file.read_text())["environment"] if whole else {}
 
 
 def note_mesh(run: Run) -> None:
@@ -220,11 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for name in ("topology", "phase", "json"):
                     if given[name]:
                         raise UserError(f"--{name}={given[name]}: it belongs to --compile_only, which is not given")
-                if "://" in given["workdir"]:
-                    raise UserError(
-                        f"--workdir={given['workdir']}: a run lies in a folder, not at an address: give a path that "
-                        "all processes see (a shared or mounted file system)"
-                    )
+                check_local(given["workdir"], "--workdir")
             distributed.require_same("configuration", to_json(cfg))
             workdir = Path(given["workdir"] or f"runs/{cfg.name}")
             summary = train(cfg, workdir, stop)

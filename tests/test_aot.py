@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from qatmoe import aot, cli, fit, train
@@ -95,9 +96,16 @@ def test_mistakes_are_one_line(args, message, tmp_path, capsys):
 
 def test_a_compiler_that_is_not_installed(monkeypatch, capsys):
     monkeypatch.setattr(aot.machines.importlib.util, "find_spec", lambda name: None)
-    for topology, extra in (("v5p:4x4x4", "tpu"), ("gpu:8", "gpu")):
+    for topology, install in (("v5p:4x4x4", "pip install -e '.[tpu]'"), ("gpu:8", "'jax[cuda12]>=0.11.2'")):
         assert train.main(["train", f"--config={ROOT}/configs/toy.py", "--compile_only", f"--topology={topology}"]) == 2
-        assert f"pip install -e '.[{extra}]'" in capsys.readouterr().err
+        assert install in capsys.readouterr().err
+
+
+def test_a_plugin_that_cannot_compile_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(aot.machines.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert train.main(["train", f"--config={ROOT}/configs/toy.py", "--compile_only", "--topology=gpu:8"]) == 2
+    assert "0.11.2 or newer" in capsys.readouterr().err
 
 
 # ---- verdict and suggestion ------------------------------------------------------------------------------------------

@@ -11,9 +11,12 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config, preset_name_to_scheme
 from transformers import CompressedTensorsConfig
 
-from qatmoe.convert import compressed
+from qatmoe.config import Config, ModelConfig, QuantConfig
+from qatmoe.convert import compressed, huggingface_model, names
+from qatmoe.convert.weights import Storage
 from qatmoe.errors import UserError
 from qatmoe.quant.grid import GRIDS
+from qatmoe.run import quant_plan
 
 HELD = [grid for grid in GRIDS.values() if grid.name in compressed.FORMATS]
 ALL_HELD = pytest.mark.parametrize("grid", HELD, ids=lambda grid: grid.name)
@@ -178,6 +181,21 @@ def test_targets_match_the_quantized_modules_and_no_others():
         assert matched(two["targets"], name) == (grids.get(name) == q2), name
         assert matched(four["targets"], name) == (grids.get(name) == q4), name
     assert sum(len(group["targets"]) for group in made["config_groups"].values()) < 10
+
+
+@pytest.mark.parametrize(("gate_up", "down", "packed"), [("q2_0", "ternary", True), ("q2_0", "q4_0", False)])
+def test_routed_experts_are_stored_by_one_scheme(gate_up, down, packed):
+    """As programs decode all of them by one; which grids they were trained on does not matter."""
+    shape = {"dim": 64, "dense_dim": 64, "expert_dim": 64, "n_mtp": 0}
+    cfg = Config(model=ModelConfig(**shape), quant=QuantConfig(gate_up=gate_up, down=down))
+    storage = Storage(cfg, quant_plan(cfg)[0])
+    arch = names.architecture(cfg.model, names.HUGGINGFACE)
+    if packed:
+        groups = huggingface_model._quantization(storage, arch)["config_groups"]
+        assert [group["weights"]["num_bits"] for group in groups.values()] == [2]
+    else:
+        with pytest.raises(UserError, match="are stored differently"):
+            huggingface_model._quantization(storage, arch)
 
 
 def test_config_names_the_format():

@@ -70,6 +70,7 @@ def test_every_config_file_resolves(config_files):
         ({"train__seed": 2**32}, "seed=4294967296: must be from 0 to 4294967295"),
         ({"train__phases": {"ptq": {"steps": 3}}}, "'ptq' is a name that reports use themselves"),
         ({"train__phases": {"total": {"steps": 3}}}, "'total' is a name that reports use themselves"),
+        ({"train__phases": {"ptq_control_search": {"steps": 3}}}, "'ptq_control_search' is a name that reports"),
         ({"train__phases": {}}, "name at least one"),
         ({"train__profile_step": -1}, "profile_step=-1: must be at least 0"),
         ({"train__profile_step": 5, "train__profile_steps": 0}, "profile_steps=0: must be at least 1"),

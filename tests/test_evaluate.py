@@ -318,6 +318,20 @@ def test_checkpoints_at_other_steps_are_told(copy, capsys):
     assert "phase qat is not finished: its newest checkpoint is step 1 of 2" in err
     assert f"phase qat was trained on {3 * size:,} tokens and the reference, control, on {4 * size:,}" in err
     assert "phase trunk" not in err and "phase control is" not in err  # control comes from the trunk
+    shutil.rmtree(copy / "checkpoints" / "trunk" / "2")
+    for start in ("", "another/run"):  # what init_from replaced ends where it was taken
+        config = json.loads((copy / "config.json").read_text()) | {"init_from": start}
+        (copy / "config.json").write_text(json.dumps(config))
+        assert command(copy, "--list") == 0
+        assert ("phase trunk is not finished" in capsys.readouterr().err) == (not start)
+
+
+def test_a_run_is_judged_by_the_kernels_of_the_machine_at_hand(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["model"]["attention"] = "cudnn"  # as if it had been trained on a GPU
+    (copy / "config.json").write_text(json.dumps(config))
+    assert command(copy, "--rows=^control$", "--tokens=640") == 0
+    assert next(row for row in rows_of(copy) if row["row"] == "control")["loss"] > 0
 
 
 def test_rows_hold_their_step_tokens_and_cache(audited):

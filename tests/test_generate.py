@@ -141,7 +141,7 @@ def test_end_tokens_of_an_imported_model_end_the_text(run, capsys, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     ids, _ = by_hand(run)
     end = ids[4]
-    origin = {"context": 100, "end_ids": [end], "chat_template": ""}
+    origin = {"context": 100, "end_ids": [end], "chat_template": "", "roles": {}}
     (copy / "origin.json").write_text(json.dumps(origin))
     with Branch(run) as branch:
         expected = branch.tokenizer.decode(ids[: ids.index(end)])

@@ -24,7 +24,7 @@ from qatmoe.config import resolve
 from qatmoe.convert import gguf, hf_config, huggingface_model, names
 from qatmoe.convert.hf_import import import_folder
 from qatmoe.convert.safetensors import Tensor, write_sharded
-from qatmoe.convert.weights import Branch
+from qatmoe.convert.weights import Branch, read_origin
 from qatmoe.data import corpus, tokenizer
 from qatmoe.model import transformer
 
@@ -69,6 +69,8 @@ def test_what_the_folder_says_of_the_models_use_comes_back(tiny, tmp_path):
     (tiny / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
     (tiny / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 0]}))
     (tiny / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    said = {"eos_token": "B", "bos_token": {"content": "A"}, "pad_token": "no such token", "unk_token": None}
+    (tiny / "tokenizer_config.json").write_text(json.dumps(said))
     import_folder(tiny, tmp_path / "run")
     cfg = resolve(json.loads((tmp_path / "run" / "config.json").read_text()))
     train.keep_origin(dataclasses.replace(cfg, init_from=str(tmp_path / "run")), tmp_path / "run")  # its own: kept
@@ -83,9 +85,29 @@ def test_what_the_folder_says_of_the_models_use_comes_back(tiny, tmp_path):
         assert file.fields["tokenizer.ggml.eos_token_id"].value == 7
         assert file.fields["tokenizer.ggml.eot_token_id"].value == 0
         assert file.fields["tokenizer.chat_template"].value == "{{ messages[0].content }}!"
+        assert file.fields["tokenizer.ggml.bos_token_id"].value == tokenizer.load(str(tiny / "tokenizer.json")).id_of(
+            "A"
+        )
+        assert not file.fields["tokenizer.ggml.add_bos_token"].value  # the tokenizer adds none
     written = json.loads((tmp_path / "safetensors" / "config.json").read_text())
     assert (written["max_position_embeddings"], written["eos_token_id"]) == (4096, [7, 0])
     assert (tmp_path / "safetensors" / "chat_template.jinja").read_text() == "{{ messages[0].content }}!"
+    written = json.loads((tmp_path / "safetensors" / "tokenizer_config.json").read_text())
+    assert (written["eos_token"], written["bos_token"]) == ("B", "A")
+    assert not {"pad_token", "unk_token"} & written.keys()
+
+
+def test_named_templates_and_an_end_that_only_the_tokenizer_names(tiny, tmp_path):
+    """As older folders have them: of several templates the default one, and what ends a text as a token's text."""
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token_id"}))
+    (tiny / "generation_config.json").unlink(missing_ok=True)
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    (tiny / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates, "eos_token": "B"}))
+    import_folder(tiny, tmp_path / "run")
+    origin = read_origin(tmp_path / "run")
+    end = tokenizer.load(str(tiny / "tokenizer.json")).id_of("B")
+    assert (origin.chat_template, origin.end_ids, dict(origin.roles)) == ("plain", (end,), {"eos": end})
 
 
 def test_the_first_phase_is_not_quantized(trunk, child_env, tmp_path, monkeypatch, capsys):

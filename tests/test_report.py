@@ -139,8 +139,10 @@ def test_curves_is_a_picture_even_of_a_run_just_begun(tmp_path):
 def test_branches_begin_where_their_parent_ends(tmp_path):
     phases = PHASES | {"again": {"steps": 5, "start": "qat"}}
     config = {"train": {"phases": phases}}
-    offsets = report._offsets(config, list(phases))
+    offsets = report._offsets(config, [], list(phases))
     assert offsets == {"trunk": 0, "control": 100, "qat": 100, "again": 140}
+    imported = [record("trunk", 70, "final", loss=4.0)]  # from a checkpoint before the end
+    assert report._offsets(config, imported, list(phases)) == {"trunk": 0, "control": 70, "qat": 70, "again": 110}
 
 
 def test_command_line(tmp_path):

@@ -247,6 +247,16 @@ def test_what_starts_from_others_waits_for_them(trunks, tmp_path, monkeypatch, c
     finished -= {folder for folder in finished if folder.parent.name != "trunks"}
     assert study.train(asked, options, r"/b/.*seed=0") == 0
     assert started == [(["b"], 2, 0)]
+    elsewhere = Sweep("d", BRANCH, [{"init_from": "an/import", "train.seed": 0}])  # not the study's to wait for
+    started[:] = []
+    assert study.train(Study([trunks, Stage(elsewhere)]), options) == 0
+    assert started[-1][0] == ["d"]
+    teacher = {"train.phases.qat.distill": 0.5, "train.phases.qat.teacher": f"{runs_of(trunks)[0].folder}:control"}
+    taught = Sweep("e", BRANCH, [elsewhere.points[0], elsewhere.points[0] | teacher])
+    for known in (False, True):
+        monkeypatch.setattr(points, "finished", lambda folder, known=known: known and folder.parent.name == "trunks")
+        assert study.train(Study([trunks, Stage(taught)]), options, "/e/") == 1
+        assert started[-1][0] == ["e"] * (1 + known)  # without what learns from a trunk that is not finished
     seed_1 = runs_of(trunks)[1].folder
     monkeypatch.setattr(points, "finished", lambda folder: folder in finished and folder != seed_1)
     finished.clear()
@@ -260,6 +270,11 @@ def test_what_starts_from_others_waits_for_them(trunks, tmp_path, monkeypatch, c
 
 def NOTHING(where):
     """A check that never stops."""
+
+
+def judge(*args):
+    """All rows of a stage."""
+    return [row for rows in study.judge(*args) for row in rows]
 
 
 @pytest.fixture
@@ -286,7 +301,7 @@ def tiny_stages(tiny_run, tmp_path, monkeypatch):
 def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch):
     trunk, branch = tiny_stages
     asked = Study((trunk, branch), tokens=640)
-    rows = [row for stage in asked.stages for row in study.judge(asked, stage, False, NOTHING)]
+    rows = [*judge(asked, trunk, False, NOTHING), *judge(asked, branch, False, NOTHING)]
     assert [(r["stage"], r["row"]) for r in rows] == [
         ("t", "control"), ("t", "control/q2_0/search"), ("t", "qat"), ("b", "qat")
     ]  # fmt: skip
@@ -301,25 +316,30 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch):
     assert 0 < qat["health"]["flipped"] < 1  # at its end: that run was not validated on the way
     assert control["health"] == {}
     assert other["health"] == {"flip_rate": 0.5, "flipped": None, "weight_error": 0.25, "scale_drift": None}
-    study.write_results(tmp_path / "r.json", rows)
-    assert json.loads((tmp_path / "r.json").read_text()) == rows
     monkeypatch.setattr(evaluate.Bench, "judge", lambda *_: pytest.fail("judged twice"))
-    assert study.judge(asked, branch, False, NOTHING) == rows[3:]
+    assert judge(asked, branch, False, NOTHING) == rows[3:]
+    study.judge_all(asked, tmp_path / "r.json", False, NOTHING)
+    assert json.loads((tmp_path / "r.json").read_text()) == rows
     (Path(other["run"]) / "summary.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
-        study.judge(asked, branch, False, NOTHING)
-    (failed,) = study.judge(asked, branch, True, NOTHING)
+        judge(asked, branch, False, NOTHING)
+    old = rows[3] | {"loss": 9.0}
+    study.write_results(tmp_path / "r.json", [rows[0] | {"loss": 9.0}, old])
+    with pytest.raises(UserError, match="is not finished"):
+        study.judge_all(asked, tmp_path / "r.json", False, NOTHING)
+    assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # what was judged is kept
+    (failed,) = judge(asked, branch, True, NOTHING)
     assert failed["failed"].startswith("partial: qat at step 2") and failed["overrides"] == other["overrides"]
-    of_others = study.judge(asked, branch, False, NOTHING, "/t/", [rows[0], rows[3]])
+    of_others = judge(asked, branch, False, NOTHING, "/t/", [rows[0], rows[3]])
     assert of_others == rows[3:]  # its folder is not looked at
-    assert study.judge(asked, branch, False, NOTHING, "/t/")[0]["failed"] == "not run"
+    assert judge(asked, branch, False, NOTHING, "/t/")[0]["failed"] == "not run"
     group = study_tables.select([*rows[:3], failed], "x", "b")
     assert group == (f"x (seed 0 failed: {failed['failed']})", [])
     assert group.label in study_tables.table([group], [], rows)
     longer = Stage(branch.sweep, branch.judged, (branch.references[0].replace(":control", ":trunk"),))
     shutil.copy(Path(qat["run"]) / "summary.json", other["run"])
     with pytest.raises(UserError, match="qat was trained on 1,024 tokens and .*:trunk on 512: give both"):
-        study.judge(asked, longer, False, NOTHING)
+        judge(asked, longer, False, NOTHING)
 
 
 # ---- Figures over seeds ----------------------------------------------------------------------------------------------

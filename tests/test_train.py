@@ -13,7 +13,8 @@ import time
 import pytest
 from conftest import ROOT
 
-from qatmoe import cli, metrics, phases, train
+from launch import sweep
+from qatmoe import cli, export, import_hf, metrics, phases, train
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.data import batches
 
@@ -181,11 +182,38 @@ def test_a_signal_in_the_middle_of_a_validation_loses_nothing(whole, quick_env, 
     assert by_place(numbers(workdir)) == by_place(numbers(whole[0]))
 
 
-def test_a_finished_run_is_passed_over(whole, quick_env):
-    before = numbers(whole[0])
-    done = launch(quick_env, "-m", "qatmoe.train", *arguments(whole[0]))
+def test_a_run_that_is_stopped_before_its_first_step_keeps_the_checkpoint_it_came_from(
+    whole, cache, tmp_path, monkeypatch, capsys
+):
+    """To write it again it would have to be moved away first, and a kill then would leave none."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    for phase, step in (("trunk", 6), ("control", 4), ("control", 2), ("qat", 4), ("qat", 2)):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / phase / str(step))
+    kept = tmp_path / "run" / "checkpoints" / "trunk" / "4"
+    before, loop = kept.stat().st_ino, phases.loop
+
+    def stopped(run, *args):
+        run.stop.signal = signal.SIGTERM
+        return loop(run, *args)
+
+    monkeypatch.setattr(phases, "loop", stopped)
+    assert train.main(["train", *arguments(tmp_path / "run")]) == 0
+    assert "stopped after step 4 of 6 of phase trunk, which is saved" in capsys.readouterr().err
+    assert kept.stat().st_ino == before
+
+
+def test_a_finished_run_is_passed_over(whole, quick_env, tmp_path):
+    """And says where it was trained, not where its report was made again."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    plan["environment"] |= {"device": "another machine", "mesh": {"data": 8}}
+    (tmp_path / "run" / "plan.json").write_text(json.dumps(plan))
+    done = launch(quick_env, "-m", "qatmoe.train", *arguments(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    assert numbers(whole[0]) == before
+    assert "goes on from mesh" not in done.stdout
+    assert numbers(tmp_path / "run") == numbers(whole[0])
+    assert json.loads((tmp_path / "run" / "plan.json").read_text()) == plan
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["device"] == "another machine"
 
 
 # The toy, and phases that learn from the run's own QAT and from phases of the run that init_from names.
@@ -352,6 +380,14 @@ def test_an_unfinished_trunk_is_branched_from_only_by_its_step(branched, capsys,
     assert not (tmp_path / "run").exists()
 
 
+def test_what_init_from_computed_otherwise_is_said(whole, capsys, tmp_path, cache):
+    (tmp_path / "file").write_text("")
+    changed = [f"--config.init_from={whole[0]}", "--config.model.rope_theta=5000.0", "--config.model.remat=full"]
+    assert train.main(["train", *arguments(tmp_path / "file" / "run", *changed)]) == 2  # no folder
+    said = [line for line in capsys.readouterr().out.splitlines() if "was trained with" in line]
+    assert said == [f"{whole[0]} was trained with model.rope_theta=10000.0, and this run has 5000.0"]
+
+
 def test_checkpoints_of_another_architecture_are_refused_by_name(whole, capsys, tmp_path, cache):
     changed = ["--config.model.expert_dim=128", f"--config.init_from={whole[0]}"]
     code, line = fails(capsys, *arguments(tmp_path / "run", *changed))
@@ -377,7 +413,14 @@ def test_an_address_is_no_folder(capsys, tmp_path, cache, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, line = fails(capsys, *arguments("gs://bucket/run"))
     assert code == 2
-    assert "gs://bucket/run" in line and "mounted" in line
+    assert "--workdir gs://bucket/run" in line and "mounted" in line
+    for command, args in (
+        (import_hf.main, ["model", "--out"]),
+        (export.main, ["--run=run", "--format=gguf", "--out"]),
+        (sweep.main, ["sweep.py", "--dir"]),
+    ):
+        assert command([*args, "gs://bucket/run"]) == 2
+        assert f"{args[-1]} gs://bucket/run: is an address" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 

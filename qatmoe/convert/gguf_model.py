@@ -70,9 +70,10 @@ def write(
 def metadata(branch: Branch, arch: str, name: str = "", context: int = 0, chat_template: str = "") -> dict[str, Field]:
     """All fields of the file. Arguments and errors as `write` has them."""
     fields = hyper_parameters(branch.model, arch, name or branch.cfg.name, context or branch.context)
-    fields |= gguf_fields(branch.tokenizer, branch.model.vocab_size)
+    fields |= gguf_fields(branch.tokenizer, branch.model.vocab_size, branch.origin.roles)
     fields["tokenizer.chat_template"] = Field("string", chat_template or branch.origin.chat_template or PLAIN_TEXT)
-    for role, token in zip(("eos", "eot", "eom"), branch.origin.end_ids, strict=False):  # llama.cpp stops at each
+    # llama.cpp stops at each of these, and has no name for a fourth.
+    for role, token in zip(("eos", "eot", "eom"), branch.origin.end_ids, strict=False):
         fields[f"tokenizer.ggml.{role}_token_id"] = Field("uint32", token)
     return fields
 

@@ -5,9 +5,10 @@ a whole: at most one parameter of one layer, and what orbax holds while it write
 """
 
 import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def import_folder(source: Path, out: Path, *, drop_mtp: bool = False, force: boo
         with atomic_folder(out, force=force) as place:
             (place / "tokenizer.json").write_text(tok.json, encoding="utf-8")
             write_atomically(place / "config.json", to_json(cfg))
-            write_atomically(place / ORIGIN, json.dumps(_origin(source, raw, tok)._asdict()))
+            write_atomically(place / ORIGIN, json.dumps(_origin(source, raw, tok)._asdict(), default=dict))
             write_atomically(place / "qat.py", _qat(out, shape, kept))
             meta = {"config": json.loads(to_json(cfg)), "data": "", "tokenizer": tok.hash}
             with Checkpoints(place, TRUNK) as checkpoints:
@@ -151,17 +152,37 @@ def _tokenizer(source: Path, model: ModelConfig) -> tokenizer.Tokenizer:
 
 
 def _origin(source: Path, raw: dict[str, Any], tok: tokenizer.Tokenizer) -> Origin:
-    """What the folder says of the model's use: its context, what ends a turn, its chat template."""
+    """What the folder says of the model's use: its context, what ends a turn, its chat template, its tokens' roles."""
     settings = [
         _read_json(p) for p in (source / "generation_config.json", source / "tokenizer_config.json") if p.is_file()
     ]
+    roles = _roles(settings, tok)
     ends: Any = next((c["eos_token_id"] for c in [*settings, raw] if c.get("eos_token_id") is not None), [])
     ends = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int) and 0 <= i < tok.vocab_size]
-    template = next((c["chat_template"] for c in settings if isinstance(c.get("chat_template"), str)), "")
+    template = next((found for c in settings if (found := _template(c.get("chat_template")))), "")
     if (source / "chat_template.jinja").is_file():
         template = (source / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
     context = raw.get("max_position_embeddings")
-    return Origin(context if isinstance(context, int) and 0 < context < 1 << 31 else 0, tuple(ends), template)
+    ends = ends or [i for role, i in roles.items() if role == "eos"]
+    return Origin(context if isinstance(context, int) and 0 < context < 1 << 31 else 0, tuple(ends), template, roles)
+
+
+def _roles(settings: Sequence[dict[str, Any]], tok: tokenizer.Tokenizer) -> dict[str, int]:
+    """{eos, bos, pad, unk: id} of the tokens that tokenizer_config.json names, as text or as an object with it."""
+    found = {}
+    for config, role in itertools.product(settings, ("eos", "bos", "pad", "unk")):
+        named = config.get(f"{role}_token")
+        text = named.get("content") if isinstance(named, dict) else named
+        if isinstance(text, str) and (i := tok.id_of(text)) is not None:
+            found[role] = i
+    return found
+
+
+def _template(given: Any) -> str:
+    """A chat template; of several, [{"name", "template"}], the default one; "" where there is none."""
+    if isinstance(given, list):
+        given = next((t.get("template") for t in given if isinstance(t, dict) and t.get("name") == "default"), "")
+    return given if isinstance(given, str) else ""
 
 
 # ---- is it what config.json says? ------------------------------------------------------------------------------------

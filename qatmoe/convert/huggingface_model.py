@@ -47,7 +47,8 @@ def write(branch: Branch, folder: Path, *, arch: str = "auto", packed: bool, con
     branch.expect(part for part, _ in held.values())
     with atomic_folder(folder, force=force) as place:
         safetensors.write_sharded(place, tensors, lambda name: read(*held[name]))
-        files = huggingface_files(branch.tokenizer) | {"config.json": json.dumps(config, indent=2)}
+        files = huggingface_files(branch.tokenizer, branch.origin.roles)
+        files["config.json"] = json.dumps(config, indent=2)
         if branch.origin.chat_template:
             files["chat_template.jinja"] = branch.origin.chat_template
         for file, text in files.items():
@@ -145,8 +146,8 @@ def _quantization(storage: Storage, arch: str) -> dict[str, object]:
             ignore.append(module)
     if len({compressed.scheme(g) for name, g in grids.items() if ".experts." in name}) > 1:
         raise UserError(
-            "routed experts lie on more than one grid, and programs that load compressed-tensors decode all of them by "
-            "one: export with --format safetensors or gguf"
+            "routed experts lie on grids that are stored differently, and programs that load compressed-tensors decode "
+            "all of them by one: export with --format safetensors or gguf"
         )
     if not grids:
         raise UserError("this branch has nothing on a grid: --format compressed-tensors packs nothing")

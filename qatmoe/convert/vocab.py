@@ -16,6 +16,8 @@ refused, but for these differences, which its own converter makes as well:
 
 import collections
 import json
+import types
+from collections.abc import Mapping
 from typing import Any
 
 from tokenizers import models, pre_tokenizers
@@ -25,6 +27,8 @@ from qatmoe.data.tokenizer import QWEN2_PATTERN, Tokenizer
 from qatmoe.errors import UserError
 
 Json = dict[str, Any]
+Roles = Mapping[str, int]  # what a token is for -> its id
+NO_ROLES: Roles = types.MappingProxyType({})
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # values of tokenizer.ggml.token_type
 
@@ -56,17 +60,20 @@ _NAMES = {
     (_WORDS,): "gpt-2",
     (_DIGITS, _WORDS): "smollm",
 }
-_GGUF_ROLES = {"eos": "eos", "bos": "bos", "pad": "padding"}
+_GGUF_ROLES = {"eos": "eos", "bos": "bos", "pad": "padding", "unk": "unknown"}
 # Bytes that no UTF-8 text has: GPT-NeoX's vocabulary lacks them.
 _NO_UTF8 = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}
 # What pads, where a special token has this name: tokenizer.json does not say.
 _PAD_NAMES = ("<|pad|>", "<|padding|>", "<pad>", "[PAD]", "<\uff5c\u2581pad\u2581\uff5c>")
 
 
-def gguf_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Field]:
+def gguf_fields(tokenizer: Tokenizer, vocab_size: int, roles: Roles = NO_ROLES) -> dict[str, Field]:
     """The `tokenizer.ggml.*` fields of a model with `vocab_size` rows of embedding.
 
     Ids without a token are filled with unused tokens. `bos_token_id` and `padding_token_id` are there where known.
+
+    Args:
+      roles: where it is known better than tokenizer.json says, {eos, bos, pad, unk: id}.
 
     Raises:
       UserError: the tokenizer has more than `vocab_size` tokens, or is one that llama.cpp would run differently.
@@ -85,23 +92,24 @@ def gguf_fields(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Field]:
             f"the tokenizer's post_processor puts the tokens {before} before a text and {after} after it, and "
             "llama.cpp only one before it; remove the others from post_processor in its tokenizer.json"
         )
-    roles = _roles(tokenizer, parsed)
     fields = {
         "model": Field("string", "gpt2"),
         "pre": Field("string", pre_tokenizer(tokenizer.json)),
         "tokens": Field("string", tokens),
         "token_type": Field("int32", types),
         "merges": Field("string", [" ".join(pair) for pair in _merges(parsed["model"])]),
-        "add_bos_token": Field("bool", "bos" in roles),  # always written: without it "llama-bpe" adds one
+        "add_bos_token": Field("bool", bool(before)),  # always written: without it "llama-bpe" adds one
     }
-    fields |= {f"{_GGUF_ROLES[role]}_token_id": Field("uint32", i) for role, i in roles.items()}
+    fields |= {
+        f"{_GGUF_ROLES[role]}_token_id": Field("uint32", i) for role, i in _roles(tokenizer, parsed, roles).items()
+    }
     return {f"tokenizer.ggml.{key}": field for key, field in fields.items()}
 
 
-def huggingface_files(tokenizer: Tokenizer) -> dict[str, str]:
+def huggingface_files(tokenizer: Tokenizer, roles: Roles = NO_ROLES) -> dict[str, str]:
     """File name to text: what `transformers.AutoTokenizer` needs to give the ids of `tokenizer`.
 
-    Unlike ours, it reads a special token that is spelled in the text as that token.
+    Unlike ours, it reads a special token that is spelled in the text as that token. `roles` as in `gguf_fields`.
 
     Raises:
       UserError: the tokenizer has a post-processor of an unknown type.
@@ -109,7 +117,7 @@ def huggingface_files(tokenizer: Tokenizer) -> dict[str, str]:
     parsed = json.loads(tokenizer.json)
     tokens = _ids_to_tokens(parsed)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {f"{role}_token": tokens[i] for role, i in _roles(tokenizer, parsed).items()}
+    config |= {f"{role}_token": tokens[i] for role, i in _roles(tokenizer, parsed, roles).items()}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return {"tokenizer.json": tokenizer.json, "tokenizer_config.json": text}
 
@@ -241,9 +249,10 @@ def _around(parsed: Json) -> tuple[list[int], list[int]]:
     return before, after
 
 
-def _roles(tokenizer: Tokenizer, parsed: Json) -> dict[str, int]:
-    """Ids of the tokens that end a text, come first in it (if the post-processor adds one) and pad it (if known)."""
+def _roles(tokenizer: Tokenizer, parsed: Json, known: Roles) -> dict[str, int]:
+    """Ids of the tokens that end a text, come first in it (if the post-processor adds one) and pad it, or as known."""
     before, _ = _around(parsed)
     special = {token["content"]: token["id"] for token in parsed["added_tokens"] if token["special"]}
     pads = [special[name] for name in _PAD_NAMES if name in special]
-    return {"eos": tokenizer.end_id} | ({"bos": before[0]} if before else {}) | ({"pad": pads[0]} if pads else {})
+    found = {"eos": tokenizer.end_id} | ({"bos": before[0]} if before else {}) | ({"pad": pads[0]} if pads else {})
+    return found | dict(known)

@@ -22,6 +22,7 @@ from qatmoe.checkpoint import Checkpoints, DamagedCheckpoint
 from qatmoe.config import Config, ModelConfig, resolve
 from qatmoe.convert import names
 from qatmoe.convert.names import Part
+from qatmoe.convert.vocab import NO_ROLES, Roles
 from qatmoe.data import tokenizer
 from qatmoe.errors import UserError
 from qatmoe.model.transformer import STACKED, param_shapes
@@ -346,6 +347,7 @@ class Origin(NamedTuple):
     context: int = 0  # tokens; 0: unknown
     end_ids: tuple[int, ...] = ()  # tokens that end a text or a turn
     chat_template: str = ""
+    roles: Roles = NO_ROLES  # ids of its eos, bos, pad and unk tokens, as far as it names them
 
 
 ORIGIN = "origin.json"
@@ -359,10 +361,11 @@ def read_origin(workdir: Path) -> Origin:
     """
     try:
         found = json.loads((workdir / ORIGIN).read_text(encoding="utf-8"))
-        return Origin(int(found["context"]), tuple(map(int, found["end_ids"])), str(found["chat_template"]))
+        roles = {str(role): int(i) for role, i in found.get("roles", {}).items()}
+        return Origin(int(found["context"]), tuple(map(int, found["end_ids"])), str(found["chat_template"]), roles)
     except FileNotFoundError:
         return Origin()
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{workdir / ORIGIN} cannot be used ({e}): remove it, or import the model again") from e
 
 

@@ -79,6 +79,10 @@ class Tokenizer:
         """The text of `ids`, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def id_of(self, token: str) -> int | None:
+        """The id of the token with this text; None where there is none."""
+        return self._backend.token_to_id(token)
+
     def save(self, path: str | Path) -> None:
         """Writes the tokenizer.json."""
         Path(path).write_text(self.json, encoding="utf-8")
