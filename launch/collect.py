@@ -49,10 +49,14 @@ def rows_of(folder: Path) -> tuple[list[Row], list[tuple[str, str]]]:
         if state.kind != "done":
             others.append((run["name"], state.text))
             continue
-        summary = json.loads((folder / run["name"] / "summary.json").read_text(encoding="utf-8"))
+        summary, config = (
+            json.loads((folder / run["name"] / file).read_text(encoding="utf-8"))
+            for file in ("summary.json", "config.json")
+        )
+        own = {SEED: config["train"]["seed"]}  # where a point leaves it to the config, it is a seed all the same
         rows.append(
             {"run": run["name"]}
-            | {key: run["overrides"].get(key) for key in varied}
+            | {key: run["overrides"].get(key, own.get(key)) for key in varied}
             | {f"loss_{branch}": loss for branch, loss in summary["loss"].items()}
             | {
                 "recovered": summary["recovered"],

@@ -36,10 +36,11 @@ from launch import local, points, sweep
 from launch.algebra import Points, chain, product
 from launch.points import Run, Sweep
 from qatmoe import audit, cli, evaluate, metrics
+from qatmoe.checkpoint import Checkpoints
 from qatmoe.convert import llama
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
-from qatmoe.phases import source_of
+from qatmoe.initial import source_of
 from qatmoe.report import fill_tables
 from qatmoe.run import Interrupted, Stop
 
@@ -164,7 +165,7 @@ def train(study: Study, options: argparse.Namespace, only: str = "", partial: bo
         if code or unfinished:
             print(f"{len(unfinished)} runs are not finished. The same command continues.", file=sys.stderr)
             worst = max(worst, code or 1)
-            if worst > 1 or not partial:
+            if worst > 1 or not partial or options.backend != "local":  # what is queued there is no start yet
                 break
     return worst
 
@@ -218,49 +219,54 @@ def judge(
     partial: bool = False,
     check: Callable[[str], None] = lambda _: None,
     only: str = "",
-    before: Sequence[Row] = (),
-) -> Iterator[list[Row]]:
-    """Audits every run of a stage, where that was not done before, and yields its rows, run by run.
+) -> Iterator[tuple[Run, list[Row], str]]:
+    """Audits the runs of a stage, where that was not done before: yields each, and its rows or why it has none.
 
     Args:
-      partial: a run that is not finished gives a row that says so, under "failed", instead of an error; one whose
-        folder is not there keeps its rows of `before`.
+      partial: that a run or its control is not finished is the reason that it has no rows, instead of an error.
       check: called between audits' rows; may raise to stop.
-      only: a regular expression; runs in whose folders it is not found keep their rows of `before`.
-      before: rows from an earlier time.
+      only: a regular expression; runs in whose folders it is not found are left out.
 
     Raises:
       UserError: a run is not finished, or was trained on another number of tokens than its control.
     """
     runs = _runs(stage)
     for run, reference in zip(runs, stage.references or ("",) * len(runs), strict=True):
+        if not _matches(run, only):
+            continue
         reference = reference or f"{run.folder}:control"
-        if not _matches(run, only) or (partial and not run.folder.exists()):
-            known = [row for row in before if (row["stage"], row["run"]) == (stage.sweep.name, str(run.folder))]
-            yield known or [_identity(stage, run) | {"failed": "not run"}]
-            continue
-        if not points.finished(run.folder):
-            if not partial:
-                raise UserError(
-                    f"{run.folder} is not finished ({points.state_of(run.folder).text}): give the same command again"
-                )
-            yield [_identity(stage, run) | {"failed": points.state_of(run.folder).text}]
-            continue
-        found, notes = audit.open_run(run.folder, reference)
-        wanted = audit.choose(found, stage.judged)
-        ref = found.reference
-        expected = audit.trained_tokens(ref.cfg, ref.phase, ref.steps)
-        for phase in {row.branch for row in wanted} - {"trunk"}:
-            if found.trained_tokens(phase) != expected:
-                raise UserError(
-                    f"{run.folder}: {phase} was trained on {found.trained_tokens(phase):,} tokens and {reference} on "
-                    f"{expected:,}: give both the same number of steps"
-                )
-        texts, calibration_ML = evaluate.load_domains(found, study.texts, study.tokens)
-        print("\n".join([f"{run.folder} against {reference}", *notes]), flush=True)
-        done = evaluate.evaluate(found, wanted, texts, calibration_ML, False, check)
-        names = {row.name for row in wanted}
-        yield [_row(stage, run, reference, row) for row in done if row["row"] in names]
+        reason = _unfinished(run.folder, reference)
+        if reason and not partial:
+            raise UserError(f"{run.folder} is not finished ({reason}): give the same command again")
+        yield run, [] if reason else _judge_run(study, stage, run, reference, check), reason
+
+
+def _unfinished(folder: Path, reference: str) -> str:
+    """Why a run cannot be judged against RUN:PHASE yet; "" where it can."""
+    if not points.finished(folder):
+        return points.state_of(folder).text if folder.exists() else "not run"
+    control, _, phase = reference.rpartition(":")
+    with Checkpoints(control, phase) as checkpoints:
+        step = checkpoints.latest()
+        return "" if step is not None and checkpoints.said(step)["done"] else "its control is not trained"
+
+
+def _judge_run(study: Study, stage: Stage, run: Run, reference: str, check: Callable[[str], None]) -> list[Row]:
+    found, notes = audit.open_run(run.folder, reference)
+    wanted = audit.choose(found, stage.judged)
+    ref = found.reference
+    expected = audit.trained_tokens(ref.cfg, ref.phase, ref.steps)
+    for phase in {row.branch for row in wanted} - {"trunk"}:
+        if found.trained_tokens(phase) != expected:
+            raise UserError(
+                f"{run.folder}: {phase} was trained on {found.trained_tokens(phase):,} tokens and {reference} on "
+                f"{expected:,}: give both the same number of steps"
+            )
+    texts, calibration_ML = evaluate.load_domains(found, study.texts, study.tokens)
+    print("\n".join([f"{run.folder} against {reference}", *notes]), flush=True)
+    done = evaluate.evaluate(found, wanted, texts, calibration_ML, False, check)
+    names = {row.name for row in wanted}
+    return [_row(stage, run, reference, row) for row in done if row["row"] in names]
 
 
 def _identity(stage: Stage, run: Run) -> Row:
@@ -351,15 +357,29 @@ def _check(args: argparse.Namespace, options: argparse.Namespace, study: Study) 
 def judge_all(study: Study, file: Path, partial: bool, check: Callable[[str], None], only: str = "") -> None:
     """Judges every stage and writes SCALE.json, after each run too: an end before the last one loses no other's rows.
 
+    Runs that were not judged, now or with what is in the way of it, keep the rows that the file has of them.
     Arguments and errors as `judge` has them.
     """
-    before, rows = _read(file) if file.exists() else [], []
     for stage in study.stages:
-        for found in judge(study, stage, partial, check, only, before):
-            rows += found
-            known = {(row["stage"], row["run"]) for row in rows}
-            write_results(file, [*rows, *(row for row in before if (row["stage"], row["run"]) not in known)])
-    write_results(file, rows)
+        for run, rows, reason in judge(study, stage, partial, check, only):
+            _enter(study, file, (stage.sweep.name, str(run.folder)), rows, reason)
+    _enter(study, file)
+
+
+def _enter(study: Study, file: Path, key: tuple[str, str] = ("", ""), rows: Sequence[Row] = (), why: str = "") -> None:
+    """Puts a run's rows into the results, which other commands may have changed meanwhile; every run has its place."""
+    known: dict[tuple[str, str], list[Row]] = {}
+    for row in _read(file) if file.exists() else []:
+        known.setdefault((row["stage"], row["run"]), []).append(row)
+    failed = all("failed" in row for row in known.get(key, []))
+    if rows or failed:
+        known[key] = list(rows)
+    entered = []
+    for stage in study.stages:
+        for run in _runs(stage):
+            own = (stage.sweep.name, str(run.folder))
+            entered += known.get(own) or [_identity(stage, run) | {"failed": why if own == key else "not run"}]
+    write_results(file, entered)
 
 
 def write_results(file: Path, rows: Sequence[Row]) -> None:

@@ -12,6 +12,7 @@ from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, ModelConfig, other_settings
 from qatmoe.convert.weights import Branch, read_config
 from qatmoe.errors import UserError
+from qatmoe.model import attention
 from qatmoe.model.cache import CacheType
 from qatmoe.model.transformer import abstract_params, param_shapes
 from qatmoe.quant.plan import Plan, make_plan
@@ -81,8 +82,8 @@ class Audit:
 
 
 def unrolled(cfg: Config) -> ModelConfig:
-    """A run's model as `Branch.numbers` lays its weights out, with the attention kernel of the machine that judges."""
-    return dataclasses.replace(cfg.model, scan_layers=False, attention="auto")
+    """A run's model as `Branch.numbers` lays its weights out, with an attention kernel of the machine that judges."""
+    return dataclasses.replace(attention.portable(cfg.model), scan_layers=False)
 
 
 def lineage(cfg: Config, phase: str) -> list[str]:

@@ -37,6 +37,7 @@ from qatmoe.errors import UserError
 from qatmoe.files import check_place, write_atomically
 from qatmoe.mesh import make_mesh, spec
 from qatmoe.model import transformer
+from qatmoe.model.layers import einsum
 from qatmoe.quant.grid import GRIDS, get
 from qatmoe.report import environment
 from qatmoe.run import abstract_state, check_mesh, jit_step, place, quant_plan, train_iterator
@@ -120,10 +121,11 @@ def model_flops(cfg: Config) -> float:
 
 def ceiling(dtype: str) -> float:
     """FLOP/s of the fastest square matmul of three sizes on one device."""
+    square = jax.jit(lambda a: einsum("ij,jk->ik", a, a))
     best = 0.0
     for n in (2048, 4096, 8192) if jax.default_backend() != "cpu" else (512, 1024, 2048):
         a = jax.random.normal(jax.random.key(0), (n, n), jnp.dtype(dtype))
-        best = max(best, 2 * n**3 / parts.seconds_of(jax.jit(lambda a: a @ a), (a,), rounds=10))
+        best = max(best, 2 * n**3 / parts.seconds_of(square, (a,), rounds=10))
     return best
 
 

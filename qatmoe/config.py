@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -74,7 +75,7 @@ class QuantConfig:
     attention: str = "none"
     embedding: str = "none"
     head: str = "none"
-    mtp: str = "none"  # routed experts inside the MTP modules; "same" follows the trunk's
+    mtp: str = "none"  # the MTP modules' routed experts, "same" as the trunk's; with "none" nothing there is quantized
     scale: str = "learned"  # "learned" (LSQ) or "dynamic" (recomputed from the weight every step)
     clip_gradient: bool = False  # LSQ's rule: a weight beyond the last level gets no gradient; off: all do
     dynamic_rule: str = "search"  # scale rule of "dynamic": "absmax" or "search" (least squared error)
@@ -109,9 +110,9 @@ class OptimConfig:
     weight_decay: float = 0.1  # on matrices only
     clip: float = 1.0  # global gradient norm; 0 = off
     schedule: str = "wsd"  # "wsd" (warmup, stable, linear decay) or "cosine"
-    final_lr: float = 0.0  # lr at the end of a decay, as a share of lr
+    final_lr: float = 0.0  # lr after the last step of a decay, as a share of lr
     moments_dtype: str = "float32"  # first moments; "bfloat16" saves memory
-    ema: float = 0.0  # decay of an average of the weights used for evaluation; 0 = off
+    ema: float = 0.0  # decay of an average of the weights since the phase's start, used for evaluation; 0 = off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ class PhaseConfig:
     start: str = ""
     quantize: bool = False
     warmup: int = 0  # steps of linear warmup
-    decay: int = 0  # "wsd": final steps over which the rate falls linearly
+    decay: int = 0  # "wsd": final steps over which the rate falls linearly, from its full height in the first of them
     lr: float = 0.0  # 0 = optim.lr
     distill: float = 0.0  # weight of KL(teacher || this) in the loss; the rest is cross-entropy
     teacher: str = ""  # what distill learns from: a phase, or RUN:PHASE (":PHASE": of init_from's run); "" = start
@@ -163,6 +164,11 @@ class TrainConfig:
     tensorboard: bool = True
     profile_step: int = 0  # step of each phase from which on the profiler traces; 0 = off
     profile_steps: int = 3  # steps that it traces
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that are on the devices at once, in training and in validation."""
+        return self.batch_size // self.grad_accum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,9 +226,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.seq_len": (1, _INF),
     "data.prefetch": (0, _INF),
     "data.valid_fraction": (_TINY, 0.9),
-    **{f"optim.{name}": (_TINY, _INF) for name in ("lr", "scale_lr", "eps")},
+    **{f"optim.{name}": (_TINY, _INF) for name in ("lr", "scale_lr")},
+    "optim.eps": (1.2e-38, _INF),  # in float32 less is 0
     **{f"optim.{name}": (0, _INF) for name in ("weight_decay", "clip")},
-    **{f"optim.{name}": (0, 1) for name in ("final_lr", "ema")},
+    "optim.final_lr": (0, 1),
+    "optim.ema": (0, 0.999999),  # 1 would keep the phase's first weights
     **{f"train.{name}": (1, _INF) for name in ("batch_size", "grad_accum", "log_every", "checkpoint_every", "keep")},
     "train.profile_steps": (1, _INF),
     "train.seed": (0, 2**32 - 1),  # of which jax.random.key makes different keys
@@ -265,8 +273,9 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     for path, (low, high) in RANGES.items():
         group, name = path.split(".")
         value = getattr(getattr(cfg, group), name)
-        if not low <= value <= high:
-            raise UserError(f"config.{path}={value}: must be {_range(low, high)}")
+        if not (low <= value <= high and math.isfinite(value)):
+            finite = "" if math.isfinite(value) else " and finite"
+            raise UserError(f"config.{path}={value}: must be {_range(low, high)}{finite}")
     _check_model(cfg.model)
     _check_training(cfg)
     return cfg

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from qatmoe.config import Config, ModelConfig
 from qatmoe.mesh import constrain, put_back, used
 from qatmoe.model import transformer
+from qatmoe.model.layers import einsum
 
 Batch = dict[str, jax.Array]
 Params = dict[str, Any]
@@ -188,8 +189,8 @@ def _scan_head(
         if target_GCV is not None:
             d_GCV -= distill * weights_GC[..., None] * target_GCV
         d_GCV = d_GCV.astype(hidden_GCD.dtype)
-        d_head_GVD += jnp.einsum("gcv,gcd->gvd", d_GCV, hidden_GCD, preferred_element_type=jnp.float32)
-        return (sums, d_head_GVD), jnp.einsum("gcv,vd->gcd", d_GCV, weight_VD)
+        d_head_GVD += einsum("gcv,gcd->gvd", d_GCV, hidden_GCD, preferred_element_type=jnp.float32)
+        return (sums, d_head_GVD), einsum("gcv,vd->gcd", d_GCV, weight_VD)
 
     zero = jnp.zeros((), jnp.float32)
     shape = (hidden_NGCD.shape[1], *head_VD.shape) if gradients else (1, 1, 1)

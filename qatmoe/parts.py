@@ -95,7 +95,7 @@ def _with_gradients(f: Callable[..., jax.Array], n: int) -> Callable[..., Any]:
 
 
 def _tokens(cfg: Config) -> int:
-    return cfg.train.batch_size // cfg.train.grad_accum * cfg.data.seq_len
+    return cfg.train.micro_batch * cfg.data.seq_len
 
 
 def _activations(cfg: Config, *shape: int) -> jax.Array:
@@ -110,7 +110,7 @@ def _layer(cfg: Config, stack: str, name: str) -> Any:
 
 
 def _attention(cfg: Config) -> Call:
-    m, B, L = cfg.model, cfg.train.batch_size // cfg.train.grad_accum, cfg.data.seq_len
+    m, B, L = cfg.model, cfg.train.micro_batch, cfg.data.seq_len
     rope = rope_angles(jnp.broadcast_to(jnp.arange(L), (B, L)), m.head_dim, m.rotary_fraction, m.rope_theta)
     f = _with_gradients(lambda params, x_BLD, rope: attention(params, m, x_BLD, rope, None), 2)
     return f, (_layer(cfg, "layers", "attn"), _activations(cfg, B, L, m.dim), rope)
@@ -161,7 +161,7 @@ def _ffn(cfg: Config, stack: str, name: str) -> Call:
 
 
 def _head(cfg: Config) -> Call:
-    m, B, L = cfg.model, cfg.train.batch_size // cfg.train.grad_accum, cfg.data.seq_len
+    m, B, L = cfg.model, cfg.train.micro_batch, cfg.data.seq_len
     name = "embed" if m.tie_embeddings else "head"
     weight_VD = m.init_std * jax.random.normal(jax.random.key(4), (m.vocab_size, m.dim), jnp.float32)
     targets_BL = jax.random.randint(jax.random.key(5), (B, L), 0, m.vocab_size)

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qatmoe import distributed
 from qatmoe import metrics as metrics_lib
 from qatmoe import step as steps
 from qatmoe.checkpoint import Checkpoints, DamagedCheckpoint
-from qatmoe.config import Config, other_settings, resolve, to_json
+from qatmoe.config import Config, PhaseConfig, other_settings, resolve, to_json
 from qatmoe.data.batches import Data
 from qatmoe.errors import RunError, UserError
-from qatmoe.model.transformer import STACKED
+from qatmoe.initial import import_state, source_of
 from qatmoe.optim import schedule
 from qatmoe.quant import fake
 from qatmoe.quant.grid import RULES
 from qatmoe.quant.plan import Plan
 from qatmoe.run import Run, Weights, abstract_state, jit_eval_weights, jit_rounding, quant_plan
 from qatmoe.step import TrainState
-from qatmoe.tree import leaves_by_path, path_of
 
 Position = dict[str, Any]  # of the data iterator
 
@@ -73,7 +73,7 @@ def round_control(run: Run) -> None:
     missing = [rule for rule in RULES if not evaluated(run, f"ptq:{branch}:{rule}")]
     if not missing:
         return
-    state, _ = final_state(run, branch)
+    state, _ = final_state(run, branch, moments=False)
     model = state.ema or state.params["model"]
     for rule in missing:
         result = run.evaluate(
@@ -94,162 +94,49 @@ def evaluated(run: Run, name: str) -> bool:
 
 
 def first_state(run: Run, name: str) -> tuple[TrainState, Position]:
-    """The state before a phase's first step. Deterministic: a resumed phase computes it again as its reference."""
-    cfg, phase = run.cfg, run.cfg.train.phases[name]
-    abstract = run.abstract_state(phase)
-    places = jax.tree.map(lambda s: s.sharding, abstract)
+    """The state before a phase's first step, and where its data begins. Deterministic."""
+    phase = run.cfg.train.phases[name]
+    places = jax.tree.map(lambda s: s.sharding, run.abstract_state(phase))
+    parent, position = _parent(run, phase, moments=not phase.reset_moments)
+    with warnings.catch_warnings():  # of what has no counterpart, such as scales of a phase in full precision
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        start = jax.jit(functools.partial(_start, run.cfg, phase, run.plan), out_shardings=places, donate_argnums=0)
+        return start(parent), position
+
+
+def first_params(run: Run, name: str) -> Weights:
+    """Weights and scales before a phase's first step, as `first_state` has them, without its moments."""
+    phase = run.cfg.train.phases[name]
+    places = jax.tree.map(lambda s: s.sharding, run.abstract_state(phase).params)
+    parent, _ = _parent(run, phase, moments=False)
+    return jax.jit(lambda p: _start(run.cfg, phase, run.plan, p).params, out_shardings=places)(parent)
+
+
+def _parent(run: Run, phase: PhaseConfig, *, moments: bool) -> tuple[Any, Position]:
+    """What a phase starts from, the last state of another one or the run's random key, and where its data begins."""
+    if not phase.start:
+        return jax.random.key(run.cfg.train.seed), run.train_iterator.start
+    return final_state(run, phase.start, moments=moments)
+
+
+def _start(cfg: Config, phase: PhaseConfig, plan: Plan, parent: Any) -> TrainState:
+    """The state before a phase's first step, from what `_parent` gives."""
     if phase.start:
-        parent, position = final_state(run, phase.start)
-        return jax.jit(functools.partial(steps.branch, cfg, phase, run.plan), out_shardings=places)(parent), position
-
-    def fresh(key: jax.Array) -> TrainState:
-        state = steps.init_state(cfg, key)
-        return steps.branch(cfg, phase, run.plan, state) if phase.quantize else state
-
-    return jax.jit(fresh, out_shardings=places)(jax.random.key(cfg.train.seed)), run.train_iterator.start
+        return steps.branch(cfg, phase, plan, parent)
+    state = steps.init_state(cfg, parent)
+    return steps.branch(cfg, phase, plan, state) if phase.quantize else state
 
 
-def final_state(run: Run, name: str) -> tuple[TrainState, Position]:
-    """The last state of a finished phase, and where its data stood."""
+def final_state(run: Run, name: str, *, moments: bool = True) -> tuple[TrainState, Position]:
+    """The last state of a finished phase, and where its data stood; without the optimizer's moments if not wanted."""
+    wanted = run.abstract_state(run.cfg.train.phases[name])
     with run.checkpoints(name) as checkpoints:
-        found = checkpoints.restore_latest(run.abstract_state(run.cfg.train.phases[name]))
+        found = checkpoints.restore_latest(wanted if moments else wanted._replace(opt_state={}))
     if found is None or not found[2]["done"]:
         raise RunError(
             f"{run.workdir}: phase {name} has no finished checkpoint to branch from; delete the later phases"
         )
     return found[0], found[1]
-
-
-def import_source(cfg: Config) -> tuple[str, str, int]:
-    """Folder, phase and step that config.init_from=RUN[:PHASE][@STEP] names; PHASE is the first phase unless given.
-
-    Raises:
-      UserError: there is no such checkpoint.
-    """
-    where = f"config.init_from={cfg.init_from!r}"
-    folder, phase, step = source_of(cfg)
-    phase = phase or next(iter(cfg.train.phases))
-    if step and not step.isdigit():
-        raise UserError(f"{where}: what follows '@' must be a step number")
-    with Checkpoints(folder, phase) as checkpoints:
-        known = checkpoints.steps()
-        wanted = int(step) if step else max(known, default=-1)
-        if wanted not in known:
-            raise UserError(f"{where}: no such checkpoint; {folder} has steps {known} of phase {phase!r}")
-        if not step and not checkpoints.said(wanted)["done"]:
-            raise UserError(
-                f"{where}: phase {phase!r} of {folder} is not finished: finish it, or name the step that is meant, "
-                f"e.g. {cfg.init_from}@{wanted}"
-            )
-    return folder, phase, wanted
-
-
-def source_of(cfg: Config) -> tuple[str, str, str]:
-    """RUN, PHASE and STEP of config.init_from, whether they are there or not; "" for what it does not say."""
-    source, step = _split(cfg.init_from, "@")
-    return *_split(source, ":"), step
-
-
-def _split(text: str, mark: str) -> tuple[str, str]:
-    """What is before and after the last mark; all of it before, where it is a folder's name or has no mark."""
-    before, found, after = text.rpartition(mark)
-    return (before, after) if found and not Path(text).is_dir() else (text, "")
-
-
-def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:
-    """Raises UserError where the checkpoint that config.init_from names does not exist or does not fit this run."""
-    folder, phase, step = import_source(cfg)
-    name, first = next(iter(cfg.train.phases.items()))
-    if first.quantize:
-        raise UserError(
-            f"config.train.phases.{name}.quantize is on, and config.init_from replaces that phase, the first: "
-            f"let it be the trunk, and add a phase with start={name!r}"
-        )
-    abstract = abstract_state(cfg, plan, mesh, quantize=False)
-    with Checkpoints(folder, phase) as checkpoints:
-        if checkpoints.in_parts(step):
-            meta = checkpoints.meta(step)
-            _layer_arrays(meta, abstract, folder)
-        else:
-            meta = checkpoints.check(step, abstract)
-    if meta["tokenizer"] != data.tokenizer.hash:
-        raise UserError(
-            f"config.init_from={cfg.init_from!r} was trained with another tokenizer: set config.data.tokenizer"
-        )
-    if meta["data"] != data.hash:
-        print(f"{folder} was trained on other text: what this run holds out may have been trained on there")
-    try:
-        others = other_settings(cfg.model, resolve(meta["config"]).model)
-    except UserError as e:  # the weights fit all the same
-        print(f"whether {folder} was trained with this model's settings is not known: {e}")
-        return
-    for setting, (here, there) in others.items():
-        print(f"{folder} was trained with model.{setting}={there!r}, and this run has {here!r}")
-
-
-def import_state(run: Run, name: str) -> tuple[TrainState, Position]:
-    """The state that config.init_from names, as the last one of phase `name`."""
-    folder, phase, step = import_source(run.cfg)
-    abstract = run.abstract_state(run.cfg.train.phases[name])
-    with Checkpoints(folder, phase) as checkpoints:
-        if checkpoints.in_parts(step):
-            return _state_of_weights(run, abstract, checkpoints, checkpoints.meta(step)), run.train_iterator.start
-        state, position, _ = checkpoints.restore(step, abstract)
-    if position["stream"] != run.train_iterator.start["stream"]:
-        print(f"{folder} was trained on other batches: this run's data starts from its beginning")
-        position = run.train_iterator.start
-    return state, position
-
-
-def _state_of_weights(run: Run, abstract: TrainState, checkpoints: Checkpoints, meta: dict[str, Any]) -> TrainState:
-    """Weights that were saved alone, in the unrolled layout and any type, with fresh moments."""
-    layers = _layer_arrays(meta, abstract, str(run.cfg.init_from))
-
-    def leaf(path: tuple[Any, ...], wanted: jax.ShapeDtypeStruct) -> jax.Array:
-        parts = layers[path_of(path)]
-        arrays = checkpoints.arrays(meta, parts)
-        join = (lambda *a: jnp.stack(a)) if len(next(iter(parts.values())).shape) < len(wanted.shape) else lambda a: a
-        cast = jax.jit(lambda *a: join(*a).astype(jnp.float32), out_shardings=wanted.sharding)
-        return cast(*(arrays[n] for n in parts))
-
-    model = jax.tree_util.tree_map_with_path(leaf, abstract.params["model"])
-    places = jax.tree.map(lambda s: s.sharding, abstract)
-    fresh = functools.partial(steps.state_of, run.cfg)
-    return jax.jit(fresh, out_shardings=places, donate_argnums=0)(model, jax.random.key(run.cfg.train.seed))
-
-
-def _layer_arrays(
-    meta: dict[str, Any], abstract: TrainState, source: str
-) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """{parameter: {name in the checkpoint: array}}: what a parameter is read from, one array a layer if it is stacked.
-
-    Raises:
-      UserError: the checkpoint is of another architecture.
-    """
-    found: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-    for name, leaf in leaves_by_path(abstract.params["model"]).items():
-        spec = leaf.sharding.spec
-        stack, _, rest = name.partition("/")
-        stacked = stack in STACKED and not rest.split("/")[0].isdigit()
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        place = NamedSharding(leaf.sharding.mesh, PartitionSpec(*(spec[1:] if stacked else spec)))
-        names = [f"{stack}/{i}/{rest}" for i in range(leaf.shape[0])] if stacked else [name]
-        for n in names:
-            dtype, there = meta["tensors"].get(f"params/model/{n}", ["", None])
-            if there != list(shape):
-                raise UserError(
-                    f"config.init_from={source!r} is of another architecture: {n} is {there or 'absent'} there and "
-                    f"{list(shape)} here; use its model settings (an imported folder's qat.py has them)"
-                )
-            found.setdefault(name, {})[f"params/model/{n}"] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-    known = {n for of in found.values() for n in of}
-    extra = [n for n in meta["tensors"] if n not in known]
-    if extra:
-        raise UserError(
-            f"config.init_from={source!r} is of another architecture: it has {extra[0]} ({len(extra)} tensors more); "
-            "use its model settings (an imported folder's qat.py has them)"
-        )
-    return found
 
 
 # ---- What a phase learns from ----------------------------------------------------------------------------------------
@@ -357,12 +244,12 @@ def teacher_weights(run: Run, name: str) -> tuple[Weights | None, str]:
     if not phase.distill:
         return None, ""
     if own := phase.own_teacher:
-        return run.eval_weights(run.cfg.train.phases[own], final_state(run, own)[0]), ""
+        return run.eval_weights(run.cfg.train.phases[own], final_state(run, own, moments=False)[0]), ""
     with distributed.together():
         found = find_teacher(run.cfg, name, run.data)
     plan, spec = quant_plan(found.cfg)[0], found.cfg.train.phases[found.phase]
     wanted = abstract_state(found.cfg, plan, run.mesh, quantize=spec.quantize)
-    wanted = wanted._replace(opt_state={})  # moments are twice the weights
+    wanted = wanted._replace(opt_state={})  # not the average, which is what is evaluated
     with Checkpoints(found.folder, found.phase) as checkpoints:
         state = checkpoints.restore(found.step, wanted)[0]
     return jit_eval_weights(found.cfg, plan, wanted, quantize=spec.quantize)(state), found.digest
@@ -395,7 +282,7 @@ def loop(
             raise run.stop.interrupted(f"after step {n - 1} of {phase.steps} of phase {name}, which is saved")
         batch = run.place(next(run.train_iterator))
         due = n == phase.steps or bool(cfg.eval.every and n % cfg.eval.every == 0)
-        before = watch.codes(state.params) if due else None
+        before = watch.codes(state) if due else None
         trace.before(n, state)
         factor = np.float32(schedule(cfg.optim, phase, n - 1))
         with jax.profiler.StepTraceAnnotation("train", step_num=n):
@@ -407,7 +294,7 @@ def loop(
             log.flush()
             with log.paused():
                 if phase.quantize:
-                    run.metrics.write(name, n, "health", watch.health(state.params, before))
+                    run.metrics.write(name, n, "health", watch.health(state, before))
                 if n < phase.steps:  # the last step is followed by the final validation
                     result = run.evaluate(run.eval_weights(phase, state), cfg.eval.batches)
                     run.metrics.write(name, n, "valid", result)
@@ -454,17 +341,22 @@ class Watch:
         replicated = NamedSharding(run.mesh, PartitionSpec())
         self._health = jax.jit(functools.partial(_health, run.plan, rule), out_shardings=replicated)
         # A resumed phase finds its beginning again by computing it again.
-        first = state.params if int(state.step) == 0 else first_state(run, name)[0].params
+        first = state.params if int(state.step) == 0 else first_params(run, name)
         self._first = self._codes(first), jax.tree.map(jnp.copy, first["scales"])
 
-    def codes(self, params: Weights) -> Any:
+    def codes(self, state: TrainState) -> Any:
         """The code of every quantized weight, {path: uint8}; None where the phase does not quantize."""
-        return self._codes(params) if self.quantize else None
+        return self._codes(_evaluated(state)) if self.quantize else None
 
-    def health(self, params: Weights, before: Any) -> dict[str, float]:
+    def health(self, state: TrainState, before: Any) -> dict[str, float]:
         """Quantizer health after a step; `before` are the codes before it. Means over weights, and per tensor."""
-        values = jax.device_get(self._health(params, before, self._first))
+        values = jax.device_get(self._health(_evaluated(state), before, self._first))
         return {name: float(v) for name, v in values.items()}
+
+
+def _evaluated(state: TrainState) -> Weights:
+    """Weights and scales that a state is evaluated and deployed with: the average, where one is kept."""
+    return {**state.params, "model": state.ema or state.params["model"]}
 
 
 def _health(plan: Plan, rule: str, params: Weights, before: Any, first: Any) -> dict[str, Any]:

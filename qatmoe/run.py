@@ -171,7 +171,7 @@ class Run:
         for batch in valid_batches(self.cfg, self.mesh, self.data, limit):
             if interruptible:
                 self.stop.check("while evaluating; all training so far is saved")
-            sums = self._evaluate_batch(weights, self.place(batch))
+            sums = self._evaluate_batch(weights, place(self.mesh, self.cfg.train.micro_batch, batch))
             nats.append(np.asarray(sums["nats"], np.float64))
             count.append(np.asarray(sums["count"], np.float64))
         nats_MR, count_MR = np.concatenate(nats, axis=1), np.concatenate(count, axis=1)
@@ -226,13 +226,13 @@ def train_iterator(cfg: Config, mesh: Mesh, data: batches.Data) -> batches.Train
 
 
 def valid_batches(cfg: Config, mesh: Mesh, data: batches.Data, limit: int) -> Iterator[batches.Batch]:
-    """This process's rows of the validation batches. Raises UserError."""
+    """This process's rows of `limit` validation batches, cut as training's are accumulated. Raises UserError."""
     return batches.valid_batches(
         data,
-        batch_size=cfg.train.batch_size,
+        batch_size=cfg.train.micro_batch,
         n_mtp=cfg.model.n_mtp,
-        limit=limit,
-        local_B=local_rows(mesh, cfg.train.batch_size),
+        limit=limit * cfg.train.grad_accum,
+        local_B=local_rows(mesh, cfg.train.micro_batch),
     )
 
 
@@ -301,7 +301,7 @@ def quant_plan(cfg: Config) -> tuple[Plan, list[dict[str, Any]]]:
 def check_mesh(cfg: Config, mesh: Mesh) -> None:
     """Raises UserError where the model or the batch cannot be split over the mesh."""
     sizes = mesh.shape
-    rows = cfg.train.batch_size // cfg.train.grad_accum
+    rows = cfg.train.micro_batch
     m = cfg.model
     for what, value, over, n in (
         ("train.batch_size / grad_accum", rows, "data*fsdp*expert", sizes["data"] * sizes["fsdp"] * sizes["expert"]),
@@ -312,10 +312,11 @@ def check_mesh(cfg: Config, mesh: Mesh) -> None:
         if value % n:
             raise UserError(f"config.{what}={value} does not divide over mesh {over}={n}: change it or config.mesh")
     platform = mesh.devices.flat[0].platform
-    if m.attention == "cudnn" and (platform != "gpu" or m.dtype != "bfloat16"):
+    if m.attention == "cudnn" and (platform != "gpu" or not attention.fits_cudnn(m, cfg.data.seq_len)):
         raise UserError(
-            f"config.model.attention='cudnn' needs a GPU and model.dtype='bfloat16', and here are "
-            f"{platform} and {m.dtype}: use 'auto'"
+            f"config.model.attention='cudnn' needs a GPU, model.dtype='bfloat16', heads of 8 to 128 by 8 and an even "
+            f"seq_len, and here are {platform}, {m.dtype}, model.head_dim={m.head_dim} and "
+            f"data.seq_len={cfg.data.seq_len}: use 'auto'"
         )
     if m.attention == "splash" and (platform != "tpu" or not attention.fits_splash(m, cfg.data.seq_len)):
         raise UserError(
@@ -323,8 +324,7 @@ def check_mesh(cfg: Config, mesh: Mesh) -> None:
             f"{platform}, model.head_dim={m.head_dim} and data.seq_len={cfg.data.seq_len}: use 'auto'"
         )
     chunk, groups = cfg.train.loss_chunk, batch_groups(mesh)
-    for what, n in (("micro-batch", rows), ("batch, which validation takes at once", cfg.train.batch_size)):
-        tokens = n * cfg.data.seq_len
-        if chunk and tokens > chunk and (tokens % chunk or chunk % groups):
-            over = f" and be a multiple of the {groups} parts that the mesh splits a batch into" if groups > 1 else ""
-            raise UserError(f"config.train.loss_chunk={chunk} must divide the {tokens} tokens of a {what}{over}")
+    tokens = rows * cfg.data.seq_len
+    if chunk and tokens > chunk and (tokens % chunk or chunk % groups):
+        over = f" and be a multiple of the {groups} parts that the mesh splits a batch into" if groups > 1 else ""
+        raise UserError(f"config.train.loss_chunk={chunk} must divide the {tokens} tokens of a micro-batch{over}")

@@ -28,6 +28,7 @@ from qatmoe.convert.weights import Branch
 from qatmoe.data import cloze
 from qatmoe.errors import UserError
 from qatmoe.files import check_place, write_atomically
+from qatmoe.model import attention
 from qatmoe.text_table import aligned
 
 Row = dict[str, Any]
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name in args.branch or [""]:
                 with Branch(args.run, name, rest="F32") as branch:
                     # Rows are of other lengths than training's, which its attention kernel may not take.
-                    cfg = dataclasses.replace(branch.model, scan_layers=False, attention="auto")
+                    cfg = dataclasses.replace(attention.portable(branch.model), scan_layers=False)
                     context, ends = args.context or branch.context, branch.origin.end_ids
                     model = Model(branch.numbers(), cfg, branch.tokenizer, context, end_ids=ends)
                     branches[branch.phase] = evaluate(model, tasks, manager, args.limit)

@@ -40,10 +40,11 @@ from qatmoe.data import batches
 from qatmoe.data.tokenizer import Tokenizer
 from qatmoe.errors import UserError
 from qatmoe.files import check_local, check_place, write_atomically
+from qatmoe.initial import check_import, source_of
 from qatmoe.mesh import RULES, make_mesh
 from qatmoe.metrics import Metrics
 from qatmoe.metrics import read as read_metrics
-from qatmoe.phases import check_import, check_teachers, check_text, round_control, run_phase, source_of
+from qatmoe.phases import check_teachers, check_text, round_control, run_phase
 from qatmoe.quant.plan import Plan, format_coverage, totals
 from qatmoe.run import Interrupted, Run, Stop, check_mesh, quant_plan, train_iterator, valid_batches
 
@@ -113,6 +114,8 @@ def announce(run: Run, table: list[dict[str, Any]]) -> None:
         f"text: {stats['train_tokens']:,} tokens to train on, {stats['valid_tokens']:,} held out, "
         f"{stats['valid_bytes_per_token']:.2f} bytes per token"
     )
+    if run.cfg.model.top_k == 1 < run.cfg.model.n_experts and run.cfg.model.norm_topk:
+        print("with top_k=1 model.norm_topk makes every weight 1, and the loss teaches the router nothing")
     print(format_coverage(table))
     print(deployment(run.cfg, run.plan, run.data.tokenizer), flush=True)
     environment = known or report.environment() | {"processes": jax.process_count(), "mesh": dict(run.mesh.shape)}
@@ -126,8 +129,9 @@ def announce(run: Run, table: list[dict[str, Any]]) -> None:
 def trained_on(run: Run) -> dict[str, Any]:
     """Where a run was trained, as plan.json has it, if nothing of it is left to train; else {}."""
     done = {r["phase"] for r in read_metrics(run.workdir) if r["split"] == "final"}
+    kept = {folder.name for folder in (run.workdir / "checkpoints").glob("*")}  # what was deleted is trained again
     file = run.workdir / "plan.json"
-    whole = file.exists() and done >= set(run.cfg.train.phases)
+    whole = file.exists() and done & kept >= set(run.cfg.train.phases)
     return json.loads(file.read_text())["environment"] if whole else {}
 
 

@@ -41,7 +41,7 @@ def test_table_and_missing_runs(runs, tmp_path, capsys):
     heading += "bits_per_weight | tokens | wall_s | optim.weight_decay"
     assert lines[0] == f"| {heading} |"
     assert lines[2] == "| 0.01 | 0 | 4.2000 | 4.0000 | 4.1000 | 4.3000 | 3.9000 | 50.0% | 2.25 | 1,000 | 12 | - |"
-    assert lines[3] == "| - | - | 4.2000 | 4.0000 | 4.1000 | - | - | 50.0% | 2.25 | 1,000 | 12 | 0.5 |"
+    assert lines[3] == "| - | 0 | 4.2000 | 4.0000 | 4.1000 | - | - | 50.0% | 2.25 | 1,000 | 12 | 0.5 |"
     assert len(lines) == 4
 
     rows = json.loads((tmp_path / "results.json").read_text())
@@ -63,6 +63,16 @@ def test_again_when_all_are_finished(runs, tmp_path):
     assert lines[7] == ""  # after five runs the means of the two pairs that differ in their seed alone
     assert lines[8].startswith("| optim.lr | seeds | loss_trunk | loss_control |") and len(lines) == 12
     assert lines[10].startswith("| 0.01 | 2 | 4.2000 ±0.0000 | 4.0100 ±0.0100 | 4.1000 ±0.0000 |")
+
+
+def test_a_seed_that_the_config_gives_counts_as_one(tmp_path):
+    of = Sweep("s", str(ROOT / "configs" / "toy.py"), [{}, {"train.seed": 1}, {"train.seed": 2}])
+    runs = points.runs_of(of, tmp_path)
+    points.open_folder(of, runs, tmp_path)
+    for run in runs:
+        leave(run, steps=20, losses=LOSSES)
+    (mean,) = collect.over_seeds(collect.rows_of(tmp_path)[0])
+    assert mean["seeds"] == 3
 
 
 def test_nothing_is_finished_yet(tmp_path, capsys):

@@ -6,6 +6,7 @@ import lzma
 import sys
 import types
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -170,6 +171,7 @@ def test_not_utf8_names_the_byte(tmp_path):
     ("line", "message"),
     [
         ("{", "not a JSON object"),
+        ('{"text": "x", "n": ' + "1" * 5000 + "}", "not a JSON object"),
         ("[1]", "a list, not a JSON object"),
         ('{"txet": "x"}', r"no field 'text' \(fields: txet\); set --config.data.text_key"),
         ('{"text": 3}', "field 'text' is int"),
@@ -194,6 +196,14 @@ def test_damaged_compressed_files(tmp_path, suffix, damage):
     path.write_bytes({"truncated": data[: len(data) // 2], "garbage": b"hello", "flipped": data}[damage])
     with pytest.raises(UserError, match=rf"a\.txt{suffix}' is not an intact"):
         texts(path)
+
+
+def test_parquet_of_bytes_that_are_no_text(tmp_path):
+    buffers = [None, pyarrow.py_buffer(np.array([0, 2], np.int32)), pyarrow.py_buffer(b"\xff\xfe")]
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 1, buffers)
+    pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="not an intact .parquet"):
+        texts(tmp_path / "a.parquet")
 
 
 def test_damaged_parquet(tmp_path):
@@ -224,6 +234,16 @@ def test_share_of_documents_is_held_out(tmp_path):
     # Other documents do not move a document to the other side.
     (tmp_path / "a.jsonl").write_bytes(jsonl(rows[::-1] + ["new"]))
     assert set(sides(source=str(tmp_path), valid_fraction=0.1)[2]) - {"new"} == set(valid)
+
+
+def test_a_share_far_from_what_was_asked_is_said(tmp_path):
+    """Which of few documents is held out is chance, and one may be nearly all of the text."""
+    for i in range(100):
+        (tmp_path / "text.jsonl").write_bytes(jsonl([f"{i} " + "word " * 1000, f"short {i}"]))
+        split, train, valid = sides(source=str(tmp_path), valid_fraction=0.1)
+        if len(valid) == 1 and "word" in valid[0] and len(train) == 1:
+            break
+    assert len(split.notes) == 1 and "have 99.9% of the text, and 10.0% was asked" in split.notes[0]
 
 
 def test_copies_fall_on_the_same_side(tmp_path):

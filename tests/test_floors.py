@@ -32,6 +32,7 @@ FLOORS: list[set[str]] = [
     {"convert.vocab", "convert.llama", "convert.llama_numerics"},
     {"requantize"},
     {"report", "audit_report", "run", "cli"},
+    {"initial"},
     {"phases", "parts", "convert.weights"},
     {"convert.gguf_model", "convert.huggingface_model", "convert.hf_import"},
     {"convert.verify", "shapes", "harness", "audit"},

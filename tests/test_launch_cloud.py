@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -41,6 +42,16 @@ def check_arguments(arguments, run):
     )
     assert cfg == run.config
     assert given["workdir"] == f"/runs/My_sweep/{run.name}"
+
+
+def test_what_a_run_starts_and_learns_from_is_where_runs_are_mounted():
+    point = {"init_from": "runs/trunks/seed=0:trunk", "train.phases.qat.distill": 0.5}
+    point |= {"train.phases.qat.teacher": "runs/trunks/seed=0:control", "train.phases.qat.start": "trunk"}
+    asked = Sweep("branches", "configs/moe_2bit_branch.py", [point])
+    (run,) = points.runs_of(asked, Path("runs/branches"))
+    command = cloud.sky_task(run, asked, SkyOptions("tpu-v5e-8", "gs://b"))["run"]
+    assert "--config.init_from=/runs/trunks/seed=0:trunk" in command
+    assert "--config.train.phases.qat.teacher=/runs/trunks/seed=0:control" in command
 
 
 def test_a_tpu_task(run, tmp_path):

@@ -1,11 +1,12 @@
 import contextlib
+import types
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from qatmoe.config import Config, DataConfig, MeshConfig, TrainConfig
+from qatmoe.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from qatmoe.errors import UserError
 from qatmoe.mesh import AXES, RULES, constrain, fitted, kept, make_mesh, spec
 from qatmoe.run import check_mesh
@@ -48,16 +49,33 @@ def test_impossible_meshes_are_refused(cfg):
     ("chunk", "accum", "message"),
     [
         (100, 1, "loss_chunk=100 must divide the 512 tokens of a micro-batch"),
-        (160, 4, "loss_chunk=160 must divide the 512 tokens of a batch, which validation takes at once"),
+        (160, 4, ""),
+        (48, 4, "loss_chunk=48 must divide the 128 tokens of a micro-batch"),
         (128, 4, ""),
         (600, 4, ""),
     ],
 )
-def test_chunks_of_the_loss_divide_what_is_trained_and_what_is_validated(chunk, accum, message):
+def test_chunks_of_the_loss_divide_what_is_on_the_devices_at_once(chunk, accum, message):
     train = TrainConfig(batch_size=8, grad_accum=accum, loss_chunk=chunk)
     cfg = Config(data=DataConfig(seq_len=64), train=train)
     mesh = make_mesh(cfg.mesh, jax.devices()[:1])
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_mesh(cfg, mesh)
+
+
+@pytest.mark.parametrize(
+    ("model", "seq_len", "fits"),
+    [({}, 64, True), ({"head_dim": 256}, 64, False), ({"head_dim": 20}, 64, False), ({}, 63, False)]
+    + [({"dtype": "float32"}, 64, False)],
+)
+def test_cudnns_attention_is_refused_where_it_has_no_kernel(model, seq_len, fits):
+    model = ModelConfig(**{"head_dim": 64, "dtype": "bfloat16", "attention": "cudnn"} | model)
+    cfg = Config(model=model, data=DataConfig(seq_len=seq_len))
+    mesh = make_mesh(cfg.mesh, jax.devices()[:1])
+    gpu = types.SimpleNamespace(shape=mesh.shape, devices=np.array([types.SimpleNamespace(platform="gpu")]))
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match="attention='cudnn' needs a GPU"):
+        check_mesh(cfg, gpu)
+    with pytest.raises(UserError, match="and here are cpu"):
         check_mesh(cfg, mesh)
 
 

@@ -162,8 +162,8 @@ def made_up(stage):
             if not re.search(stage.judged, name) or name.split("/")[0] not in run.config.train.phases:
                 continue
             phase = run.config.train.phases[name.split("/")[0]]
-            quantized = 1_000 * run.config.model.n_experts
-            figures = {"loss": 4 + 0.01 * n + (0.1 + 1e-6 * quantized) * (i != 1), "tokens": 1000, "steps": 10}
+            quantized = 1_000 * run.config.model.n_experts * run.config.model.dim
+            figures = {"loss": 4 + 0.01 * n + (0.1 + 1e-8 * quantized) * (i != 1), "tokens": 1000, "steps": 10}
             if name == "qat":
                 figures["steps"] = run.config.train.phases["qat"].steps
             rows.append(
@@ -272,9 +272,9 @@ def NOTHING(where):
     """A check that never stops."""
 
 
-def judge(*args):
+def judge(asked, stage, *args):
     """All rows of a stage."""
-    return [row for rows in study.judge(*args) for row in rows]
+    return [row for _, rows, _ in study.judge(asked, stage, *args) for row in rows]
 
 
 @pytest.fixture
@@ -328,16 +328,26 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not finished"):
         study.judge_all(asked, tmp_path / "r.json", False, NOTHING)
     assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # what was judged is kept
-    (failed,) = judge(asked, branch, True, NOTHING)
+    study.judge_all(asked, tmp_path / "r.json", True, NOTHING)
+    assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # better than none
+    (tmp_path / "r.json").unlink()
+    study.judge_all(asked, tmp_path / "r.json", True, NOTHING)
+    *_, failed = json.loads((tmp_path / "r.json").read_text())
     assert failed["failed"].startswith("partial: qat at step 2") and failed["overrides"] == other["overrides"]
-    of_others = judge(asked, branch, False, NOTHING, "/t/", [rows[0], rows[3]])
-    assert of_others == rows[3:]  # its folder is not looked at
-    assert judge(asked, branch, False, NOTHING, "/t/")[0]["failed"] == "not run"
+    study.write_results(tmp_path / "r.json", [old])
+    study.judge_all(asked, tmp_path / "r.json", False, NOTHING, "/t/")
+    assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # its folder is not looked at
+    (tmp_path / "r.json").unlink()
+    shutil.copy(Path(qat["run"]) / "summary.json", other["run"])
+    shutil.move(control["run"], tmp_path / "away")
+    study.judge_all(asked, tmp_path / "r.json", True, NOTHING)
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [r["failed"] for r in found] == ["not run", "its control is not trained"]
+    shutil.move(tmp_path / "away", control["run"])
     group = study_tables.select([*rows[:3], failed], "x", "b")
     assert group == (f"x (seed 0 failed: {failed['failed']})", [])
     assert group.label in study_tables.table([group], [], rows)
     longer = Stage(branch.sweep, branch.judged, (branch.references[0].replace(":control", ":trunk"),))
-    shutil.copy(Path(qat["run"]) / "summary.json", other["run"])
     with pytest.raises(UserError, match="qat was trained on 1,024 tokens and .*:trunk on 512: give both"):
         judge(asked, longer, False, NOTHING)
 

@@ -1,5 +1,6 @@
 """The main job as a user meets it: finished, killed anywhere, stopped, continued, and given bad input."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -10,13 +11,19 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from conftest import ROOT
 
+from configs import toy
 from launch import sweep
 from qatmoe import cli, export, import_hf, metrics, phases, train
 from qatmoe.checkpoint import Checkpoints
+from qatmoe.config import resolve
 from qatmoe.data import batches
+from qatmoe.mesh import make_mesh
+from qatmoe.run import valid_batches
 
 SHORT = [
     "--config.train.log_every=1",
@@ -371,12 +378,54 @@ def test_a_finished_run_is_not_given_another_text(whole, capsys, cache, tmp_path
     assert {p: p.read_bytes() for p in (tmp_path / "run").glob("*.json")} == before
 
 
+def test_validation_is_cut_as_training_is(cache):
+    """The same rows, and never more of them on the devices than a micro-batch has."""
+    cfg = resolve(toy.get_config())
+    data, mesh = batches.load_data(cfg.data, cfg.model.vocab_size), make_mesh(cfg.mesh, jax.devices()[:1])
+    whole = list(valid_batches(cfg, mesh, data, 3))
+    cut = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, grad_accum=2))
+    parts = list(valid_batches(cut, mesh, data, 3))
+    assert {len(batch["tokens"]) for batch in parts} == {cfg.train.batch_size // 2}
+    tokens = [np.concatenate([batch["tokens"] for batch in found]) for found in (whole, parts)]
+    np.testing.assert_array_equal(*tokens)
+
+
+def test_another_optimizer_takes_the_weights_alone(whole, quick_env, capsys, cache, tmp_path):
+    changed = [f"--config.init_from={whole[0]}", "--config.optim.ema=0.9", "--config.optim.clip=0.0"]
+    code, line = fails(capsys, *arguments(tmp_path / "run", *changed))
+    assert code == 2
+    assert "its optimizer keeps other moments" in line and "phases.control.reset_moments=True" in line
+    assert not (tmp_path / "run").exists()
+    changed += [f"--config.train.phases.{name}.reset_moments=True" for name in ("control", "qat")]
+    done = launch(quick_env, "-m", "qatmoe.train", *arguments(tmp_path / "run", *changed))
+    assert done.returncode == 0, done.stderr
+    here, there = (
+        {r["phase"]: r for r in numbers(run) if r["split"] == "final"} for run in (tmp_path / "run", whole[0])
+    )
+    assert here["trunk"]["loss"] == there["trunk"]["loss"]
+    assert here["trunk"]["step"] == there["trunk"]["step"]
+    assert here["qat"]["loss"] != there["qat"]["loss"]
+
+
 def test_an_unfinished_trunk_is_branched_from_only_by_its_step(branched, capsys, cache, tmp_path):
     shutil.copytree(branched[0] / "source", tmp_path / "source")
     shutil.rmtree(tmp_path / "source" / "checkpoints" / "trunk" / "6")
     code, line = fails(capsys, *arguments(tmp_path / "run", f"--config.init_from={tmp_path / 'source'}"))
     assert code == 2
     assert f"{tmp_path / 'source'}@4" in line and "not finished" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_init_from_replaces_is_not_a_matter_of_names(whole, capsys, tmp_path, cache):
+    """Phases of a config come sorted by name, and another one that starts from nothing might be the first of them."""
+    (tmp_path / "two.py").write_text(
+        "from configs import toy\nfrom qatmoe.config import phase\ndef get_config():\n    config = toy.get_config()\n"
+        "    config.train.phases.baseline = phase(steps=5)\n    return config\n"
+    )
+    job = [f"--config={tmp_path}/two.py", *arguments(tmp_path / "run")[1:], f"--config.init_from={whole[0]}"]
+    code, line = fails(capsys, *job)
+    assert code == 2
+    assert "all start from nothing" in line and "baseline" in line
     assert not (tmp_path / "run").exists()
 
 

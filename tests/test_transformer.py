@@ -245,6 +245,35 @@ def test_bfloat16_computes_in_bfloat16_from_float32_weights(params):
     assert jnp.corrcoef(scores.ravel(), exact.ravel())[0, 1] > 0.99
 
 
+def products(jaxpr):
+    """(type of the first operand, precision) of every product in a program."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "ragged_dot_general", "ragged_dot"):
+            yield eqn.invars[0].aval.dtype.name, eqn.params["precision"]
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                    yield from products(getattr(inner, "jaxpr", inner))
+
+
+@pytest.mark.parametrize("experts", ["dense", "blocked", "ragged"])
+def test_float32_is_multiplied_in_float32(params, experts):
+    """Unasked, GPUs and TPUs would round the operands. Ranks of tokens are products of 0 and 1, exact anyway."""
+    cfg = dataclasses.replace(CFG, experts=experts, capacity_factor=2.0)
+    exact = {jax.lax.Precision.HIGHEST, (jax.lax.Precision.HIGHEST,) * 2}
+    found = list(products(jax.make_jaxpr(functools.partial(loss_and_grads, cfg=cfg))(params).jaxpr))
+    assert [kind for kind, precision in found if precision in exact] == ["float32"] * (len(found) - 2)
+    assert len(found) > 90
+
+
+def test_forward_leaves_its_callers_parameters_alone(params):
+    unrolled = transformer.unstack_layers(params)
+    before = {path: (id(leaf), leaf.dtype) for path, leaf in leaves_by_path(unrolled).items()}
+    cfg = dataclasses.replace(CFG, scan_layers=False, dtype="bfloat16")
+    transformer.forward(unrolled, cfg, TOKENS[:, :-1], mtp_tokens=TOKENS[None, :, 1:], train=True)  # not jitted
+    assert {path: (id(leaf), leaf.dtype) for path, leaf in leaves_by_path(unrolled).items()} == before
+
+
 def test_logits_of_chunks_are_chunks_of_logits(params):
     hidden = jax.random.normal(jax.random.key(2), (2, 6, 16))
     whole = transformer.logits(params, CFG, hidden)

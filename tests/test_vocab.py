@@ -443,6 +443,15 @@ def test_tokens_around_a_text(learned):
     refused(Tokenizer(backend), "post_processor is BertProcessing; write it as TemplateProcessing, or remove it")
 
 
+def test_what_is_put_before_a_text_is_ggufs_bos(learned):
+    """Whatever else tokenizer_config.json calls so; Hugging Face is told what that says."""
+    built = build(learned, "llama-bpe", [AddedToken("<other>", special=True)])
+    begin, other = built.id_of("<|begin|>"), built.id_of("<other>")
+    assert vocab.gguf_fields(built, built.vocab_size, {"bos": other})["tokenizer.ggml.bos_token_id"].value == begin
+    config = json.loads(vocab.huggingface_files(built, {"bos": other})["tokenizer_config.json"])
+    assert config["bos_token"] == "<other>"
+
+
 # Hugging Face.
 
 

@@ -138,6 +138,9 @@ def verify_huggingface(branch: Branch, folder: Path, arch: str, *, packed: bool)
         library = _library(folder, stack, report)
         if set(held) != set(file.tensors):
             report.faults.append(f"tensors differ: {sorted(set(held) ^ set(file.tensors))[:4]}")
+        of_module: dict[str, list[str]] = {}  # what its packed weights need to be decoded
+        for name in held:
+            of_module.setdefault(name.rpartition("weight_")[0], []).append(name)
         for name, (part, suffix) in [(n, c) for n, c in held.items() if n in file.tensors]:
             grid = branch.storage.type_of(part)[1]
             row = rows.setdefault(kind := grid.name if grid else file.tensors[name].dtype, Row(kind))
@@ -156,7 +159,7 @@ def verify_huggingface(branch: Branch, folder: Path, arch: str, *, packed: bool)
             if suffix:
                 assert grid is not None
                 stem = name.removesuffix("weight_packed")
-                tensors = {n.removeprefix(stem): file.read(n) for n in held if n.startswith(f"{stem}weight_")}
+                tensors = {n.removeprefix(stem): file.read(n) for n in of_module[stem]}
                 decoded["qatmoe"] = compressed.dequantize(grid, compressed.Packed(tensors))
             elif library is None:
                 decoded["numpy"] = data.astype(np.float32)

@@ -100,9 +100,9 @@ def gguf_fields(tokenizer: Tokenizer, vocab_size: int, roles: Roles = NO_ROLES) 
         "merges": Field("string", [" ".join(pair) for pair in _merges(parsed["model"])]),
         "add_bos_token": Field("bool", bool(before)),  # always written: without it "llama-bpe" adds one
     }
-    fields |= {
-        f"{_GGUF_ROLES[role]}_token_id": Field("uint32", i) for role, i in _roles(tokenizer, parsed, roles).items()
-    }
+    # What llama.cpp puts before a text is its bos, whatever else has that name.
+    found = _roles(tokenizer, parsed, roles) | ({"bos": before[0]} if before else {})
+    fields |= {f"{_GGUF_ROLES[role]}_token_id": Field("uint32", i) for role, i in found.items()}
     return {f"tokenizer.ggml.{key}": field for key, field in fields.items()}
 
 

@@ -225,7 +225,7 @@ def _jsonl_rows(path: Traversable, text_key: str) -> Iterator[Document]:
             continue
         try:
             row = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:  # ValueError: also of a number with thousands of digits
             raise UserError(f"{where}: not a JSON object ({e}); every line must be one") from e
         if not isinstance(row, dict):
             raise UserError(f"{where}: a {type(row).__name__}, not a JSON object; every line must be one")
@@ -279,7 +279,7 @@ def _parquet_rows(path: Traversable, text_key: str) -> Iterator[Document]:
                 for row in batch.to_pylist():
                     number += 1
                     yield Document(_row_text(row, text_key, f"{path}:{number}"), f"{path}:{number}")
-    except (pyarrow.ArrowException, OSError) as e:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
         raise UserError(f"{str(path)!r} is not an intact .parquet file ({e}); make or fetch it again") from e
 
 
@@ -340,15 +340,22 @@ class Split:
         if not 0 < fraction < 1:
             raise UserError(f"data.valid_fraction={fraction} must lie between 0 and 1; or name a source in data.valid")
         every: set[bytes] = set()
-        total, longest = 0, Document("", "")
+        total, held, longest = 0, 0, Document("", "")
         for document in documents(self.cfg.source, self.cfg.text_key):
             key = _hash(document.text)
             every.add(key)
             if int.from_bytes(key[:8], "big") < fraction * 2**64:
                 self._held_out.add(key)
+                held += len(document.text)
             total += len(document.text)
             longest = max(longest, document, key=lambda d: len(d.text))  # the first of equals
         if self._held_out and len(self._held_out) < len(every):
+            share = held / max(total, 1)
+            if not fraction / 2 < share < min(2 * fraction, (1 + fraction) / 2):
+                self.notes.append(
+                    f"the documents that are held out have {share:.1%} of the text, and {fraction:.1%} was asked: "
+                    "they are few or of unequal length, and chosen by their hash; to choose yourself, name data.valid"
+                )
             return
         self._held_out = set()
         self._cut_hash = _hash(longest.text)

@@ -1,12 +1,14 @@
 """Causal grouped-query attention with rotary embedding, optional QK-norm and document masking."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from qatmoe.config import ModelConfig
 from qatmoe.mesh import fitted, spec
 from qatmoe.model.cache import CacheType, round_kv, round_queries, turn_keys, turn_values
-from qatmoe.model.layers import Param, apply_rope, linear, norm_param, rms_norm
+from qatmoe.model.layers import Param, apply_rope, einsum, linear, norm_param, rms_norm
 
 
 def attention_params(cfg: ModelConfig, std: float, out_std: float) -> dict[str, Param]:
@@ -121,10 +123,10 @@ def grouped(q_BLHDh: jax.Array, k_BSKDh: jax.Array, v_BSKDh: jax.Array, seen_BLS
     S, K = k_BSKDh.shape[1:3]
     q_BKRDh = q_BLHDh.reshape(B, L, K, H // K, Dh).transpose(0, 2, 3, 1, 4).reshape(B, K, H // K * L, Dh)
     k_BKSDh, v_BKSDh = k_BSKDh.swapaxes(1, 2), v_BSKDh.swapaxes(1, 2)
-    scores_BKRS = scale * jnp.einsum("bkrd,bksd->bkrs", q_BKRDh, k_BKSDh, preferred_element_type=jnp.float32)
+    scores_BKRS = scale * einsum("bkrd,bksd->bkrs", q_BKRDh, k_BKSDh, preferred_element_type=jnp.float32)
     scores_BKGLS = jnp.where(seen_BLS[:, None, None], scores_BKRS.reshape(B, K, H // K, L, S), -1e30)
     probs_BKRS = jax.nn.softmax(scores_BKGLS, axis=-1).astype(v_BKSDh.dtype).reshape(scores_BKRS.shape)
-    mixed_BKRDh = jnp.einsum("bkrs,bksd->bkrd", probs_BKRS, v_BKSDh)
+    mixed_BKRDh = einsum("bkrs,bksd->bkrd", probs_BKRS, v_BKSDh)
     return mixed_BKRDh.reshape(B, K, H // K, L, Dh).transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
 
 
@@ -173,16 +175,28 @@ def splash(
     return on_devices(q_BLHDh, k_BLKDh, v_BLKDh, segments_BL)
 
 
+def portable(cfg: ModelConfig) -> ModelConfig:
+    """A model for other machines and lengths than it was trained on: with the kernel that fits there.
+
+    Plain attention stays where it was asked for: a machine's other kernels may be what did not work.
+    """
+    return dataclasses.replace(cfg, attention="xla" if cfg.attention == "xla" else "auto")
+
+
 def fits_splash(cfg: ModelConfig, length: int) -> bool:
     """Whether `splash` takes heads and sequences of that size."""
     return cfg.head_dim % 128 == 0 and length % 128 == 0
 
 
+def fits_cudnn(cfg: ModelConfig, length: int) -> bool:
+    """Whether cuDNN's flash attention takes them: 16-bit inputs, head dims 8..128 by 8, and even lengths."""
+    return cfg.dtype == "bfloat16" and cfg.head_dim % 8 == 0 and cfg.head_dim <= 128 and length % 2 == 0
+
+
 def implementation(cfg: ModelConfig, length: int, platform: str) -> str:
-    """Which kernel runs: cuDNN's flash attention takes 16-bit inputs, head dims 8..128 by 8, and even lengths."""
+    """Which kernel runs."""
     if cfg.attention != "auto":
         return cfg.attention
     if platform == "tpu":
         return "splash" if fits_splash(cfg, length) else "xla"
-    fits = cfg.dtype == "bfloat16" and cfg.head_dim % 8 == 0 and cfg.head_dim <= 128 and length % 2 == 0
-    return "cudnn" if fits and platform == "gpu" else "xla"
+    return "cudnn" if platform == "gpu" and fits_cudnn(cfg, length) else "xla"

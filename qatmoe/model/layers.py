@@ -1,6 +1,7 @@
 """Parts that every block shares: parameter declarations, linear maps, RMSNorm, rotary embedding, SwiGLU."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +37,19 @@ def norm_param(width: int) -> Param:
     return Param((width,), (None,), fill=1.0)
 
 
+def einsum(subscripts: str, *operands: jax.Array, **options: Any) -> jax.Array:
+    """jnp.einsum that multiplies f32 operands in f32: unasked, GPUs round them to TF32, 11 bits, and TPUs to bf16."""
+    return jnp.einsum(subscripts, *operands, precision=precision(operands[0]), **options)
+
+
+def precision(operand: jax.Array) -> jax.lax.Precision | None:
+    """What a product with this operand is asked for, so that it is multiplied as it is."""
+    return jax.lax.Precision.HIGHEST if operand.dtype == jnp.float32 else None
+
+
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x (..., in) times weight (out, in), cast to the dtype of x at use -> (..., out)."""
-    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
+    return einsum("...i,oi->...o", x, weight.astype(x.dtype))
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -106,5 +117,5 @@ def ffn_params(dim: int, width: int, std: float, out_std: float) -> dict[str, Pa
 def ffn(params: dict, x: jax.Array, limit: float) -> jax.Array:
     """SwiGLU feed-forward net, (..., D) -> (..., D)."""
     gate_up_2FD = used_halves(params["gate_up"].astype(x.dtype))
-    hidden = swiglu(jnp.einsum("...d,hfd->...hf", x, gate_up_2FD), limit).astype(x.dtype)
+    hidden = swiglu(einsum("...d,hfd->...hf", x, gate_up_2FD), limit).astype(x.dtype)
     return linear(hidden, params["down"])

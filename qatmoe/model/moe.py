@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from qatmoe.config import ModelConfig
 from qatmoe.errors import UserError
 from qatmoe.mesh import constrain
-from qatmoe.model.layers import Param, halves, swiglu, used_halves
+from qatmoe.model.layers import Param, einsum, halves, precision, swiglu, used_halves
 
 
 class Rows(NamedTuple):
@@ -128,9 +128,9 @@ def expert_matmuls(
     # One axis of rows: with two, XLA on a CPU transposes for the weights' gradient, a quarter of the whole time.
     x_ERD = x_EGCD.reshape(E, G * C, D)
     gate_up_E2FD = used_halves(gate_up_EFD.astype(x_EGCD.dtype), "experts")
-    gate_up_ER2F = jnp.einsum("erd,ehfd->erhf", x_ERD, gate_up_E2FD)
+    gate_up_ER2F = einsum("erd,ehfd->erhf", x_ERD, gate_up_E2FD)
     hidden_ERF = _gated(gate_up_ER2F, weights_EGC.reshape(E, G * C), limit)
-    return jnp.einsum("erf,edf->erd", hidden_ERF, down_EDF.astype(x_EGCD.dtype)).reshape(E, G, C, D)
+    return einsum("erf,edf->erd", hidden_ERF, down_EDF.astype(x_EGCD.dtype)).reshape(E, G, C, D)
 
 
 def combine(y_EGCD: jax.Array, rows: Rows) -> jax.Array:
@@ -161,9 +161,9 @@ def _blocked(
         expert_N = jnp.minimum(jnp.searchsorted(ends_E, jnp.arange(n_blocks), side="right"), E - 1)
         x_NCD = _to_rows(x_TD, rows).reshape(n_blocks, block, D)
         weights_NC = _weights_to_rows(weights_Tk, rows).reshape(n_blocks, block)
-        gate_up_NCF = jnp.einsum("ncd,nfd->ncf", x_NCD, gate_up_EFD[expert_N])
+        gate_up_NCF = einsum("ncd,nfd->ncf", x_NCD, gate_up_EFD[expert_N])
         hidden_NCF = _gated(halves(gate_up_NCF), weights_NC, cfg.swiglu_limit)
-        y_NCD = jnp.einsum("ncf,ndf->ncd", hidden_NCF, down_EDF[expert_N])
+        y_NCD = einsum("ncf,ndf->ncd", hidden_NCF, down_EDF[expert_N])
         return _from_rows(y_NCD.reshape(-1, D), rows)
 
     return jax.vmap(one_group)(x_GTD, weights_GTk, indices_GTk), jnp.zeros((), jnp.float32)
@@ -182,9 +182,10 @@ def _ragged(
     rows = _place(indices_Tk, jnp.cumsum(counts_E) - counts_E, T, T * cfg.top_k, cfg.n_experts)
     gate_up_EDF = gate_up_EFD.astype(x_TD.dtype).swapaxes(1, 2)
     down_EFD = down_EDF.astype(x_TD.dtype).swapaxes(1, 2)
-    gate_up_RF = jax.lax.ragged_dot(_to_rows(x_TD, rows), gate_up_EDF, counts_E)
+    gate_up_RF = jax.lax.ragged_dot(_to_rows(x_TD, rows), gate_up_EDF, counts_E, precision=precision(x_TD))
     hidden_RF = _gated(halves(gate_up_RF), _weights_to_rows(weights_Tk, rows), cfg.swiglu_limit)
-    return _from_rows(jax.lax.ragged_dot(hidden_RF, down_EFD, counts_E), rows)
+    y_RD = jax.lax.ragged_dot(hidden_RF, down_EFD, counts_E, precision=precision(hidden_RF))
+    return _from_rows(y_RD, rows)
 
 
 def _gathered(
@@ -195,9 +196,9 @@ def _gathered(
     down_EDF: jax.Array,
     cfg: ModelConfig,
 ) -> jax.Array:
-    gate_up_TkF = jnp.einsum("td,tkfd->tkf", x_TD, gate_up_EFD[indices_Tk].astype(x_TD.dtype))
+    gate_up_TkF = einsum("td,tkfd->tkf", x_TD, gate_up_EFD[indices_Tk].astype(x_TD.dtype))
     hidden_TkF = _gated(halves(gate_up_TkF), weights_Tk, cfg.swiglu_limit)
-    y_TkD = jnp.einsum("tkf,tkdf->tkd", hidden_TkF, down_EDF[indices_Tk].astype(x_TD.dtype))
+    y_TkD = einsum("tkf,tkdf->tkd", hidden_TkF, down_EDF[indices_Tk].astype(x_TD.dtype))
     return jnp.sum(y_TkD, axis=1, dtype=jnp.float32).astype(x_TD.dtype)
 
 
@@ -212,10 +213,10 @@ def _reference(
     """Every expert on every token, then the weighted sum: the definition the others are tested against."""
     chosen_TkE = indices_Tk[..., None] == jnp.arange(cfg.n_experts)
     weights_TE = jnp.sum(jnp.where(chosen_TkE, weights_Tk[..., None], 0.0), axis=1)
-    gate_up_TEF = jnp.einsum("td,efd->tef", x_TD, gate_up_EFD.astype(x_TD.dtype))
+    gate_up_TEF = einsum("td,efd->tef", x_TD, gate_up_EFD.astype(x_TD.dtype))
     hidden_TEF = swiglu(halves(gate_up_TEF), cfg.swiglu_limit).astype(x_TD.dtype)
-    y_TED = jnp.einsum("tef,edf->ted", hidden_TEF, down_EDF.astype(x_TD.dtype))
-    return jnp.einsum("ted,te->td", y_TED.astype(jnp.float32), weights_TE).astype(x_TD.dtype)
+    y_TED = einsum("tef,edf->ted", hidden_TEF, down_EDF.astype(x_TD.dtype))
+    return einsum("ted,te->td", y_TED.astype(jnp.float32), weights_TE).astype(x_TD.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -21,7 +21,7 @@ from qatmoe.config import ModelConfig
 from qatmoe.mesh import constrain, gathers, kept, not_gathered, used
 from qatmoe.model.attention import attention, attention_params
 from qatmoe.model.cache import CacheType
-from qatmoe.model.layers import Param, ffn, ffn_params, norm_param, rms_norm, rope_angles
+from qatmoe.model.layers import Param, einsum, ffn, ffn_params, norm_param, rms_norm, rope_angles
 from qatmoe.model.moe import expert_ffn, expert_params
 from qatmoe.model.mtp import mtp_module, mtp_params
 from qatmoe.model.router import Routing, route, router_params
@@ -223,7 +223,7 @@ def forward(
     for i, ids_BL in enumerate([] if mtp_tokens is None else mtp_tokens):
         previous_BLD = mtp_hidden[-1] if mtp_hidden else hidden_BLD
         module = _layer(params["mtp"], i, cfg.scan_layers)
-        module |= {"eh_proj": _gather(module["eh_proj"], mtp_params(cfg, cfg.init_std, {})["eh_proj"], dtype)}
+        module = module | {"eh_proj": _gather(module["eh_proj"], mtp_params(cfg, cfg.init_std, {})["eh_proj"], dtype)}
         forced_Tk = None if choices_NTk is None else choices_NTk[n_moe + i]
         forced_block = functools.partial(own_block, choices_Tk=forced_Tk)
         module_BLD, module_aux = mtp_module(module, cfg, previous_BLD, embed(ids_BL), forced_block)
@@ -285,7 +285,7 @@ def head_layout(cfg: ModelConfig) -> tuple[tuple[str | None, ...], int]:
 
 def score(hidden: jax.Array, weight_VD: jax.Array) -> jax.Array:
     """(..., D) -> (..., V) f32, accumulated in f32 from operands in the dtype of hidden."""
-    return jnp.einsum("...d,vd->...v", hidden, weight_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return einsum("...d,vd->...v", hidden, weight_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 def logits(params: dict[str, Any], cfg: ModelConfig, hidden: jax.Array) -> jax.Array:

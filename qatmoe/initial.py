@@ -1,0 +1,193 @@
+"""Where a run begins that does not begin from random weights: the checkpoint that config.init_from names.
+
+It takes the place of the run's first phase. It is another run's, with moments and data position, or an imported
+model's, weights alone.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qatmoe import step as steps
+from qatmoe.checkpoint import Checkpoints
+from qatmoe.config import Config, other_settings, resolve
+from qatmoe.data.batches import Data
+from qatmoe.errors import UserError
+from qatmoe.model.transformer import STACKED
+from qatmoe.quant.plan import Plan
+from qatmoe.run import Run, Weights, abstract_state
+from qatmoe.step import TrainState
+from qatmoe.tree import leaves_by_path, path_of
+
+
+def import_source(cfg: Config) -> tuple[str, str, int]:
+    """Folder, phase and step that config.init_from=RUN[:PHASE][@STEP] names; PHASE is the first phase unless given.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    where = f"config.init_from={cfg.init_from!r}"
+    folder, phase, step = source_of(cfg)
+    phase = phase or next(iter(cfg.train.phases))
+    if step and not step.isdigit():
+        raise UserError(f"{where}: what follows '@' must be a step number")
+    with Checkpoints(folder, phase) as checkpoints:
+        known = checkpoints.steps()
+        wanted = int(step) if step else max(known, default=-1)
+        if wanted not in known:
+            raise UserError(f"{where}: no such checkpoint; {folder} has steps {known} of phase {phase!r}")
+        if not step and not checkpoints.said(wanted)["done"]:
+            raise UserError(
+                f"{where}: phase {phase!r} of {folder} is not finished: finish it, or name the step that is meant, "
+                f"e.g. {cfg.init_from}@{wanted}"
+            )
+    return folder, phase, wanted
+
+
+def source_of(cfg: Config) -> tuple[str, str, str]:
+    """RUN, PHASE and STEP of config.init_from, whether they are there or not; "" for what it does not say."""
+    source, step = _split(cfg.init_from, "@")
+    return *_split(source, ":"), step
+
+
+def _split(text: str, mark: str) -> tuple[str, str]:
+    """What is before and after the last mark; all of it before, where it is a folder's name or has no mark."""
+    before, found, after = text.rpartition(mark)
+    return (before, after) if found and not Path(text).is_dir() else (text, "")
+
+
+def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:
+    """Raises UserError where the checkpoint that config.init_from names does not exist or does not fit this run."""
+    roots = [n for n, p in cfg.train.phases.items() if not p.start]
+    if len(roots) > 1:  # a config's phases come sorted by name: the first need not be the one that is meant
+        raise UserError(
+            f"config.init_from={cfg.init_from!r} takes the place of the phase that the others start from, and "
+            f"{', '.join(roots)} all start from nothing: leave one of them, and train the others in a run of their own"
+        )
+    folder, phase, step = import_source(cfg)
+    name, first = next(iter(cfg.train.phases.items()))
+    if first.quantize:
+        raise UserError(
+            f"config.train.phases.{name}.quantize is on, and config.init_from replaces that phase, the first: "
+            f"let it be the trunk, and add a phase with start={name!r}"
+        )
+    abstract = abstract_state(cfg, plan, mesh, quantize=False)
+    with Checkpoints(folder, phase) as checkpoints:
+        if checkpoints.in_parts(step):
+            meta = checkpoints.meta(step)
+            _layer_arrays(meta, abstract, folder)
+        elif _has_moments(checkpoints, step, abstract):
+            meta = checkpoints.check(step, abstract)
+        else:
+            meta = checkpoints.check(step, _without_moments(abstract))
+            goes_on = [n for n, p in cfg.train.phases.items() if p.start == name and not p.reset_moments]
+            if goes_on:
+                raise UserError(
+                    f"config.init_from={cfg.init_from!r}: its optimizer keeps other moments (optim.name, "
+                    f"moments_dtype, clip or ema is not this run's), and {goes_on[0]} goes on from them: take its "
+                    f"settings, or set config.train.phases.{goes_on[0]}.reset_moments=True"
+                )
+    if meta["tokenizer"] != data.tokenizer.hash:
+        raise UserError(
+            f"config.init_from={cfg.init_from!r} was trained with another tokenizer: set config.data.tokenizer"
+        )
+    if meta["data"] != data.hash:
+        print(f"{folder} was trained on other text: what this run holds out may have been trained on there")
+    try:
+        others = other_settings(cfg.model, resolve(meta["config"]).model)
+    except UserError as e:  # the weights fit all the same
+        print(f"whether {folder} was trained with this model's settings is not known: {e}")
+        return
+    for setting, (here, there) in others.items():
+        print(f"{folder} was trained with model.{setting}={there!r}, and this run has {here!r}")
+
+
+def import_state(run: Run, name: str) -> tuple[TrainState, dict[str, Any]]:
+    """The state that config.init_from names, as the last one of phase `name`, and where its data stood."""
+    folder, phase, step = import_source(run.cfg)
+    abstract = run.abstract_state(run.cfg.train.phases[name])
+    with Checkpoints(folder, phase) as checkpoints:
+        if checkpoints.in_parts(step):
+            return _state_of_weights(run, abstract, checkpoints, checkpoints.meta(step)), run.train_iterator.start
+        if _has_moments(checkpoints, step, abstract):
+            state, position, _ = checkpoints.restore(step, abstract)
+        else:
+            found, position, _ = checkpoints.restore(step, _without_moments(abstract))
+            fresh = _fresh_moments(run, abstract, found.params["model"])
+            state = fresh._replace(step=found.step, key=found.key)
+    if position["stream"] != run.train_iterator.start["stream"]:
+        print(f"{folder} was trained on other batches: this run's data starts from its beginning")
+        position = run.train_iterator.start
+    return state, position
+
+
+def _state_of_weights(run: Run, abstract: TrainState, checkpoints: Checkpoints, meta: dict[str, Any]) -> TrainState:
+    """Weights that were saved alone, in the unrolled layout and any type, with fresh moments."""
+    layers = _layer_arrays(meta, abstract, str(run.cfg.init_from))
+
+    def leaf(path: tuple[Any, ...], wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        parts = layers[path_of(path)]
+        arrays = checkpoints.arrays(meta, parts)
+        join = (lambda *a: jnp.stack(a)) if len(next(iter(parts.values())).shape) < len(wanted.shape) else lambda a: a
+        cast = jax.jit(lambda *a: join(*a).astype(jnp.float32), out_shardings=wanted.sharding)
+        return cast(*(arrays[n] for n in parts))
+
+    return _fresh_moments(run, abstract, jax.tree_util.tree_map_with_path(leaf, abstract.params["model"]))
+
+
+def _fresh_moments(run: Run, abstract: TrainState, model: Weights) -> TrainState:
+    """The state before the first step of training these weights, which are donated."""
+    places = jax.tree.map(lambda s: s.sharding, abstract)
+    fresh = functools.partial(steps.state_of, run.cfg)
+    return jax.jit(fresh, out_shardings=places, donate_argnums=0)(model, jax.random.key(run.cfg.train.seed))
+
+
+def _has_moments(checkpoints: Checkpoints, step: int, abstract: TrainState) -> bool:
+    """Whether a checkpoint has the moments and the average that this run keeps."""
+    kept = leaves_by_path({"opt_state": abstract.opt_state, "ema": abstract.ema})
+    here = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in kept.items()}
+    saved = checkpoints.said(step)["tensors"]
+    return here == {name: what for name, what in saved.items() if name.split("/")[0] in ("opt_state", "ema")}
+
+
+def _without_moments(state: TrainState) -> TrainState:
+    """A state, arrays or their shapes, without the optimizer's moments and without the average of the weights."""
+    return state._replace(opt_state={}, ema={})
+
+
+def _layer_arrays(
+    meta: dict[str, Any], abstract: TrainState, source: str
+) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """{parameter: {name in the checkpoint: array}}: what a parameter is read from, one array a layer if it is stacked.
+
+    Raises:
+      UserError: the checkpoint is of another architecture.
+    """
+    found: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for name, leaf in leaves_by_path(abstract.params["model"]).items():
+        spec = leaf.sharding.spec
+        stack, _, rest = name.partition("/")
+        stacked = stack in STACKED and not rest.split("/")[0].isdigit()
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        place = NamedSharding(leaf.sharding.mesh, PartitionSpec(*(spec[1:] if stacked else spec)))
+        names = [f"{stack}/{i}/{rest}" for i in range(leaf.shape[0])] if stacked else [name]
+        for n in names:
+            dtype, there = meta["tensors"].get(f"params/model/{n}", ["", None])
+            if there != list(shape):
+                raise UserError(
+                    f"config.init_from={source!r} is of another architecture: {n} is {there or 'absent'} there and "
+                    f"{list(shape)} here; use its model settings (an imported folder's qat.py has them)"
+                )
+            found.setdefault(name, {})[f"params/model/{n}"] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    known = {n for of in found.values() for n in of}
+    extra = [n for n in meta["tensors"] if n not in known]
+    if extra:
+        raise UserError(
+            f"config.init_from={source!r} is of another architecture: it has {extra[0]} ({len(extra)} tensors more); "
+            "use its model settings (an imported folder's qat.py has them)"
+        )
+    return found
