@@ -7,6 +7,7 @@ Branches of the same trunks under the same name are the same runs in every study
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Scale:
     taught: dict[str, Points]  # {grid: what is set in late QAT with a teacher, where studies compare formats}
     k_quants: bool  # rows are whole blocks of the K formats
     tokens: int
+    widths: Points = dataclasses.field(default_factory=list)  # the study of width: wider models and their rates
     common: Point = dataclasses.field(default_factory=dict)  # what is set in every run
     texts: tuple[str, ...] = ()
     seeds: Sequence[int] = (0, 1, 2)
@@ -61,6 +63,11 @@ class Scale:
         """
         points = product(values("model.n_experts", [n_experts]), values("model.n_mtp", [0]), self._seeds(kept=1))
         return Stage(Sweep(self.size_name(n_experts), self.config, points), judged)
+
+    def by_width(self, judged: str) -> list[Stage]:
+        """As `trunks` at several widths, and no MTP module; no stage where there are none."""
+        points = product(values("model.n_mtp", [0]), self.widths, self._seeds(kept=1))
+        return [Stage(Sweep(f"{self.name}_width", self.config, points), judged)] if points else []
 
     def on_grid(self, trunks: Stage, grid: str) -> Stage:
         """QAT of all experts on a grid, from trunks of any size."""
@@ -106,6 +113,13 @@ def experts_on(grid: str, **more: object) -> Points:
     return [point | more for point in zip_(values("quant.experts", [grid]), values("quant.shared", [grid]))]
 
 
+def of_width(dim: int, **more: object) -> Points:
+    """One point: configs/moe_2bit.py at another width, in the same proportions, weights drawn with 1 / sqrt(width)."""
+    shape = {"dim": dim, "dense_dim": 2 * dim, "expert_dim": dim, "n_heads": dim // 32, "n_kv_heads": dim // 64}
+    shape |= {"init_std": round(0.64 / math.sqrt(dim), 4)}
+    return [{f"model.{key}": value for key, value in shape.items()} | more]
+
+
 SMALL = Scale(
     name="small",
     config="configs/moe_2bit.py",
@@ -117,12 +131,13 @@ SMALL = Scale(
     rates=(0.005, 0.02),
     scale_rates=(1e-5, 1e-4, 1e-3, 3e-3, 1e-2),
     followed=chain(values("optim.scale_lr", [1e-3]), values(RATE, [0.02, 0.04])),
-    taught={  # the best that late_qat_2bit found on q2_0; without a grid and on q4_0 at the config's rate too
-        **dict.fromkeys(("q2_0", "mxfp4", "nvfp4"), product(taught_by(":control", 0.5), values(RATE, [0.02]))),
-        **dict.fromkeys((FULL, "q4_0"), product(taught_by(":control", 0.5), [{}, {RATE: 0.02}])),
+    taught={  # the best that late_qat_2bit found on q2_0; elsewhere at the config's rate too
+        "q2_0": product(taught_by(":control", 0.5), values(RATE, [0.02])),
+        **dict.fromkeys((FULL, "mxfp4", "nvfp4", "q4_0"), product(taught_by(":control", 0.5), [{}, {RATE: 0.02}])),
     },
     k_quants=False,
     tokens=32_768,
+    widths=chain(*(of_width(dim, **{"optim.lr": 0.005}) for dim in (64, 128, 192))),
 )
 H100 = Scale(
     name="h100",

@@ -17,21 +17,20 @@ from launch.study_tables import Group, by_seed, dots, mean_se, roundings, select
 from qatmoe.text_table import markdown
 
 PTQ = r"^control/(mxfp4|nvfp4|q4_0|iq4_nl|MXFP4|NVFP4|Q4_0|IQ4_NL|IQ4_XS|Q4_K)/"
-FP4 = ("mxfp4", "nvfp4")
-GRIDS = (*FP4, "q4_0")
+GRIDS = ("mxfp4", "nvfp4", "q4_0")
 NAMES = {FULL: "full precision"} | {grid: f"{grid}, learned scales" for grid in GRIDS}
 MIXED = experts_on("mxfp4", **{"quant.down": "q8_0"})
 CLAMPED = experts_on("mxfp4", **{"model.swiglu_limit": 10.0})
 
 
 def get_study(scale: str, corpus: str) -> Study:
-    """Trunks; each grid, FP4 with a teacher too; the down projection one step higher; DeepSeek-V4's clamp."""
+    """Trunks; each grid, with a teacher too; the down projection one step higher; DeepSeek-V4's clamp."""
     s = scales.on(scale, corpus)
     trunks = s.trunks(f"^control$|{PTQ}")
     return s.study(
         trunks,
         *(s.on_grid(trunks, grid) for grid in GRIDS),
-        *(stage for grid in (*FP4, FULL) for stage in s.with_teacher(trunks, grid)),
+        *(stage for grid in (*GRIDS, FULL) for stage in s.with_teacher(trunks, grid)),
         branches(trunks, f"{s.name}_mxfp4_down", s.branch, MIXED),
         branches(trunks, f"{s.name}_mxfp4_clamped", s.config, CLAMPED, judged="^(control|qat)$"),
     )
@@ -48,7 +47,7 @@ def report(results: Results) -> Report:
         grids = [select(rows, NAMES[grid], grid_name(trunks, grid)) for grid in GRIDS]
         taught = {
             (grid, kind): select(rows, f"{NAMES[grid]}, {kind}", taught_name(trunks, grid), **at)
-            for grid in (FULL, *FP4)
+            for grid in (FULL, *GRIDS)
             for kind, at in scales.get(scale).taught_kinds(grid).items()
         }
         clamped = f"{scale}_mxfp4_clamped"

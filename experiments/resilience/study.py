@@ -2,9 +2,9 @@
 
     python -m launch.study experiments/resilience/study.py --slots 2
 
-Four sizes, a factor of 8 in the number of experts; no MTP module. For rounding and for QAT: the loss above the control
-of the same size, and a power law in the number of quantized parameters through it, with the uncertainty that seeds give
-it.
+Four sizes, a factor of 8 in the number of experts; no MTP module. Three widths, a factor of 9 in quantized parameters,
+at one learning rate, and two of them at another. For rounding and for QAT: the loss above the control of the same size,
+and a power law in the number of quantized parameters through it, with the uncertainty that seeds give it.
 """
 
 import math
@@ -23,14 +23,16 @@ from qatmoe.text_table import markdown
 
 PTQ = {"2 bits, PTQ": "q2_0/search", "3 bits, PTQ": "IQ3_S/imatrix", "4 bits, PTQ": "q4_0/search"}
 COLORS = {"2": "tab:red", "3": "tab:green", "4": "tab:blue"}
+CONTROL = "the control's loss"
 
 
 def get_study(scale: str, corpus: str) -> Study:
-    """Trunks of every size with Q2_0 QAT, and Q4_0 QAT from them; where K-quants fit, Q3_K QAT too."""
+    """Trunks of every size with Q2_0 QAT, and Q4_0 QAT from them, where K-quants fit Q3_K QAT too; then the widths."""
     s = scales.on(scale, corpus)
     pattern = "^(control|qat)$|^control/(" + "|".join(PTQ.values()) + ")$"
     trunks = [s.size(size, pattern) for size in s.experts]
-    return s.study(*trunks, *(s.on_grid(t, grid) for t in trunks for grid in grids_of(s)))
+    grids = (s.on_grid(t, grid) for t in trunks for grid in grids_of(s))
+    return s.study(*trunks, *grids, *s.by_width(pattern))
 
 
 def grids_of(s: Scale) -> tuple[str, ...]:
@@ -41,9 +43,14 @@ def grids_of(s: Scale) -> tuple[str, ...]:
 def report(results: Results) -> Report:
     """For each size: gaps, and laws through them."""
     tables = {}
-    figure = Figure(figsize=(8, 0.5 + 4.5 * len(results)), layout="constrained")
-    for (scale, rows), axes in zip(results.items(), figure.subplots(len(results), squeeze=False)[:, 0], strict=True):
+    figure = Figure(figsize=(13, 0.5 + 4.5 * len(results)), layout="constrained")
+    panels = figure.subplots(len(results), 2, squeeze=False)
+    for (scale, rows), (axes, right) in zip(results.items(), panels, strict=True):
         s = scales.get(scale)
+        if s.widths:
+            tables |= width_tables(s, rows, right)
+        else:
+            right.set_visible(False)
         found = series(s, rows)
         if not found:
             tables |= {f"{scale}_{name}": "No size is complete." for name in ("gaps", "laws")}
@@ -52,19 +59,51 @@ def report(results: Results) -> Report:
         lost = [label for size in s.experts if (label := f"{size} experts") not in whole]
         left_out = f"\n\nLeft out, as runs failed or were not run: {', '.join(lost)}." if lost else ""
         tables[f"{scale}_gaps"] = gaps_table(found, rows) + left_out
+        del found[CONTROL]  # a loss and no gap
         laws = {name: law(groups, rows) for name, groups in found.items()}
         tables[f"{scale}_laws"] = laws_table(laws, found, rows)
         draw(axes, found, laws, rows)
-        axes.set_xlabel("quantized parameters")
-        axes.set_ylabel("loss above control (nats per token)")
-        axes.set_title(f"{scale}: what few bits cost, by size", fontsize=10)
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.set_title(f"{scale}: what few bits cost, by the number of experts", fontsize=10)
     return Report(tables, figure)
+
+
+def width_tables(s: Scale, rows: Sequence[Row], axes: Axes) -> dict[str, str]:
+    """Gaps at every width and rate, laws over the widths of the first rate, and those drawn."""
+    columns = widths(s, rows)
+    if not columns:
+        axes.set_visible(False)
+        return {f"{s.name}_width_{name}": "No width is complete." for name in ("gaps", "laws")}
+    rate = columns[0][0]
+    names = columns[0][1]
+    found = {name: [groups[name] for _, groups in columns] for name in names}
+    alike = {name: [groups[name] for at, groups in columns if at == rate] for name in names if name != CONTROL}
+    laws = {name: law(groups, rows) for name, groups in alike.items()}
+    draw(axes, alike, laws, rows)
+    axes.set_title(f"{s.name}: what few bits cost, by width, rate {rate:g}", fontsize=10)
+    return {
+        f"{s.name}_width_gaps": gaps_table(found, rows),
+        f"{s.name}_width_laws": laws_table(laws, alike, rows),
+    }
+
+
+def widths(s: Scale, rows: Sequence[Row]) -> list[tuple[float, dict[str, Group]]]:
+    """(rate, {name: group}) of every width that has rows."""
+    stage, columns = f"{s.name}_width", []
+    for point in s.widths:
+        of_point = [r for r in judged(rows) if r["stage"] == stage and point.items() <= r["overrides"].items()]
+        if not {r["row"] for r in of_point} >= {"control", "qat"}:
+            continue
+        dim, rate = point["model.dim"], point["optim.lr"]
+        label = f"width {dim}, rate {rate:g}"
+        wanted = {CONTROL: "control"} | {n: f"control/{row}" for n, row in PTQ.items()} | {"2 bits, QAT": "qat"}
+        columns.append((rate, {n: select(rows, label, stage, row=row, **point) for n, row in wanted.items()}))
+    return columns
 
 
 def draw(axes: Axes, found: dict[str, list[Group]], laws: dict[str, list[float]], rows: Sequence[Row]) -> None:
     """Gaps by size, and their laws as lines."""
+    axes.set_xlabel("quantized parameters")
+    axes.set_ylabel("loss above control (nats per token)")
     lowest = math.inf
     for name, groups in found.items():
         x = np.asarray([g.rows[0]["quantized"] for g in groups])
@@ -81,6 +120,8 @@ def draw(axes: Axes, found: dict[str, list[Group]], laws: dict[str, list[float]]
         axes.set_yscale("log")
     else:
         axes.set_yscale("symlog", linthresh=0.003)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def series(s: Scale, rows: Sequence[Row]) -> dict[str, list[Group]]:
@@ -92,6 +133,7 @@ def series(s: Scale, rows: Sequence[Row]) -> dict[str, list[Group]]:
         if not whole >= {trunks, *(grid_name(trunks, grid) for grid in grids_of(s))}:
             continue
         label = f"{size} experts"
+        found.setdefault(CONTROL, []).append(select(rows, label, trunks, row="control"))
         for name, row in PTQ.items():
             found.setdefault(name, []).append(select(rows, label, trunks, row=f"control/{row}"))
         found.setdefault("2 bits, QAT", []).append(select(rows, label, trunks))
@@ -109,7 +151,8 @@ def gaps_table(found: dict[str, list[Group]], rows: Sequence[Row]) -> str:
     lines.append(["seeds", *(g.seeds for g in sizes)])
     lines.append(["tokens of a branch, its trunk's included", *(f"{g.rows[0]['tokens']:,}" for g in sizes)])
     for name, groups in found.items():
-        lines.append([name, *(with_se(above_control(g, rows)) for g in groups)])
+        value = (lambda g: [r["loss"] for r in g.rows]) if name == CONTROL else (lambda g: above_control(g, rows))
+        lines.append([name, *(with_se(value(g)) for g in groups)])
     return markdown(lines)
 
 
