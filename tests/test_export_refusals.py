@@ -53,14 +53,6 @@ def test_options_that_would_do_nothing(form, option, message, run, tmp_path, cap
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_does_not_take_a_folders_place(run, tmp_path, capsys):
-    """Found before the whole file is written, which then could not be put there."""
-    (tmp_path / "out").mkdir()
-    line = refused(capsys, "--run", run, "--format=gguf", "--out", tmp_path / "out", "--force")
-    assert "is a folder, and gguf is one file" in line
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
 @pytest.mark.parametrize("name", ["checkpoints", "config.json", "checkpoints/qat/2"])
 def test_force_never_reaches_into_the_run(name, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")

@@ -62,7 +62,7 @@ def report(results: Results) -> Report:
         colors = ["tab:blue" if grid == FULL else "tab:purple" for grid, _ in taught]
         drawn = [*((g, "black") for g in rounded), *((g, "tab:red") for g in (*grids, *more))]
         dots(axes, [*drawn, *zip(taught.values(), colors, strict=True)], rows)
-        what = "rounding (black), QAT (red), taught (purple), taught in full precision (blue)"
+        what = "rounding (black), QAT (red), taught (purple; full precision blue)"
         axes.set_title(f"{scale}: {what}; {len(control.rows)} seeds", fontsize=8)
     return Report(tables, figure)
 
