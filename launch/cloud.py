@@ -154,16 +154,9 @@ def write_jobsets(runs: Sequence[Run], sweep: Sweep, folder: Path, options: JobS
 def _command(run: Run, there: str) -> str:
     if Path(run.file).is_absolute():
         raise UserError(f"sweep's config {run.file}: must lie inside the repository, named from its root")
-    here, mounted = f"{run.folder.parent.parent}/", f"{Path(there).parent.parent}/"
-    arguments = [_at(argument, here, mounted) for argument in run.arguments(there)]
-    return shlex.join(["python", "-m", "qatmoe.train", *arguments])
-
-
-def _at(argument: str, here: str, mounted: str) -> str:
-    """An argument that names another run in the folder of all runs, with the place where that folder is mounted."""
-    key, _, value = argument.partition("=")
-    names_run = key == "--config.init_from" or key.endswith(".teacher")
-    return f"{key}={mounted}{value.removeprefix(here)}" if names_run and value.startswith(here) else argument
+    # What a run starts or learns from is named as here, runs/SWEEP/NAME, so that its settings are the same at home.
+    link = f"test -e runs || ln -s {MOUNT} runs"
+    return f"{link}\n{shlex.join(['python', '-m', 'qatmoe.train', *run.arguments(there)])}"
 
 
 def _has_ended(there: str) -> str:

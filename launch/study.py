@@ -36,17 +36,18 @@ from launch import local, points, sweep
 from launch.algebra import Points, chain, product
 from launch.points import Run, Sweep
 from qatmoe import audit, cli, evaluate, metrics
-from qatmoe.checkpoint import Checkpoints
 from qatmoe.convert import llama
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.initial import source_of
+from qatmoe.phases import finished as phase_finished
 from qatmoe.report import fill_tables
 from qatmoe.run import Interrupted, Stop
 
 Row = dict[str, Any]
 Results = dict[str, list[Row]]  # scale -> rows
 
+NOT_RUN, NO_CONTROL = "not run", "its control is not there"  # why a run has no rows, though it may have had some
 FIGURES = ("loss", "bits_per_byte", "kld", "kld_p99", "same_top1", "expert_agreement")
 HEALTH = ("flip_rate", "flipped", "weight_error", "scale_drift")
 
@@ -165,7 +166,7 @@ def train(study: Study, options: argparse.Namespace, only: str = "", partial: bo
         if code or unfinished:
             print(f"{len(unfinished)} runs are not finished. The same command continues.", file=sys.stderr)
             worst = max(worst, code or 1)
-            if worst > 1 or not partial or options.backend != "local":  # what is queued there is no start yet
+            if worst > 1 or not partial:
                 break
     return worst
 
@@ -244,11 +245,11 @@ def judge(
 def _unfinished(folder: Path, reference: str) -> str:
     """Why a run cannot be judged against RUN:PHASE yet; "" where it can."""
     if not points.finished(folder):
-        return points.state_of(folder).text if folder.exists() else "not run"
+        return points.state_of(folder).text if folder.exists() else NOT_RUN
     control, _, phase = reference.rpartition(":")
-    with Checkpoints(control, phase) as checkpoints:
-        step = checkpoints.latest()
-        return "" if step is not None and checkpoints.said(step)["done"] else "its control is not trained"
+    if not Path(control).exists():
+        return NO_CONTROL
+    return "" if phase_finished(Path(control), phase) else "its control is not finished"
 
 
 def _judge_run(study: Study, stage: Stage, run: Run, reference: str, check: Callable[[str], None]) -> list[Row]:
@@ -357,29 +358,25 @@ def _check(args: argparse.Namespace, options: argparse.Namespace, study: Study) 
 def judge_all(study: Study, file: Path, partial: bool, check: Callable[[str], None], only: str = "") -> None:
     """Judges every stage and writes SCALE.json, after each run too: an end before the last one loses no other's rows.
 
-    Runs that were not judged, now or with what is in the way of it, keep the rows that the file has of them.
-    Arguments and errors as `judge` has them.
+    Runs that are not asked for, or that are not there or have no control there, keep the rows that the file has of
+    them. Arguments and errors as `judge` has them.
     """
+    every = {(s.sweep.name, str(run.folder)): _identity(s, run) for s in study.stages for run in _runs(s)}
     for stage in study.stages:
         for run, rows, reason in judge(study, stage, partial, check, only):
-            _enter(study, file, (stage.sweep.name, str(run.folder)), rows, reason)
-    _enter(study, file)
+            own = (stage.sweep.name, str(run.folder))
+            new = rows or ([] if reason in (NOT_RUN, NO_CONTROL) else [every[own] | {"failed": reason}])
+            _enter(file, every, {own: new} if new else {})
+    _enter(file, every, {})
 
 
-def _enter(study: Study, file: Path, key: tuple[str, str] = ("", ""), rows: Sequence[Row] = (), why: str = "") -> None:
-    """Puts a run's rows into the results, which other commands may have changed meanwhile; every run has its place."""
+def _enter(file: Path, every: dict[tuple[str, str], Row], new: dict[tuple[str, str], list[Row]]) -> None:
+    """Puts a run's rows into the results. Every run of the study has its place there, in the study's order."""
     known: dict[tuple[str, str], list[Row]] = {}
     for row in _read(file) if file.exists() else []:
         known.setdefault((row["stage"], row["run"]), []).append(row)
-    failed = all("failed" in row for row in known.get(key, []))
-    if rows or failed:
-        known[key] = list(rows)
-    entered = []
-    for stage in study.stages:
-        for run in _runs(stage):
-            own = (stage.sweep.name, str(run.folder))
-            entered += known.get(own) or [_identity(stage, run) | {"failed": why if own == key else "not run"}]
-    write_results(file, entered)
+    known |= new
+    write_results(file, [row for own, run in every.items() for row in known.get(own) or [run | {"failed": NOT_RUN}]])
 
 
 def write_results(file: Path, rows: Sequence[Row]) -> None:

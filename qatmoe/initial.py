@@ -80,15 +80,14 @@ def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:
         if checkpoints.in_parts(step):
             meta = checkpoints.meta(step)
             _layer_arrays(meta, abstract, folder)
-        elif _has_moments(checkpoints, step, abstract):
-            meta = checkpoints.check(step, abstract)
         else:
-            meta = checkpoints.check(step, _without_moments(abstract))
+            taken = _taken(checkpoints, step, abstract)
+            meta = checkpoints.check(step, taken)
             goes_on = [n for n, p in cfg.train.phases.items() if p.start == name and not p.reset_moments]
-            if goes_on:
+            if goes_on and not taken.opt_state:
                 raise UserError(
                     f"config.init_from={cfg.init_from!r}: its optimizer keeps other moments (optim.name, "
-                    f"moments_dtype, clip or ema is not this run's), and {goes_on[0]} goes on from them: take its "
+                    f"moments_dtype or clip is not this run's), and {goes_on[0]} goes on from them: take its "
                     f"settings, or set config.train.phases.{goes_on[0]}.reset_moments=True"
                 )
     if meta["tokenizer"] != data.tokenizer.hash:
@@ -113,12 +112,12 @@ def import_state(run: Run, name: str) -> tuple[TrainState, dict[str, Any]]:
     with Checkpoints(folder, phase) as checkpoints:
         if checkpoints.in_parts(step):
             return _state_of_weights(run, abstract, checkpoints, checkpoints.meta(step)), run.train_iterator.start
-        if _has_moments(checkpoints, step, abstract):
-            state, position, _ = checkpoints.restore(step, abstract)
-        else:
-            found, position, _ = checkpoints.restore(step, _without_moments(abstract))
-            fresh = _fresh_moments(run, abstract, found.params["model"])
-            state = fresh._replace(step=found.step, key=found.key)
+        state, position, _ = checkpoints.restore(step, _taken(checkpoints, step, abstract))
+        if not state.opt_state:
+            fresh = _fresh_moments(run, abstract, state.params["model"])
+            state = fresh._replace(step=state.step, key=state.key)
+        elif run.cfg.optim.ema and not state.ema:
+            state = state._replace(ema=state.params["model"])
     if position["stream"] != run.train_iterator.start["stream"]:
         print(f"{folder} was trained on other batches: this run's data starts from its beginning")
         position = run.train_iterator.start
@@ -146,17 +145,16 @@ def _fresh_moments(run: Run, abstract: TrainState, model: Weights) -> TrainState
     return jax.jit(fresh, out_shardings=places, donate_argnums=0)(model, jax.random.key(run.cfg.train.seed))
 
 
-def _has_moments(checkpoints: Checkpoints, step: int, abstract: TrainState) -> bool:
-    """Whether a checkpoint has the moments and the average that this run keeps."""
-    kept = leaves_by_path({"opt_state": abstract.opt_state, "ema": abstract.ema})
-    here = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in kept.items()}
+def _taken(checkpoints: Checkpoints, step: int, abstract: TrainState) -> TrainState:
+    """What of a state is read from a checkpoint: moments and average only where it has those that this run keeps."""
     saved = checkpoints.said(step)["tensors"]
-    return here == {name: what for name, what in saved.items() if name.split("/")[0] in ("opt_state", "ema")}
 
+    def there(group: str) -> Any:
+        wanted = getattr(abstract, group)
+        here = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves_by_path({group: wanted}).items()}
+        return wanted if here == {n: what for n, what in saved.items() if n.split("/")[0] == group} else {}
 
-def _without_moments(state: TrainState) -> TrainState:
-    """A state, arrays or their shapes, without the optimizer's moments and without the average of the weights."""
-    return state._replace(opt_state={}, ema={})
+    return abstract._replace(opt_state=there("opt_state"), ema=there("ema"))
 
 
 def _layer_arrays(

@@ -190,6 +190,15 @@ def find_teacher(cfg: Config, name: str, data: Data) -> Teacher:
     return Teacher(folder, phase, step, theirs, digest, meta["data"] == data.hash)
 
 
+def finished(workdir: Path, name: str) -> bool:
+    """Whether a phase's newest checkpoint is its last one."""
+    with Checkpoints(workdir, name) as checkpoints:
+        step = checkpoints.latest()
+        with contextlib.suppress(DamagedCheckpoint):
+            return step is not None and bool(checkpoints.said(step)["done"])
+    return False
+
+
 def check_text(cfg: Config, workdir: Path, data: Data) -> None:
     """Raises UserError where the run's phases were trained on another text, or with another tokenizer, than is there.
 
@@ -273,11 +282,11 @@ def loop(
     run.train_iterator.set_state(position)
     log = Log(run, name, int(state.step), checkpoints)
     keep = functools.partial(save, run, checkpoints, teacher=watch.teacher_digest)
+    kept = int(state.step)  # the newest state on disk; 0 where the phase begins, which need not be there
     for n in range(int(state.step) + 1, phase.steps + 1):
         if run.stop.reached():
             log.close()
-            checkpoints.wait()
-            if not distributed.from_first(n - 1 in checkpoints.steps()):  # saving it again would first remove it
+            if n - 1 != kept or not kept:  # saving it again would first remove it
                 keep(state, run.train_iterator.get_state(), wait=True)
             raise run.stop.interrupted(f"after step {n - 1} of {phase.steps} of phase {name}, which is saved")
         batch = run.place(next(run.train_iterator))
@@ -302,6 +311,7 @@ def loop(
             log.flush()  # never keep a state whose loss was not looked at
             with log.paused():
                 keep(state, run.train_iterator.get_state(), done=n == phase.steps)
+            kept = n
     log.close()
     checkpoints.wait()
     return state

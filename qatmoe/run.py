@@ -320,8 +320,9 @@ def check_mesh(cfg: Config, mesh: Mesh) -> None:
         )
     if m.attention == "splash" and (platform != "tpu" or not attention.fits_splash(m, cfg.data.seq_len)):
         raise UserError(
-            f"config.model.attention='splash' needs a TPU, heads of 128 and a seq_len that 128 divides, and here are "
-            f"{platform}, model.head_dim={m.head_dim} and data.seq_len={cfg.data.seq_len}: use 'auto'"
+            f"config.model.attention='splash' needs a TPU, model.dtype='bfloat16', heads of 128 and a seq_len that 128 "
+            f"divides, and here are {platform}, {m.dtype}, model.head_dim={m.head_dim} and "
+            f"data.seq_len={cfg.data.seq_len}: use 'auto'"
         )
     chunk, groups = cfg.train.loss_chunk, batch_groups(mesh)
     tokens = rows * cfg.data.seq_len

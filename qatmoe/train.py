@@ -44,7 +44,7 @@ from qatmoe.initial import check_import, source_of
 from qatmoe.mesh import RULES, make_mesh
 from qatmoe.metrics import Metrics
 from qatmoe.metrics import read as read_metrics
-from qatmoe.phases import check_teachers, check_text, round_control, run_phase
+from qatmoe.phases import check_teachers, check_text, finished, round_control, run_phase
 from qatmoe.quant.plan import Plan, format_coverage, totals
 from qatmoe.run import Interrupted, Run, Stop, check_mesh, quant_plan, train_iterator, valid_batches
 
@@ -128,10 +128,9 @@ def announce(run: Run, table: list[dict[str, Any]]) -> None:
 
 def trained_on(run: Run) -> dict[str, Any]:
     """Where a run was trained, as plan.json has it, if nothing of it is left to train; else {}."""
-    done = {r["phase"] for r in read_metrics(run.workdir) if r["split"] == "final"}
-    kept = {folder.name for folder in (run.workdir / "checkpoints").glob("*")}  # what was deleted is trained again
+    evaluated = {r["phase"] for r in read_metrics(run.workdir) if r["split"] == "final"}
     file = run.workdir / "plan.json"
-    whole = file.exists() and done & kept >= set(run.cfg.train.phases)
+    whole = file.exists() and all(name in evaluated and finished(run.workdir, name) for name in run.cfg.train.phases)
     return json.loads(file.read_text())["environment"] if whole else {}
 
 

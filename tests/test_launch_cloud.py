@@ -31,7 +31,9 @@ def executed(script, env, tmp_path):
     fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/arguments\n')
     fake.chmod(0o755)
     command = ["bash", "-ec", script]
-    done = subprocess.run(command, env=env | {"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env | {"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, check=False
+    )
     return done.returncode, (tmp_path / "arguments").read_text().splitlines()
 
 
@@ -44,14 +46,16 @@ def check_arguments(arguments, run):
     assert given["workdir"] == f"/runs/My_sweep/{run.name}"
 
 
-def test_what_a_run_starts_and_learns_from_is_where_runs_are_mounted():
+def test_what_a_run_starts_and_learns_from_is_where_runs_are_mounted(run, tmp_path):
     point = {"init_from": "runs/trunks/seed=0:trunk", "train.phases.qat.distill": 0.5}
     point |= {"train.phases.qat.teacher": "runs/trunks/seed=0:control", "train.phases.qat.start": "trunk"}
     asked = Sweep("branches", "configs/moe_2bit_branch.py", [point])
     (run,) = points.runs_of(asked, Path("runs/branches"))
-    command = cloud.sky_task(run, asked, SkyOptions("tpu-v5e-8", "gs://b"))["run"]
-    assert "--config.init_from=/runs/trunks/seed=0:trunk" in command
-    assert "--config.train.phases.qat.teacher=/runs/trunks/seed=0:control" in command
+    script = cloud.sky_task(run, asked, SkyOptions("tpu-v5e-8", "gs://b"))["run"]
+    code, arguments = executed(script, {"SKYPILOT_NODE_RANK": "1"}, tmp_path)
+    assert code == 0
+    assert (tmp_path / "runs").readlink() == Path("/runs")
+    assert cli.parse(["x", *arguments[2:]], "", {"workdir": ""})[0] == run.config  # as it is named at home
 
 
 def test_a_tpu_task(run, tmp_path):

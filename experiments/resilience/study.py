@@ -2,9 +2,9 @@
 
     python -m launch.study experiments/resilience/study.py --slots 2
 
-Four sizes, a factor of 8 in the number of experts; no MTP module. Three widths, a factor of 9 in quantized parameters,
-at one learning rate, and two of them at another. For rounding and for QAT: the loss above the control of the same size,
-and a power law in the number of quantized parameters through it, with the uncertainty that seeds give it.
+Four sizes, a factor of 8 in the number of experts, and three widths, a factor of 9 in quantized parameters; no MTP
+module. For rounding and for QAT: the loss above the control of the same size, and a power law in the number of
+quantized parameters through it, with the uncertainty that seeds give it.
 """
 
 import math

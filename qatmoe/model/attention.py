@@ -184,8 +184,8 @@ def portable(cfg: ModelConfig) -> ModelConfig:
 
 
 def fits_splash(cfg: ModelConfig, length: int) -> bool:
-    """Whether `splash` takes heads and sequences of that size."""
-    return cfg.head_dim % 128 == 0 and length % 128 == 0
+    """Whether `splash` takes them: heads and sequences by 128, and 16-bit inputs, as it multiplies others rounded."""
+    return cfg.dtype == "bfloat16" and cfg.head_dim % 128 == 0 and length % 128 == 0
 
 
 def fits_cudnn(cfg: ModelConfig, length: int) -> bool:
