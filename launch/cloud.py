@@ -155,7 +155,7 @@ def _command(run: Run, there: str) -> str:
     if Path(run.file).is_absolute():
         raise UserError(f"sweep's config {run.file}: must lie inside the repository, named from its root")
     # What a run starts or learns from is named as here, runs/SWEEP/NAME, so that its settings are the same at home.
-    link = f"test -e runs || ln -s {MOUNT} runs"
+    link = f"test -e runs || test -L runs || ln -s {MOUNT} runs"
     return f"{link}\n{shlex.join(['python', '-m', 'qatmoe.train', *run.arguments(there)])}"
 
 

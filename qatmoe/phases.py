@@ -98,9 +98,13 @@ def first_state(run: Run, name: str) -> tuple[TrainState, Position]:
     phase = run.cfg.train.phases[name]
     places = jax.tree.map(lambda s: s.sharding, run.abstract_state(phase))
     parent, position = _parent(run, phase, moments=not phase.reset_moments)
+    # A CPU's memory holds both states, and what was restored there may lie in memory that is not JAX's to give away.
+    donated = () if jax.default_backend() == "cpu" else (0,)
     with warnings.catch_warnings():  # of what has no counterpart, such as scales of a phase in full precision
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
-        start = jax.jit(functools.partial(_start, run.cfg, phase, run.plan), out_shardings=places, donate_argnums=0)
+        start = jax.jit(
+            functools.partial(_start, run.cfg, phase, run.plan), out_shardings=places, donate_argnums=donated
+        )
         return start(parent), position
 
 
