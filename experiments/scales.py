@@ -37,7 +37,7 @@ class Scale:
     taught: dict[str, Points]  # {grid: what is set in late QAT with a teacher, where studies compare formats}
     k_quants: bool  # rows are whole blocks of the K formats
     tokens: int
-    widths: Points = dataclasses.field(default_factory=list)  # the study of width: wider models and their rates
+    widths: Points = dataclasses.field(default_factory=list)  # the study of width: wider models, at one rate
     common: Point = dataclasses.field(default_factory=dict)  # what is set in every run
     texts: tuple[str, ...] = ()
     seeds: Sequence[int] = (0, 1, 2)

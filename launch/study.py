@@ -366,7 +366,8 @@ def judge_all(study: Study, file: Path, partial: bool, check: Callable[[str], No
         for run, rows, reason in judge(study, stage, partial, check, only):
             own = (stage.sweep.name, str(run.folder))
             new = rows or ([] if reason in (NOT_RUN, NO_CONTROL) else [every[own] | {"failed": reason}])
-            _enter(file, every, {own: new} if new else {})
+            if new:
+                _enter(file, every, {own: new})
     _enter(file, every, {})
 
 

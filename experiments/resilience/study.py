@@ -68,36 +68,32 @@ def report(results: Results) -> Report:
 
 
 def width_tables(s: Scale, rows: Sequence[Row], axes: Axes) -> dict[str, str]:
-    """Gaps at every width and rate, laws over the widths of the first rate, and those drawn."""
-    columns = widths(s, rows)
-    if not columns:
+    """Gaps at every width, and laws through them, which are drawn."""
+    found = widths(s, rows)
+    if not found:
         axes.set_visible(False)
         return {f"{s.name}_width_{name}": "No width is complete." for name in ("gaps", "laws")}
-    rate = columns[0][0]
-    names = columns[0][1]
-    found = {name: [groups[name] for _, groups in columns] for name in names}
-    alike = {name: [groups[name] for at, groups in columns if at == rate] for name in names if name != CONTROL}
-    laws = {name: law(groups, rows) for name, groups in alike.items()}
-    draw(axes, alike, laws, rows)
-    axes.set_title(f"{s.name}: what few bits cost, by width, rate {rate:g}", fontsize=10)
-    return {
-        f"{s.name}_width_gaps": gaps_table(found, rows),
-        f"{s.name}_width_laws": laws_table(laws, alike, rows),
-    }
+    gaps = gaps_table(found, rows)
+    del found[CONTROL]  # a loss and no gap
+    laws = {name: law(groups, rows) for name, groups in found.items()}
+    draw(axes, found, laws, rows)
+    axes.set_title(f"{s.name}: what few bits cost, by width, rate {s.widths[0]['optim.lr']:g}", fontsize=10)
+    return {f"{s.name}_width_gaps": gaps, f"{s.name}_width_laws": laws_table(laws, found, rows)}
 
 
-def widths(s: Scale, rows: Sequence[Row]) -> list[tuple[float, dict[str, Group]]]:
-    """(rate, {name: group}) of every width that has rows."""
-    stage, columns = f"{s.name}_width", []
+def widths(s: Scale, rows: Sequence[Row]) -> dict[str, list[Group]]:
+    """{name: a group for each width that has rows}."""
+    found: dict[str, list[Group]] = {}
+    stage = f"{s.name}_width"
+    wanted = {CONTROL: "control"} | {name: f"control/{row}" for name, row in PTQ.items()} | {"2 bits, QAT": "qat"}
     for point in s.widths:
         of_point = [r for r in judged(rows) if r["stage"] == stage and point.items() <= r["overrides"].items()]
         if not {r["row"] for r in of_point} >= {"control", "qat"}:
             continue
-        dim, rate = point["model.dim"], point["optim.lr"]
-        label = f"width {dim}, rate {rate:g}"
-        wanted = {CONTROL: "control"} | {n: f"control/{row}" for n, row in PTQ.items()} | {"2 bits, QAT": "qat"}
-        columns.append((rate, {n: select(rows, label, stage, row=row, **point) for n, row in wanted.items()}))
-    return columns
+        label = f"width {point['model.dim']}, rate {point['optim.lr']:g}"
+        for name, row in wanted.items():
+            found.setdefault(name, []).append(select(rows, label, stage, row=row, **point))
+    return found
 
 
 def draw(axes: Axes, found: dict[str, list[Group]], laws: dict[str, list[float]], rows: Sequence[Row]) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qatmoe.config import ModelConfig
 from qatmoe.mesh import fitted, spec
-from qatmoe.model.layers import Param
+from qatmoe.model.layers import Param, einsum
 
 
 class Routing(NamedTuple):
@@ -39,10 +39,8 @@ def route(params: dict, cfg: ModelConfig, x_TD: jax.Array, choices_Tk: jax.Array
     balance is E * sum_i f_i P_i over the whole batch, f the load and P the mean score normalised per token (Switch
     Transformer eq. 4; DeepSeek-V3 eq. 17-20). z is the mean of logsumexp(logits)^2 (ST-MoE eq. 5).
     """
-    # HIGHEST: a TPU would otherwise multiply f32 operands in bf16 and flip close choices.
-    logits_TE = jnp.einsum(
-        "td,ed->te", x_TD.astype(jnp.float32), params["weight"].astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
+    # In f32 whatever cfg.dtype is: rounded operands would flip close choices.
+    logits_TE = einsum("td,ed->te", x_TD.astype(jnp.float32), params["weight"].astype(jnp.float32))
     if cfg.router == "softmax":
         scores_TE = probs_TE = jax.nn.softmax(logits_TE, axis=-1)
     else:
