@@ -17,6 +17,7 @@ from launch.study import Stage, Study, branches
 from qatmoe.errors import UserError
 
 TEACHER, DISTILL, RATE, QUANTIZE = (f"train.phases.qat.{key}" for key in ("teacher", "distill", "lr", "quantize"))
+RATE_ALL = "optim.lr"  # of every phase that has none of its own
 FULL = "full"  # stands for a grid where there is none: full precision
 
 
@@ -31,13 +32,17 @@ class Scale:
     experts: Sequence[int]  # the studies of size: numbers of experts
     share_steps: Sequence[int]  # of a share's branch; they divide the trunk's steps, as does the first all others
     trunk_steps: int
+    branch_steps: int
     rates: Sequence[float]  # searched for control and QAT, besides the config's
     scale_rates: Sequence[float]  # searched for learned scales, besides the config's
     followed: Points  # the best of both searches and one rate beyond, on every seed, with and without a teacher
     taught: dict[str, Points]  # {grid: what is set in late QAT with a teacher, where studies compare formats}
     k_quants: bool  # rows are whole blocks of the K formats
     tokens: int
-    widths: Points = dataclasses.field(default_factory=list)  # the study of width: wider models, at one rate
+    widths: Points = dataclasses.field(default_factory=list)  # the study of width: models of other widths
+    width_rates: Sequence[float] = ()  # searched at each width on the first seed
+    best_rates: Sequence[float] = ()  # for each width, that of the lowest control: on every seed
+    less_text: Sequence[int] = ()  # at each width and its best rate, a half, a quarter, ... of the steps
     common: Point = dataclasses.field(default_factory=dict)  # what is set in every run
     texts: tuple[str, ...] = ()
     seeds: Sequence[int] = (0, 1, 2)
@@ -65,9 +70,30 @@ class Scale:
         return Stage(Sweep(self.size_name(n_experts), self.config, points), judged)
 
     def by_width(self, judged: str) -> list[Stage]:
-        """As `trunks` at several widths, and no MTP module; no stage where there are none."""
-        points = product(values("model.n_mtp", [0]), self.widths, self._seeds(kept=1))
-        return [Stage(Sweep(f"{self.name}_width", self.config, points), judged)] if points else []
+        """As `trunks` at several widths, and no MTP module: rates searched, then every seed, then less text.
+
+        No stage where there are no widths.
+        """
+        seeds, best = self._seeds(kept=1), self.best_widths()
+        searched = product(self.widths, values(RATE_ALL, self.width_rates), seeds[:1]) if self.width_rates else []
+        points = chain(searched, product(best, seeds[1:]))
+        shorter = product(best, chain(*map(self.shorter, self.less_text)), seeds)
+        stages = {f"{self.name}_width": points, f"{self.name}_width_text": shorter}
+        no_mtp = values("model.n_mtp", [0])
+        return [Stage(Sweep(name, self.config, product(no_mtp, p)), judged) for name, p in stages.items() if p]
+
+    def best_widths(self) -> Points:
+        """Each width at its best rate."""
+        return zip_(self.widths, values(RATE_ALL, self.best_rates)) if self.widths else []
+
+    def shorter(self, part: int) -> Points:
+        """One point: a trunk of 1 / part of the steps, and branches too."""
+        steps = {
+            f"train.phases.{name}.{key}": round(self.branch_steps / part)
+            for name in ("control", "qat")
+            for key in ("steps", "decay")
+        }
+        return [{"train.phases.trunk.steps": round(self.trunk_steps / part)} | steps]
 
     def on_grid(self, trunks: Stage, grid: str) -> Stage:
         """QAT of all experts on a grid, from trunks of any size."""
@@ -113,11 +139,11 @@ def experts_on(grid: str, **more: object) -> Points:
     return [point | more for point in zip_(values("quant.experts", [grid]), values("quant.shared", [grid]))]
 
 
-def of_width(dim: int, **more: object) -> Points:
+def of_width(dim: int) -> Points:
     """One point: configs/moe_2bit.py at another width, in the same proportions, weights drawn with 1 / sqrt(width)."""
     shape = {"dim": dim, "dense_dim": 2 * dim, "expert_dim": dim, "n_heads": dim // 32, "n_kv_heads": dim // 64}
     shape |= {"init_std": round(0.64 / math.sqrt(dim), 4)}
-    return [{f"model.{key}": value for key, value in shape.items()} | more]
+    return [{f"model.{key}": value for key, value in shape.items()}]
 
 
 SMALL = Scale(
@@ -128,6 +154,7 @@ SMALL = Scale(
     experts=(4, 8, 16, 32),
     share_steps=(45, 90, 180, 360),
     trunk_steps=900,
+    branch_steps=550,
     rates=(0.005, 0.02),
     scale_rates=(1e-5, 1e-4, 1e-3, 3e-3, 1e-2),
     followed=chain(values("optim.scale_lr", [1e-3]), values(RATE, [0.02, 0.04])),
@@ -137,7 +164,10 @@ SMALL = Scale(
     },
     k_quants=False,
     tokens=32_768,
-    widths=chain(*(of_width(dim, **{"optim.lr": 0.005}) for dim in (64, 128, 192))),
+    widths=chain(*map(of_width, (64, 128, 192))),
+    width_rates=(0.0025, 0.005, 0.01),
+    best_rates=(0.005, 0.005, 0.005),
+    less_text=(4,),
 )
 H100 = Scale(
     name="h100",
@@ -147,6 +177,7 @@ H100 = Scale(
     experts=(16, 32, 64, 128),
     share_steps=(120, 240, 480, 960),
     trunk_steps=4_800,
+    branch_steps=960,
     rates=(1.5e-3, 6e-3),
     scale_rates=(1e-5, 1e-4, 1e-3),
     followed=[],  # not searched yet

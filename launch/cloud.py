@@ -92,7 +92,9 @@ def jobset(run: Run, sweep: Sweep, options: JobSetOptions) -> dict[str, Any]:
         raise UserError(f"--option topology={options.topology}: expected chips along each axis, as 4x4 or 2x2x4")
     count = math.prod(map(int, options.topology.split("x")))
     if options.chips < 1 or count % options.chips:
-        raise UserError(f"--option chips={options.chips}: does not divide the {count} of topology={options.topology}")
+        raise UserError(
+            f"--option chips={options.chips}: does not divide the {count} of topology={options.topology}; lower it"
+        )
     there = f"{MOUNT}/{sweep.name}/{run.name}"
     selector = {
         "cloud.google.com/gke-tpu-accelerator": options.accelerator,
@@ -154,9 +156,14 @@ def write_jobsets(runs: Sequence[Run], sweep: Sweep, folder: Path, options: JobS
 def _command(run: Run, there: str) -> str:
     if Path(run.file).is_absolute():
         raise UserError(f"sweep's config {run.file}: must lie inside the repository, named from its root")
+    train = shlex.join(["python", "-m", "qatmoe.train", *run.arguments(there)])
+    teachers = [phase.teacher.rpartition(":")[0] for phase in run.config.train.phases.values()]
+    if not any([run.config.init_from, *teachers]):
+        return train
     # What a run starts or learns from is named as here, runs/SWEEP/NAME, so that its settings are the same at home.
-    link = f"test -e runs || test -L runs || ln -s {MOUNT} runs"
-    return f"{link}\n{shlex.join(['python', '-m', 'qatmoe.train', *run.arguments(there)])}"
+    hidden = "error: runs/ is a folder of the image and hides the mounted one: leave it out of the image"
+    check = f"test -L runs || ! test -e runs || {{ echo '{hidden}' >&2; exit 2; }}"
+    return f"{check}\ntest -L runs || ln -s {MOUNT} runs\n{train}"
 
 
 def _has_ended(there: str) -> str:

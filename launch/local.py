@@ -93,7 +93,9 @@ def slots(n: int) -> list[Slot]:
                 shared = [devices[i % len(devices)] for i in range(n)]
                 return [Slot(f"slot {i}, GPU {d}", _gpu_environment([d], n) | own) for i, d in enumerate(shared)]
             if len(devices) % n:
-                raise UserError(f"--slots {n}: does not divide the {len(devices)} {what} of this machine")
+                raise UserError(
+                    f"--slots {n}: does not divide the {len(devices)} {what} of this machine; choose a divisor"
+                )
             each = len(devices) // n
             parts = [devices[i * each : (i + 1) * each] for i in range(n)]
             return [Slot(f"slot {i}, {what} {','.join(p)}", environment(p, n)) for i, p in enumerate(parts)]

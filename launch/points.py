@@ -111,7 +111,7 @@ def load(file: str | Path) -> Sweep:
     if not isinstance(sweep.points, list):
         raise UserError(f"sweep {file}: points is a {type(sweep.points).__name__}: make it a list of points")
     if not sweep.points:
-        raise UserError(f"sweep {file}: has no points")
+        raise UserError(f"sweep {file}: has no points: give at least one, {{}} for the config as it is")
     for n, point in enumerate(sweep.points, start=1):
         if not isinstance(point, dict) or not all(isinstance(key, str) for key in point):
             raise UserError(f"sweep {file}: point {n} is no dict of values under names: write {{'dotted.key': value}}")
@@ -194,9 +194,13 @@ def check_folder(sweep: Sweep, folder: Path) -> None:
         if any(folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no sweep: choose another --dir")
         return
-    there = read_folder(folder)["name"]
-    if there != sweep.name:
-        raise UserError(f"{folder} belongs to sweep {there!r}, not {sweep.name!r}: choose another --dir")
+    there = read_folder(folder)
+    if there["name"] != sweep.name:
+        raise UserError(f"{folder} belongs to sweep {there['name']!r}, not {sweep.name!r}: choose another --dir")
+    if Path(there["config"]).absolute() != Path(sweep.config).absolute():
+        raise UserError(
+            f"{folder} belongs to a sweep of {there['config']}, not {sweep.config}: choose another name or --dir"
+        )
 
 
 def read_folder(folder: Path) -> dict[str, Any]:

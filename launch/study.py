@@ -47,7 +47,8 @@ from qatmoe.run import Interrupted, Stop
 Row = dict[str, Any]
 Results = dict[str, list[Row]]  # scale -> rows
 
-NOT_RUN, NO_CONTROL = "not run", "its control is not there"  # why a run has no rows, though it may have had some
+# Why a run has no rows, though it may have had some.
+NOT_RUN, NO_CONTROL, NO_CHECKPOINT = "not run", "its control is not there", "its last checkpoint is not there"
 FIGURES = ("loss", "bits_per_byte", "kld", "kld_p99", "same_top1", "expert_agreement")
 HEALTH = ("flip_rate", "flipped", "weight_error", "scale_drift")
 
@@ -236,20 +237,31 @@ def judge(
         if not _matches(run, only):
             continue
         reference = reference or f"{run.folder}:control"
-        reason = _unfinished(run.folder, reference)
+        reason = _unfinished(run, reference)
+        if reason in (NO_CONTROL, NO_CHECKPOINT) and not partial:
+            raise UserError(
+                f"{run.folder} cannot be judged, {reason}: bring it back, or pass the run over with --judge"
+            )
         if reason and not partial:
             raise UserError(f"{run.folder} is not finished ({reason}): give the same command again")
+        if reason:
+            print(f"{run.folder}: passed over, {reason}")
         yield run, [] if reason else _judge_run(study, stage, run, reference, check), reason
 
 
-def _unfinished(folder: Path, reference: str) -> str:
+def _unfinished(run: Run, reference: str) -> str:
     """Why a run cannot be judged against RUN:PHASE yet; "" where it can."""
-    if not points.finished(folder):
-        return points.state_of(folder).text if folder.exists() else NOT_RUN
+    if not points.finished(run.folder):
+        return points.state_of(run.folder).text if run.folder.exists() else NOT_RUN
     control, _, phase = reference.rpartition(":")
-    if not Path(control).exists():
+    of_control = phase_finished(Path(control), phase)
+    if of_control is None:
         return NO_CONTROL
-    return "" if phase_finished(Path(control), phase) else "its control is not finished"
+    if not of_control:
+        return "its control is not finished"
+    starts = {phase.start for phase in run.config.train.phases.values()}
+    ends = [name for name in run.config.train.phases if name not in starts]
+    return "" if all(phase_finished(run.folder, name) for name in ends) else NO_CHECKPOINT
 
 
 def _judge_run(study: Study, stage: Stage, run: Run, reference: str, check: Callable[[str], None]) -> list[Row]:
@@ -362,10 +374,15 @@ def judge_all(study: Study, file: Path, partial: bool, check: Callable[[str], No
     them. Arguments and errors as `judge` has them.
     """
     every = {(s.sweep.name, str(run.folder)): _identity(s, run) for s in study.stages for run in _runs(s)}
+    judged = _read(file) if file.exists() else []
+    gone = {r["run"] for r in judged if "failed" not in r and (r["stage"], r["run"]) not in every}
+    if gone:
+        print(f"{file}: rows of {len(gone)} runs that the study no longer has are left out: {', '.join(sorted(gone))}")
     for stage in study.stages:
         for run, rows, reason in judge(study, stage, partial, check, only):
             own = (stage.sweep.name, str(run.folder))
-            new = rows or ([] if reason in (NOT_RUN, NO_CONTROL) else [every[own] | {"failed": reason}])
+            every[own]["failed"] = reason or NOT_RUN  # where the file has no rows of it either
+            new = rows or ([] if reason in (NOT_RUN, NO_CONTROL, NO_CHECKPOINT) else [every[own]])
             if new:
                 _enter(file, every, {own: new})
     _enter(file, every, {})
@@ -377,7 +394,10 @@ def _enter(file: Path, every: dict[tuple[str, str], Row], new: dict[tuple[str, s
     for row in _read(file) if file.exists() else []:
         known.setdefault((row["stage"], row["run"]), []).append(row)
     known |= new
-    write_results(file, [row for own, run in every.items() for row in known.get(own) or [run | {"failed": NOT_RUN}]])
+    write_results(
+        file,
+        [row for own, run in every.items() for row in known.get(own) or [run | {"failed": run.get("failed", NOT_RUN)}]],
+    )
 
 
 def write_results(file: Path, rows: Sequence[Row]) -> None:

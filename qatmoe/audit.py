@@ -10,6 +10,7 @@ import numpy as np
 from qatmoe import requantize as rounding
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, ModelConfig, other_settings
+from qatmoe.convert import llama
 from qatmoe.convert.weights import Branch, read_config
 from qatmoe.errors import UserError
 from qatmoe.model import attention
@@ -227,6 +228,10 @@ def _formats(audit: Audit, notes: list[str]) -> list[Format]:
         notes.append("config.quant puts no tensor on a grid: no weights are rounded")
         return []
     found = []
+    if not llama.installed():
+        notes.append(
+            "left out: llama.cpp's own types; pip install -e '.[deploy]' has llama-cpp-python, which rounds to them"
+        )
     tree = abstract_params(audit.model)
     for fmt in rounding.formats():
         fault = rounding.misfit(tree, audit.plan, fmt)

@@ -56,7 +56,7 @@ class ModelConfig:
     eval_experts: str = "auto"  # evaluation, always dropless: "ragged" on TPU, "blocked" elsewhere
     capacity_factor: float = 2.0  # "dense": slots per expert = factor * tokens * top_k / n_experts
     expert_block: int = 64  # "blocked": rows per block
-    attention: str = "auto"  # "xla", "cudnn" (GPU), "splash" (TPU), or "auto": the machine's own, where shapes allow
+    attention: str = "auto"  # "xla", "cudnn" (GPU), "splash" (TPU), or "auto": the machine's own, where it can
     scan_layers: bool = True  # lax.scan over stacked layers, or the unrolled twin
     remat: str = "none"  # "none" or "full": recompute each layer in the backward pass
 
@@ -112,7 +112,7 @@ class OptimConfig:
     schedule: str = "wsd"  # "wsd" (warmup, stable, linear decay) or "cosine"
     final_lr: float = 0.0  # lr after the last step of a decay, as a share of lr
     moments_dtype: str = "float32"  # first moments; "bfloat16" saves memory
-    ema: float = 0.0  # decay of an average of the weights since the phase's start, used for evaluation; 0 = off
+    ema: float = 0.0  # decay of an average of the weights, used for evaluation; less in a phase's first steps; 0 = off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -423,7 +423,7 @@ def _check_training(cfg: Config) -> None:
         _require(name.isidentifier(), f"{where}: a phase name is letters, digits and '_'")
         _require(
             name not in RESERVED and not name.startswith("ptq_"),
-            f"{where}: {name!r} is a name that reports use themselves ({', '.join(RESERVED)}); choose another",
+            f"{where}: {name!r} is a name that reports use themselves ({', '.join(RESERVED)}, ptq_...); choose another",
         )
         _require(p.steps >= 1, f"{where}.steps={p.steps}: must be at least 1")
         _require(

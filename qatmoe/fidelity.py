@@ -7,6 +7,8 @@ Standard errors are a bootstrap (Efron 1979) over units: documents, or, where a 
 consecutive windows. Units are drawn with replacement within their domain; a resample is a weight per unit, how
 often it was drawn, so means are one matrix product and a quantile is a cumulative sum of weights over sorted tokens.
 A domain of a single unit is the same in every resample: errors over all domains take it as fixed, its own are unknown.
+
+Shapes: T scored tokens, M windows, U units, R resamples, C figures, Q quantiles, S stretches of sorted tokens.
 """
 
 import functools
@@ -118,7 +120,7 @@ def acceptance(best_BL: jax.Array, drafts_MBL: jax.Array) -> jax.Array:
     agree = []
     for i, drafts_BL in enumerate(drafts_MBL):
         later_BL = best_BL[:, 1 + i :]
-        agree.append(jnp.pad(drafts_BL[:, : length - 1 - i] == later_BL, ((0, 0), (0, min(1 + i, length)))))
+        agree.append(jnp.pad(drafts_BL[:, : max(0, length - 1 - i)] == later_BL, ((0, 0), (0, min(1 + i, length)))))
     return jnp.cumprod(jnp.stack(agree).astype(jnp.float32), axis=0)
 
 
@@ -235,7 +237,7 @@ def resample(domain_U: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) ->
 def ratios(
     numerators_CT: Sequence[np.ndarray], denominators_CT: Sequence[np.ndarray], units: Units, weights_RU: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """sum(numerator) / sum(denominator) over tokens, (C,), and of every resample, (R, C). 0 / 0 is nan."""
+    """sum(numerator) / sum(denominator) over tokens, (C,), and of every resample, (R, C), f64. 0 / 0 is nan."""
     n = len(units.domain_U)
     sums_2UC = np.stack(
         [
@@ -252,7 +254,7 @@ def ratios(
 def quantiles(
     values_T: np.ndarray, units: Units, weights_RU: np.ndarray, shares: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The smallest value that at least a share of the tokens do not exceed, (Q,), and of every resample, (R, Q).
+    """The smallest value that at least a share of the tokens do not exceed, (Q,), and of every resample, (R, Q), f64.
 
     Sorted tokens are counted by unit in stretches of about sqrt(T), so that a resample needs one product for the
     stretch that a quantile lies in, and its weights one by one only there.

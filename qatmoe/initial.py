@@ -115,7 +115,7 @@ def import_state(run: Run, name: str) -> tuple[TrainState, dict[str, Any]]:
         state, position, _ = checkpoints.restore(step, _taken(checkpoints, step, abstract))
         if not state.opt_state:
             fresh = _fresh_moments(run, abstract, state.params["model"])
-            state = fresh._replace(step=state.step, key=state.key)
+            state = fresh._replace(step=state.step, key=state.key, ema=state.ema or fresh.ema)
         elif run.cfg.optim.ema and not state.ema:
             state = state._replace(ema=state.params["model"])
     if position["stream"] != run.train_iterator.start["stream"]:

@@ -111,7 +111,7 @@ def head_loss(
 
 
 def _chunks(arrays: Any, n_tokens: int, chunk: int, groups: int) -> Any:
-    """(B, L, ...) arrays -> (N, G, C, ...): N chunks of G * C tokens, or one of all where `chunk` is 0 or no less.
+    """(B, L, ...) arrays -> (P, G, C, ...): P chunks of G * C tokens, or one of all where `chunk` is 0 or no less.
 
     Each chunk has C tokens of every group, so that all devices work on it.
     """
@@ -128,13 +128,13 @@ def _chunks(arrays: Any, n_tokens: int, chunk: int, groups: int) -> Any:
 def _head_loss(
     distill: float,
     layout: Layout,
-    hidden_NGCD: jax.Array,
+    hidden_PGCD: jax.Array,
     head_VD: jax.Array,
-    targets_NGC: jax.Array,
-    weights_NGC: jax.Array,
+    targets_PGC: jax.Array,
+    weights_PGC: jax.Array,
     taught: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    sums, _ = _scan_head(distill, layout, False, hidden_NGCD, head_VD, targets_NGC, weights_NGC, taught)
+    sums, _ = _scan_head(distill, layout, False, hidden_PGCD, head_VD, targets_PGC, weights_PGC, taught)
     return sums
 
 
@@ -146,8 +146,8 @@ def _head_backward(
     distill: float, layout: Layout, saved: tuple[jax.Array, jax.Array], g: Any
 ) -> tuple[jax.Array | None, ...]:
     # In f32: g rounded to bf16 would be one and the same error in every gradient.
-    d_hidden_NGCD, d_head_VD = ((g[0] * d.astype(jnp.float32)).astype(d.dtype) for d in saved)
-    return d_hidden_NGCD, d_head_VD, None, None, None
+    d_hidden_PGCD, d_head_VD = ((g[0] * d.astype(jnp.float32)).astype(d.dtype) for d in saved)
+    return d_hidden_PGCD, d_head_VD, None, None, None
 
 
 _head_loss.defvjp(_head_forward, _head_backward)
@@ -157,15 +157,15 @@ def _scan_head(
     distill: float,
     layout: Layout,
     gradients: bool,
-    hidden_NGCD: jax.Array,
+    hidden_PGCD: jax.Array,
     head_VD: jax.Array,
-    targets_NGC: jax.Array,
-    weights_NGC: jax.Array,
+    targets_PGC: jax.Array,
+    weights_PGC: jax.Array,
     taught: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[Any, Any]:
-    """The three sums of `head_loss`, and with `gradients` those of the first: of hidden_NGCD and of head_VD."""
-    weight_VD = used(head_VD.astype(hidden_NGCD.dtype), *layout)
-    taught_VD = None if taught is None else used(taught[0].astype(hidden_NGCD.dtype), *layout)
+    """The three sums of `head_loss`, and with `gradients` those of the first: of hidden_PGCD and of head_VD."""
+    weight_VD = used(head_VD.astype(hidden_PGCD.dtype), *layout)
+    taught_VD = None if taught is None else used(taught[0].astype(hidden_PGCD.dtype), *layout)
     scores = lambda h_GCD, w_VD: constrain(transformer.score(h_GCD, w_VD), ("batch", None, "vocab"))  # noqa: E731
 
     def one(carry: Any, part: Any) -> tuple[Any, jax.Array | None]:
@@ -193,13 +193,13 @@ def _scan_head(
         return (sums, d_head_GVD), einsum("gcv,vd->gcd", d_GCV, weight_VD)
 
     zero = jnp.zeros((), jnp.float32)
-    shape = (hidden_NGCD.shape[1], *head_VD.shape) if gradients else (1, 1, 1)
+    shape = (hidden_PGCD.shape[1], *head_VD.shape) if gradients else (1, 1, 1)
     start = (zero, zero, zero), constrain(jnp.zeros(shape, jnp.float32), ("batch", "vocab", None))
-    parts = (hidden_NGCD, targets_NGC, weights_NGC, None if taught is None else taught[1])
-    (sums, d_head_GVD), d_hidden_NGCD = jax.lax.scan(one, start, parts)
+    parts = (hidden_PGCD, targets_PGC, weights_PGC, None if taught is None else taught[1])
+    (sums, d_head_GVD), d_hidden_PGCD = jax.lax.scan(one, start, parts)
     if not gradients:
         return sums, None
-    return sums, (d_hidden_NGCD, put_back(jnp.sum(d_head_GVD, axis=0), *layout).astype(head_VD.dtype))
+    return sums, (d_hidden_PGCD, put_back(jnp.sum(d_head_GVD, axis=0), *layout).astype(head_VD.dtype))
 
 
 def _hits(targets: jax.Array, logits: jax.Array) -> jax.Array:
@@ -217,7 +217,7 @@ def _softmax(logits: jax.Array, hits: jax.Array) -> tuple[jax.Array, jax.Array, 
 
 
 def denominators(batch: Batch, n_mtp: int) -> list[jax.Array]:
-    """Number of counted targets at each depth; at least 1, so that an empty depth gives loss 0."""
+    """Number of counted targets at each depth, f32 scalars; at least 1, so that an empty depth gives loss 0."""
     return [jnp.maximum(jnp.sum(w), 1.0) for w in views(batch, n_mtp).weights]
 
 

@@ -98,7 +98,7 @@ def first_state(run: Run, name: str) -> tuple[TrainState, Position]:
     phase = run.cfg.train.phases[name]
     places = jax.tree.map(lambda s: s.sharding, run.abstract_state(phase))
     parent, position = _parent(run, phase, moments=not phase.reset_moments)
-    # A CPU's memory holds both states, and what was restored there may lie in memory that is not JAX's to give away.
+    # Where memory is scarce. A CPU's holds both states.
     donated = () if jax.default_backend() == "cpu" else (0,)
     with warnings.catch_warnings():  # of what has no counterpart, such as scales of a phase in full precision
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
@@ -132,7 +132,11 @@ def _start(cfg: Config, phase: PhaseConfig, plan: Plan, parent: Any) -> TrainSta
 
 
 def final_state(run: Run, name: str, *, moments: bool = True) -> tuple[TrainState, Position]:
-    """The last state of a finished phase, and where its data stood; without the optimizer's moments if not wanted."""
+    """The last state of a finished phase, and where its data stood; without the optimizer's moments if not wanted.
+
+    Raises:
+      RunError: the phase has no last checkpoint.
+    """
     wanted = run.abstract_state(run.cfg.train.phases[name])
     with run.checkpoints(name) as checkpoints:
         found = checkpoints.restore_latest(wanted if moments else wanted._replace(opt_state={}))
@@ -171,7 +175,8 @@ def find_teacher(cfg: Config, name: str, data: Data) -> Teacher:
     with Checkpoints(folder, phase) as checkpoints:
         step = checkpoints.latest()
         if step is None:
-            raise UserError(f"{where}: {folder} has no checkpoint of phase {phase!r}")
+            there = ", ".join(sorted(path.name for path in checkpoints.directory.parent.glob("*"))) or "none"
+            raise UserError(f"{where}: {folder} has no checkpoint of phase {phase!r}; phases there: {there}")
         if checkpoints.in_parts(step):
             raise UserError(
                 f"{where}: {folder} holds imported weights alone: begin a run there (config.init_from={folder!r}), "
@@ -194,13 +199,12 @@ def find_teacher(cfg: Config, name: str, data: Data) -> Teacher:
     return Teacher(folder, phase, step, theirs, digest, meta["data"] == data.hash)
 
 
-def finished(workdir: Path, name: str) -> bool:
-    """Whether a phase's newest checkpoint is its last one."""
-    with Checkpoints(workdir, name) as checkpoints:
+def finished(workdir: Path, name: str) -> bool | None:
+    """Whether a phase's newest checkpoint is its last one; None where there is none, or a damaged one."""
+    with Checkpoints(workdir, name) as checkpoints, contextlib.suppress(DamagedCheckpoint):
         step = checkpoints.latest()
-        with contextlib.suppress(DamagedCheckpoint):
-            return step is not None and bool(checkpoints.said(step)["done"])
-    return False
+        return None if step is None else bool(checkpoints.said(step)["done"])
+    return None
 
 
 def check_text(cfg: Config, workdir: Path, data: Data) -> None:

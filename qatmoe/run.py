@@ -286,7 +286,11 @@ def jit_step(cfg: Config, plan: Plan, mesh: Mesh, state: steps.TrainState, *, qu
 
 
 def quant_plan(cfg: Config) -> tuple[Plan, list[dict[str, Any]]]:
-    """The plan and the coverage table of the model's parameters."""
+    """The plan and the coverage table of the model's parameters.
+
+    Raises:
+      UserError: the plan is unusable (`make_plan`), or empty where a phase trains on it.
+    """
     shapes = param_shapes(cfg.model)
     plan = make_plan(shapes, cfg.model, cfg.quant)
     for name, phase in cfg.train.phases.items():

@@ -117,7 +117,8 @@ def train_step(
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * factor, updates))
     params["scales"] = fake.kept_positive(plan, params["scales"])
     params["model"] = _move_router_bias(params["model"], aux["load_NE"], cfg)
-    ema = jax.tree.map(lambda e, p: e + (1 - cfg.optim.ema) * (p - e), state.ema, params["model"]) if state.ema else {}
+    decay = _ema_decay(cfg.optim.ema, state.step)
+    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params["model"]) if state.ema else {}
     metrics = {k: v for k, v in aux.items() if k != "load_NE"} | {
         "loss": loss,
         "load_NE": aux["load_NE"],
@@ -125,6 +126,14 @@ def train_step(
         "lr": factor * cfg.optim.lr,
     }
     return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
+
+
+def _ema_decay(asked: float, step: jax.Array) -> jax.Array:
+    """Decay of the average after `step` steps of the phase: less at first, or a short phase's average were its start.
+
+    min(asked, (1 + step) / (10 + step)), the rule of tf.train.ExponentialMovingAverage's num_updates.
+    """
+    return jnp.minimum(asked, (1 + step) / (10 + step))
 
 
 def _accumulate(micro_grads: Any, batch: losses.Batch, n: int, groups: int) -> Any:

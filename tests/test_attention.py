@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qatmoe.config import ModelConfig
-from qatmoe.model.attention import attention, attention_params, grouped, splash
+from qatmoe.model.attention import attention, attention_params, grouped, implementation, splash
 from qatmoe.model.layers import rope_angles
 
 CFG = ModelConfig(dim=16, n_heads=4, n_kv_heads=2, head_dim=8)
@@ -82,6 +82,26 @@ def test_is_causal(segments):
     after = run(params, CFG, x.at[:, 4].add(1.0), segments_BL)
     np.testing.assert_array_equal(before[:, :4], after[:, :4])
     assert jnp.all(jnp.any(before[:, 4:] != after[:, 4:], axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("platform", "changed", "length", "kernel"),
+    [
+        ("gpu", {}, 256, "cudnn"),
+        ("gpu", {"dtype": "float32"}, 256, "xla"),
+        ("gpu", {"head_dim": 136}, 256, "xla"),
+        ("gpu", {}, 255, "xla"),
+        ("tpu", {}, 256, "splash"),
+        ("tpu", {"dtype": "float32"}, 256, "xla"),
+        ("tpu", {"head_dim": 64}, 256, "xla"),
+        ("tpu", {}, 192, "xla"),
+        ("cpu", {}, 256, "xla"),
+        ("cpu", {"attention": "splash"}, 256, "splash"),
+    ],
+)
+def test_the_machines_own_kernel_runs_what_it_can(platform, changed, length, kernel):
+    cfg = dataclasses.replace(CFG, **{"dtype": "bfloat16", "head_dim": 128} | changed)
+    assert implementation(cfg, length, platform) == kernel
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -363,6 +363,14 @@ def test_text_key(run, tmp_path, monkeypatch, capsys):
     assert [domain.name for domain in found] == ["valid", "a"]
 
 
+def test_types_that_nothing_here_rounds_to_are_named(run, monkeypatch):
+    assert not any("llama.cpp's own types" in note for note in open_run(run)[1])
+    monkeypatch.setattr("qatmoe.convert.llama.installed", lambda: "")
+    audit, notes = open_run(run)
+    assert any("llama.cpp's own types; pip install -e '.[deploy]'" in note for note in notes)
+    assert not any("IQ" in row.name for row in audit.rows)
+
+
 def test_a_phase_without_a_checkpoint_is_left_out(copy, capsys):
     shutil.rmtree(copy / "checkpoints" / "qat")
     assert command(copy, "--list") == 0

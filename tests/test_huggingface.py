@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import runpy
 from pathlib import Path
 
 import jax
@@ -109,6 +110,15 @@ def test_the_forward_pass_of_verification_is_that_of_training(imported):
     kinds = {part.path: "F32" for part in names.gguf_parts(cfg, "").values()}
     ours = our_logits(folder / "run", TOKENS)
     np.testing.assert_allclose(llama_numerics.logits(weights, kinds, cfg, jnp.asarray(TOKENS)), ours, atol=1e-4, rtol=0)
+
+
+def test_the_config_beside_it_puts_all_ffns_of_layers_on_the_grid(imported):
+    model, folder = imported
+    scope = runpy.run_path(str(folder / "run" / "qat.py"))
+    keys = ("n_shared_experts", "first_k_dense_replace", "mlp_only_layers")
+    dense = any(getattr(model.config, key, 0) for key in keys)
+    quant = scope["get_config"]().quant
+    assert (quant.experts, quant.shared) == ("q4_0", "q4_0" if dense else "none")
 
 
 def digest(path: Path) -> str:

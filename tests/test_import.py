@@ -85,12 +85,12 @@ def test_what_the_folder_says_of_the_models_use_comes_back(tiny, tmp_path):
         assert file.fields["tokenizer.ggml.eos_token_id"].value == 7
         assert file.fields["tokenizer.ggml.eot_token_id"].value == 0
         assert file.fields["tokenizer.chat_template"].value == "{{ messages[0].content }}!"
-        assert file.fields["tokenizer.ggml.bos_token_id"].value == tokenizer.load(str(tiny / "tokenizer.json")).id_of(
-            "A"
-        )
+        begins = tokenizer.load(str(tiny / "tokenizer.json")).id_of("A")
+        assert file.fields["tokenizer.ggml.bos_token_id"].value == begins
         assert not file.fields["tokenizer.ggml.add_bos_token"].value  # the tokenizer adds none
     written = json.loads((tmp_path / "safetensors" / "config.json").read_text())
     assert (written["max_position_embeddings"], written["eos_token_id"]) == (4096, [7, 0])
+    assert (written["bos_token_id"], written["pad_token_id"]) == (begins, None)
     assert (tmp_path / "safetensors" / "chat_template.jinja").read_text() == "{{ messages[0].content }}!"
     written = json.loads((tmp_path / "safetensors" / "tokenizer_config.json").read_text())
     assert (written["eos_token"], written["bos_token"]) == ("B", "A")

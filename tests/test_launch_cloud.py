@@ -55,6 +55,10 @@ def test_what_a_run_starts_and_learns_from_is_where_runs_are_mounted(run, tmp_pa
     code, arguments = executed(script, {"SKYPILOT_NODE_RANK": "1"}, tmp_path)
     assert code == 0
     assert (tmp_path / "runs").readlink() == Path("/runs")
+    assert executed(script, {"SKYPILOT_NODE_RANK": "1"}, tmp_path)[0] == 0  # a restart finds the link
+    (tmp_path / "runs").unlink()
+    (tmp_path / "runs").mkdir()
+    assert executed(script, {"SKYPILOT_NODE_RANK": "1"}, tmp_path)[0] == 2
     assert cli.parse(["x", *arguments[2:]], "", {"workdir": ""})[0] == run.config  # as it is named at home
 
 

@@ -142,6 +142,31 @@ def test_distilling_from_itself_adds_nothing(params):
     np.testing.assert_allclose(taught[0], 0.3 * plain["mtp"] + 0.01 * plain["balance"] + 0.001 * plain["z"], rtol=1e-5)
 
 
+def test_documents_packed_into_a_row_are_worth_what_they_are_alone(params):
+    """Attention, MTP inputs, targets, the teacher's hidden states and counts stay inside each document."""
+    tokens = batch_of(1)["tokens"]
+    lengths = [9, 7, 3]  # the last one is no input's document, so that the others' targets end where they end alone
+    assert sum(lengths) == tokens.shape[1]
+    ids, positions = np.repeat([0, 1, 2], lengths)[None], np.concatenate([np.arange(n) for n in lengths])[None]
+    packed = {"tokens": tokens, "segments": jnp.asarray(ids), "positions": jnp.asarray(positions)}
+    alone = []
+    for start, n in ((0, 9), (9, 7)):
+        mask = (jnp.arange(tokens.shape[1]) < n)[None]
+        alone.append({"tokens": jnp.where(mask, jnp.roll(tokens, -start, axis=1), 5), "mask": mask})
+    sums = [loss.evaluation_sums(params, MODEL, batch) for batch in (packed, *alone)]
+    assert [s["count"][:, 0].tolist() for s in sums] == [[14, 12, 10], [8, 7, 6], [6, 5, 4]]
+    np.testing.assert_allclose(sums[0]["nats"], sums[1]["nats"] + sums[2]["nats"], rtol=1e-5)
+
+    teacher = jax.tree.map(lambda p: 1.1 * p, params)
+    train = dataclasses.replace(CFG.train, balance_weight=0.0, z_weight=0.0)
+    cfg, totals = dataclasses.replace(CFG, train=train), loss.denominators(packed, MODEL.n_mtp)
+    of = jax.value_and_grad(lambda p, b: loss.training_loss(p, cfg, b, totals, teacher=teacher, distill=0.5)[0])
+    (whole, gradient), *parts = (of(params, batch) for batch in (packed, *alone))
+    assert float(whole) == pytest.approx(sum(float(value) for value, _ in parts), rel=1e-5)
+    summed = jax.tree.map(jnp.add, *(g for _, g in parts))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, summed)
+
+
 def test_evaluation_sums_count_what_is_not_padding(params):
     batch = batch_of(rows=3)
     sums = jax.jit(functools.partial(loss.evaluation_sums, cfg=MODEL))

@@ -61,9 +61,50 @@ def test_muon_updates_are_orthogonal_per_matrix():
     optimizer = optim.make_optimizer(cfg)
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), PARAMS)
     updates, _ = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    for update, grad in zip(jax.tree.leaves(updates["model"]), jax.tree.leaves(grads["model"]), strict=True):
+        assert np.sum(update * grad) <= 0  # downhill; 0 of what is frozen
     for matrix in updates["model"]["layers"]["attn"]["q"]:
         singular = np.linalg.svd(matrix / (0.2 * np.sqrt(8)), compute_uv=False)
         assert np.all((singular > 0.6) & (singular < 1.3)), singular  # five Newton-Schulz steps are approximate
+
+
+def test_muon_takes_each_experts_matrix_for_itself():
+    """(layers, experts, out, in): every matrix's update is that of the matrix alone."""
+    optimizer = optim.make_optimizer(OptimConfig(name="muon", lr=1.0, weight_decay=0.0, clip=0.0))
+
+    def update(g):
+        params = {"model": {"layers": {"experts": {"down": g}}}}
+        return optimizer.update(params, optimizer.init(params), params)[0]["model"]["layers"]["experts"]["down"]
+
+    grads = jax.random.normal(jax.random.key(0), (2, 3, 8, 4)) * jnp.array([1.0, 10.0, 0.1])[:, None, None]
+    together = update(grads)
+    for layer, expert in np.ndindex(2, 3):
+        np.testing.assert_allclose(together[layer, expert], update(grads[layer, expert]), rtol=1e-4, atol=1e-5)
+
+
+def test_adamw_is_what_its_paper_says_with_all_gradients_clipped_as_one():
+    """Three steps in numpy f64 (Loshchilov & Hutter 2019, algorithm 2; clipping: Pascanu et al. 2013)."""
+    cfg = OptimConfig(lr=0.01, scale_lr=0.02, weight_decay=0.1, clip=0.5, betas=(0.8, 0.95), eps=1e-3)
+    optimizer = optim.make_optimizer(cfg)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    w = {path: np.asarray(p, np.float64) for path, p in leaves_by_path(PARAMS).items()}
+    m, v = ({path: 0 * p for path, p in w.items()} for _ in range(2))
+    for t in range(1, 4):
+        grads = jax.tree.map(lambda p, t=t: jax.random.normal(jax.random.key(100 * t + p.size), p.shape) / t**4, PARAMS)
+        updates, state = optimizer.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        g = {path: np.asarray(x, np.float64) for path, x in leaves_by_path(grads).items()}
+        norm = np.sqrt(sum(np.sum(x**2) for x in g.values()))
+        assert (norm > cfg.clip) == (t < 3)  # the last gradient is small and stays as it is
+        for path in w:
+            x = g[path] * min(1, cfg.clip / norm)
+            m[path], v[path] = 0.8 * m[path] + 0.2 * x, 0.95 * v[path] + 0.05 * x**2
+            step = m[path] / (1 - 0.8**t) / (np.sqrt(v[path] / (1 - 0.95**t)) + cfg.eps)
+            group = optim.group_of(path)
+            decay = 0.1 * w[path] if group in ("matrix", "table") else 0.0
+            w[path] = w[path] - {"scale": 0.02, "frozen": 0.0}.get(group, 0.01) * (step + decay)
+    for path, p in leaves_by_path(params).items():
+        np.testing.assert_allclose(p, w[path], rtol=2e-5, atol=2e-6, err_msg=path)
 
 
 def factors(cfg, phase):

@@ -7,11 +7,13 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from matplotlib.figure import Figure
 
 from experiments import scales
+from experiments.resilience.laws import exponents
 from launch import points, study, study_tables, sweep
 from launch.algebra import chain, values
 from launch.points import Sweep
@@ -176,20 +178,42 @@ def made_up(stage):
     return rows
 
 
-def test_the_law_finds_an_exponent(corpus):
-    functions = study.load(str(ROOT / "experiments" / "resilience" / "study.py"))
-    sizes = [100, 200, 400, 800]
-    controls = [row("t", "control", seed, 4.0, run=f"r{n}-{seed}") for n in sizes for seed in (0, 1, 2)]
+def test_the_law_finds_its_exponents():
+    """Of one size and of two, where a seed shifts all gaps by a factor; and none where there is no law to find."""
+    sizes = [(n, d) for n in (100, 200, 800) for d in (1000, 4000)]
+    controls = [row("t", "control", seed, 4.0, run=f"r{n}-{d}-{seed}") for n, d in sizes for seed in (0, 1, 2)]
     groups = [
-        Group(str(n), [
-            row("t", "qat", seed, 4.0 + 0.1 * seed * n**-0.5 + n**-0.5, quantized=n, reference=f"r{n}-{seed}:control")
+        Group(f"{n} {d}", [
+            row("t", "qat", seed, 4 + (1 + 0.1 * seed) * n**-0.5 * (d / 1000) ** 0.25, quantized=n, tokens=d,
+                reference=f"r{n}-{d}-{seed}:control")
             for seed in (0, 1, 2)
         ])
-        for n in sizes
+        for n, d in sizes
     ]  # fmt: skip
-    assert functions["law"](groups, controls) == pytest.approx([-0.5] * 3)
+    one_text = groups[::2]
+    np.testing.assert_allclose(exponents(one_text, controls, "quantized"), [[-0.5]] * 3, rtol=1e-9)
+    np.testing.assert_allclose(exponents(groups, controls, "quantized", "tokens"), [[-0.5, 0.25]] * 3, rtol=1e-9)
+    assert exponents(one_text, controls, "quantized", "tokens") == []
+    assert exponents(groups[:1], controls, "quantized") == []
     groups[0].rows[0]["loss"] = 3.9
-    assert functions["law"](groups, controls) == []
+    assert exponents(groups, controls, "quantized") == []
+
+
+def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():
+    """Rates are searched on the first seed, the best is on every seed, and less text is less of every phase."""
+    s = scales.SMALL
+    whole, shorter = s.by_width("^qat$")
+    for width, rate in zip(s.widths, s.best_rates, strict=True):
+        own = [p for p in whole.sweep.points if width.items() <= p.items()]
+        searched = {(p["optim.lr"], p["train.seed"]) for p in own}
+        assert searched == {(r, 0) for r in s.width_rates} | {(rate, seed) for seed in s.seeds}
+        assert len(own) == len(searched)
+        less = [p for p in shorter.sweep.points if width.items() <= p.items()]
+        steps = {tuple(p[f"train.phases.{name}.steps"] for name in ("trunk", "control", "qat")) for p in less}
+        assert {p["optim.lr"] for p in less} == {rate}
+        assert steps == {(225, 138, 138)}
+    phases = points.runs_of(whole.sweep, study.folder_of(whole.sweep))[0].config.train.phases
+    assert [phases[name].steps for name in ("trunk", "control", "qat")] == [s.trunk_steps, *[s.branch_steps] * 2]
 
 
 def test_a_corpus_must_be_whole(corpus, tmp_path):
@@ -298,7 +322,7 @@ def tiny_stages(tiny_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch):
+def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, capsys):
     trunk, branch = tiny_stages
     asked = Study((trunk, branch), tokens=640)
     rows = [*judge(asked, trunk, False, NOTHING), *judge(asked, branch, False, NOTHING)]
@@ -339,8 +363,21 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch):
     shutil.move(control["run"], tmp_path / "away")
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING)
     found = json.loads((tmp_path / "r.json").read_text())
-    assert [r["failed"] for r in found] == ["not run", "not run"]
+    assert [r["failed"] for r in found] == ["not run", "its control is not there"]
     shutil.move(tmp_path / "away", control["run"])
+    study.write_results(tmp_path / "r.json", [*rows[:3], old])
+    for folder, reason in ((control["run"], "its control"), (other["run"], "its last checkpoint")):
+        shutil.move(Path(folder) / "checkpoints", tmp_path / "away")
+        with pytest.raises(UserError, match=f"cannot be judged, {reason} is not there: bring it back"):
+            judge(asked, branch, False, NOTHING)
+        capsys.readouterr()
+        study.judge_all(asked, tmp_path / "r.json", True, NOTHING)
+        assert f"{other['run']}: passed over, {reason} is not there" in capsys.readouterr().out
+        assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]
+        shutil.move(tmp_path / "away", Path(folder) / "checkpoints")
+    study.judge_all(Study((trunk,), tokens=640), tmp_path / "r.json", True, NOTHING)
+    assert f"1 runs that the study no longer has are left out: {other['run']}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text()) == rows[:3]
     group = study_tables.select([*rows[:3], failed], "x", "b")
     assert group == (f"x (seed 0 failed: {failed['failed']})", [])
     assert group.label in study_tables.table([group], [], rows)

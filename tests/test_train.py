@@ -1,7 +1,9 @@
 """The main job as a user meets it: finished, killed anywhere, stopped, continued, and given bad input."""
 
 import dataclasses
+import functools
 import gzip
+import itertools
 import json
 import os
 import re
@@ -19,11 +21,13 @@ from conftest import ROOT
 from configs import toy
 from launch import sweep
 from qatmoe import cli, export, import_hf, metrics, phases, train
+from qatmoe import loss as losses
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import resolve
 from qatmoe.data import batches
 from qatmoe.mesh import make_mesh
-from qatmoe.run import valid_batches
+from qatmoe.run import abstract_state, quant_plan, valid_batches
+from qatmoe.tree import path_of
 
 SHORT = [
     "--config.train.log_every=1",
@@ -388,6 +392,36 @@ def test_validation_is_cut_as_training_is(cache):
     assert {len(batch["tokens"]) for batch in parts} == {cfg.train.batch_size // 2}
     tokens = [np.concatenate([batch["tokens"] for batch in found]) for found in (whole, parts)]
     np.testing.assert_array_equal(*tokens)
+
+
+def test_final_figures_are_made_of_all_tokens_and_roundings_of_rounded_weights(whole, cache):
+    """In numpy, from each row's nats: mean, error of a ratio over rows, bits; PTQ of weights encoded here."""
+    cfg = resolve(json.loads((whole[0] / "config.json").read_text()))
+    data, mesh = batches.load_data(cfg.data, cfg.model.vocab_size), make_mesh(cfg.mesh, jax.devices()[:1])
+    plan, _ = quant_plan(cfg)
+    with Checkpoints(whole[0], "control") as checkpoints:
+        model = checkpoints.restore_latest(abstract_state(cfg, plan, mesh, quantize=False))[0].params["model"]
+    final = {r["phase"]: r for r in numbers(whole[0]) if r["split"] == "final"}
+    (batch,) = valid_batches(cfg, mesh, data, 1)
+    sums_of = jax.jit(functools.partial(losses.evaluation_sums, cfg=cfg.model))
+    found = {}
+    for name, rule in (("control", ""), ("ptq:control:absmax", "absmax"), ("ptq:control:search", "search")):
+
+        def deployed(path, w, rule=rule):
+            grid = plan.get(path_of(path)) if rule else None
+            return grid.decode(*grid.encode(np.asarray(w), rule)) if grid else w
+
+        sums = sums_of(jax.tree_util.tree_map_with_path(deployed, model), batch=batch)
+        nats, count = (np.asarray(sums[key], np.float64) for key in ("nats", "count"))
+        loss, mtp = nats.sum(1) / count.sum(1)
+        se = np.sqrt(np.sum((nats[0] - loss * count[0]) ** 2)) / count[0].sum()
+        expected = {"loss": loss, "loss_se": se, "mtp1_loss": mtp, "perplexity": np.exp(loss), "tokens": count[0].sum()}
+        expected["bits_per_byte"] = loss / np.log(2) / data.valid.bytes_per_token
+        for key, value in expected.items():
+            close = 1e-4 if key == "loss_se" else 1e-6  # a small difference of sums in f32
+            assert final[name][key] == pytest.approx(value, rel=close), (name, key)
+        found[name] = loss
+    assert min(abs(a - b) for a, b in itertools.combinations(found.values(), 2)) > 2e-5, found
 
 
 def test_another_optimizer_takes_the_weights_alone(whole, quick_env, capsys, cache, tmp_path):

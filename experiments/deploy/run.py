@@ -63,15 +63,33 @@ def row(grid: str, file: str, report: Report) -> dict:
     return {"grid": grid, "file": file, "ok": report.ok, **dataclasses.asdict(report)}
 
 
-def generate(model: Path, *options: str) -> list[dict]:
-    """llama-server's greedy continuations of PROMPTS: text, drafted and accepted tokens."""
+def find_server() -> str:
+    """The program. Ends this one where there is none."""
     server = shutil.which("llama-server", path=os.environ.get("QATMOE_LLAMA_CPP", os.environ["PATH"]))
     if server is None:
         raise SystemExit("no llama-server on PATH or in $QATMOE_LLAMA_CPP: build it with tests/build_llama_cpp.sh")
+    return server
+
+
+def generate(model: Path, *options: str) -> list[dict]:
+    """llama-server's greedy continuations of PROMPTS: text, drafted and accepted tokens."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [server, "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-c", "512", "-np", "1", *options]
+    command = [
+        find_server(),
+        "-m",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "-c",
+        "512",
+        "-np",
+        "1",
+        *options,
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(port, process)
@@ -113,6 +131,7 @@ def complete(port: int, prompt: str) -> dict:
 
 def make(runs: Path) -> None:
     """Trains what is missing, exports, verifies, generates."""
+    find_server()  # before a quarter of an hour of work
     trunk, out = runs / "trunk", runs / "files"
     out.mkdir(parents=True, exist_ok=True)
     train("every_grid", trunk, "--config.train.phases.qat.steps=1", "--config.train.phases.qat.decay=1")

@@ -185,13 +185,16 @@ def _glm4_moe(r: _Reader) -> dict[str, Any]:
     }
 
 
-def write(m: ModelConfig, arch: str, context: int, dtype: str, end_ids: tuple[int, ...]) -> dict[str, Any]:
+def write(
+    m: ModelConfig, arch: str, context: int, dtype: str, end_ids: tuple[int, ...], roles: Mapping[str, int]
+) -> dict[str, Any]:
     """A config.json that transformers reads as this model.
 
     Args:
       context: max_position_embeddings.
       dtype: of the weights, "bfloat16" or "float32".
       end_ids: tokens that end a text.
+      roles: {"bos", "pad": token}, as far as there are any.
     """
     rope = {"rope_type": "default", "rope_theta": m.rope_theta}
     config: dict[str, Any] = {
@@ -212,9 +215,9 @@ def write(m: ModelConfig, arch: str, context: int, dtype: str, end_ids: tuple[in
         "norm_topk_prob": m.norm_topk,
         "tie_word_embeddings": m.tie_embeddings,
         "attention_bias": m.qkv_bias,
-        "bos_token_id": None,
+        "bos_token_id": roles.get("bos"),
         "eos_token_id": end_ids[0] if len(end_ids) == 1 else list(end_ids),
-        "pad_token_id": None,
+        "pad_token_id": roles.get("pad"),
         "dtype": dtype,
         "torch_dtype": dtype,
     }

@@ -54,6 +54,7 @@ def get_config():
     config.data.tokenizer = str(HERE / "tokenizer.json")
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.quant.experts = "{grid}"
+    config.quant.shared = "{shared}"  # of shared experts and dense FFNs
     config.optim.lr = 1e-5
     config.optim.scale_lr = 1e-6
     config.train.bias_rate = 0.0  # the model's router is balanced: its selection biases stay
@@ -121,9 +122,11 @@ def _shape(model: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _qat(out: Path, shape: dict[str, Any], model: ModelConfig) -> str:
-    grid = "q2_0" if model.dim % 64 == model.expert_dim % 64 == 0 else "q4_0"
+    dense = model.n_shared_experts > 0 or model.n_dense_layers > 0  # FFNs that every token goes through
+    widths = [model.dim, model.expert_dim, *([model.dense_dim] if model.n_dense_layers else [])]
+    grid = "q2_0" if all(width % 64 == 0 for width in widths) else "q4_0"
     fields = "".join(f"    {key!r}: {value!r},\n" for key, value in shape.items()).replace("'", '"')
-    return _QAT.format(name=f"{out.name}_qat", model="{\n" + fields + "}", grid=grid)
+    return _QAT.format(name=f"{out.name}_qat", model="{\n" + fields + "}", grid=grid, shared=grid if dense else "none")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -225,7 +228,9 @@ def _check_tensors(source: Path, model: ModelConfig, kept: ModelConfig, arch: st
             hint = f"a shard may be missing{_DROP}" if part.path.startswith("mtp/") else "a shard may be missing"
             raise UserError(f"{source}: no tensor {name}, which config.json's {arch} has; {hint}")
         if found.shape != expected:
-            raise UserError(f"{source}: {name} has shape {found.shape}, and config.json says {expected}")
+            raise UserError(
+                f"{source}: {name} has shape {found.shape}, and config.json says {expected}: get both from one model"
+            )
         if found.dtype not in _TYPES:
             raise UserError(f"{source}: {name} is {found.dtype}: only {', '.join(_TYPES)} weights can be imported")
     for name in files.tensors:
@@ -235,7 +240,7 @@ def _check_tensors(source: Path, model: ModelConfig, kept: ModelConfig, arch: st
         if own == "":
             continue
         if own is None or own not in files.tensors:
-            raise UserError(f"{source}: {name} is nothing that config.json's {arch} has")
+            raise UserError(f"{source}: {name} is nothing that config.json's {arch} has: get both from one model")
         if files.read(name).tobytes() != files.read(own).tobytes():
             raise UserError(
                 f"{source}: {name} differs from {own}, which it should repeat (the model here shares it)"
@@ -284,7 +289,9 @@ def _assemble(source: Path, files: Folder, tensors: dict[str, Part]) -> np.ndarr
     first, shape = next(iter(tensors.values())), files.tensors[next(iter(tensors))].shape
     types = {files.tensors[name].dtype for name in tensors}
     if len(types) > 1:
-        raise UserError(f"{source}: {first.path} of layer {first.layer} mixes {', '.join(sorted(types))}")
+        raise UserError(
+            f"{source}: {first.path} of layer {first.layer} mixes {', '.join(sorted(types))}: save it in one"
+        )
     experts = 1 + max(part.expert or 0 for part in tensors.values())
     halves = 1 if first.half is None else 2
     rows = shape[:1] if len(shape) == 1 else (halves * shape[0], *shape[1:])

@@ -38,19 +38,19 @@ def write(branch: Branch, folder: Path, *, arch: str = "auto", packed: bool, con
     held = contents(branch.storage, arch, packed)
     tensors = {name: tensor(branch.storage, *content) for name, content in held.items()}
     dtype = "float32" if branch.storage.rest == "F32" else "bfloat16"
-    config = hf_config.write(
-        branch.model, arch, context or branch.context, dtype, branch.origin.end_ids or (branch.tokenizer.end_id,)
-    )
+    origin = branch.origin
+    ends = origin.end_ids or (branch.tokenizer.end_id,)
+    config = hf_config.write(branch.model, arch, context or branch.context, dtype, ends, origin.roles)
     if packed:
         config["quantization_config"] = _quantization(branch.storage, arch)
     read = Source(branch)
     branch.expect(part for part, _ in held.values())
     with atomic_folder(folder, force=force) as place:
         safetensors.write_sharded(place, tensors, lambda name: read(*held[name]))
-        files = huggingface_files(branch.tokenizer, branch.origin.roles)
+        files = huggingface_files(branch.tokenizer, origin.roles)
         files["config.json"] = json.dumps(config, indent=2)
-        if branch.origin.chat_template:
-            files["chat_template.jinja"] = branch.origin.chat_template
+        if origin.chat_template:
+            files["chat_template.jinja"] = origin.chat_template
         for file, text in files.items():
             (place / file).write_text(text, encoding="utf-8")
     return arch
@@ -150,5 +150,5 @@ def _quantization(storage: Storage, arch: str) -> dict[str, object]:
             "all of them by one: export with --format safetensors or gguf"
         )
     if not grids:
-        raise UserError("this branch has nothing on a grid: --format compressed-tensors packs nothing")
+        raise UserError("this branch has nothing on a grid: compressed-tensors packs nothing; use --format safetensors")
     return compressed.config(grids, ignore)

@@ -80,7 +80,10 @@ class File(contextlib.AbstractContextManager["File"]):
         self.close()
 
     def read(self, name: str) -> np.ndarray:
-        """A read-only view of one tensor, valid also after `close`; unaligned where the file's writer left it so."""
+        """A read-only view of one tensor, valid also after `close`; unaligned where the file's writer left it so.
+
+        Shape and dtype are those of `tensors`. Raises UserError where there is no such one, ValueError after `close`.
+        """
         if self._map is None:
             raise ValueError(f"{self.path} is closed")
         if name not in self.tensors:

@@ -65,7 +65,7 @@ class Tokenizer:
         self._safe_to_cut = json.dumps(QWEN2_PATTERN) in self.json
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of `text`, without an end of text. Raises UserError on a lone surrogate."""
+        """Ids of `text`, (tokens,), dtype `self.dtype`, without an end of text. Raises UserError on lone surrogates."""
         return next(self.encode_documents([text]))
 
     def encode_documents(self, texts: Iterable[str]) -> Iterator[np.ndarray]:

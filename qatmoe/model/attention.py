@@ -1,4 +1,7 @@
-"""Causal grouped-query attention with rotary embedding, optional QK-norm and document masking."""
+"""Causal grouped-query attention with rotary embedding, optional QK-norm and document masking.
+
+Shapes: R query heads of one key/value head, H // K; Q their queries of all tokens, R * L.
+"""
 
 import dataclasses
 
@@ -121,13 +124,13 @@ def grouped(q_BLHDh: jax.Array, k_BSKDh: jax.Array, v_BSKDh: jax.Array, seen_BLS
     """
     B, L, H, Dh = q_BLHDh.shape
     S, K = k_BSKDh.shape[1:3]
-    q_BKRDh = q_BLHDh.reshape(B, L, K, H // K, Dh).transpose(0, 2, 3, 1, 4).reshape(B, K, H // K * L, Dh)
+    q_BKQDh = q_BLHDh.reshape(B, L, K, H // K, Dh).transpose(0, 2, 3, 1, 4).reshape(B, K, H // K * L, Dh)
     k_BKSDh, v_BKSDh = k_BSKDh.swapaxes(1, 2), v_BSKDh.swapaxes(1, 2)
-    scores_BKRS = scale * einsum("bkrd,bksd->bkrs", q_BKRDh, k_BKSDh, preferred_element_type=jnp.float32)
-    scores_BKGLS = jnp.where(seen_BLS[:, None, None], scores_BKRS.reshape(B, K, H // K, L, S), -1e30)
-    probs_BKRS = jax.nn.softmax(scores_BKGLS, axis=-1).astype(v_BKSDh.dtype).reshape(scores_BKRS.shape)
-    mixed_BKRDh = einsum("bkrs,bksd->bkrd", probs_BKRS, v_BKSDh)
-    return mixed_BKRDh.reshape(B, K, H // K, L, Dh).transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
+    scores_BKQS = scale * einsum("bkqd,bksd->bkqs", q_BKQDh, k_BKSDh, preferred_element_type=jnp.float32)
+    scores_BKRLS = jnp.where(seen_BLS[:, None, None], scores_BKQS.reshape(B, K, H // K, L, S), -1e30)
+    probs_BKQS = jax.nn.softmax(scores_BKRLS, axis=-1).astype(v_BKSDh.dtype).reshape(scores_BKQS.shape)
+    mixed_BKQDh = einsum("bkqs,bksd->bkqd", probs_BKQS, v_BKSDh)
+    return mixed_BKQDh.reshape(B, K, H // K, L, Dh).transpose(0, 3, 1, 2, 4).reshape(B, L, H, Dh)
 
 
 def splash(

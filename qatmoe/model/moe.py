@@ -9,7 +9,7 @@ Every fast implementation is the same three moves, and differs only in where an 
 For a token or a few, as in decoding, "gathered" moves the weights of its own experts to each token; dropless.
 
 Rows are gathered in both directions of differentiation: each token knows its rows and each row its token, so no
-gradient is a scatter-add. The router's weight is multiplied into the expert's inner activation, before `down`:
+row's gradient is a scatter-add. The router's weight is multiplied into the expert's inner activation, before `down`:
 down(w * h) = w * down(h), and the weight's gradient then needs no second look at the output rows.
 """
 
@@ -158,15 +158,34 @@ def _blocked(
         blocks_E = -(-jnp.bincount(indices_Tk.reshape(-1), length=E) // block)
         ends_E = jnp.cumsum(blocks_E)
         rows = _place(indices_Tk, (ends_E - blocks_E) * block, T, n_blocks * block, E)
-        expert_N = jnp.minimum(jnp.searchsorted(ends_E, jnp.arange(n_blocks), side="right"), E - 1)
-        x_NCD = _to_rows(x_TD, rows).reshape(n_blocks, block, D)
-        weights_NC = _weights_to_rows(weights_Tk, rows).reshape(n_blocks, block)
-        gate_up_NCF = einsum("ncd,nfd->ncf", x_NCD, gate_up_EFD[expert_N])
-        hidden_NCF = _gated(halves(gate_up_NCF), weights_NC, cfg.swiglu_limit)
-        y_NCD = einsum("ncf,ndf->ncd", hidden_NCF, down_EDF[expert_N])
-        return _from_rows(y_NCD.reshape(-1, D), rows)
+        expert_P = jnp.minimum(jnp.searchsorted(ends_E, jnp.arange(n_blocks), side="right"), E - 1)
+        x_PCD = _to_rows(x_TD, rows).reshape(n_blocks, block, D)
+        weights_PC = _weights_to_rows(weights_Tk, rows).reshape(n_blocks, block)
+        gate_up_PCF = einsum("pcd,pfd->pcf", x_PCD, _of_blocks(gate_up_EFD, expert_P))
+        hidden_PCF = _gated(halves(gate_up_PCF), weights_PC, cfg.swiglu_limit)
+        y_PCD = einsum("pcf,pdf->pcd", hidden_PCF, _of_blocks(down_EDF, expert_P))
+        return _from_rows(y_PCD.reshape(-1, D), rows)
 
     return jax.vmap(one_group)(x_GTD, weights_GTk, indices_GTk), jnp.zeros((), jnp.float32)
+
+
+@jax.custom_vjp
+def _of_blocks(weights: jax.Array, expert_P: jax.Array) -> jax.Array:
+    """The matrix of each block's expert: (E, out, in) -> (P, out, in). An expert's gradient is summed in f32."""
+    return weights[expert_P]
+
+
+def _of_blocks_forward(weights: jax.Array, expert_P: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return weights[expert_P], (expert_P, jnp.zeros((weights.shape[0], 0), weights.dtype))
+
+
+def _of_blocks_backward(saved: tuple[jax.Array, jax.Array], d: jax.Array) -> tuple[jax.Array, None]:
+    expert_P, like_E0 = saved
+    sums = jax.ops.segment_sum(d.astype(jnp.float32), expert_P, like_E0.shape[0], indices_are_sorted=True)
+    return sums.astype(like_E0.dtype), None
+
+
+_of_blocks.defvjp(_of_blocks_forward, _of_blocks_backward)
 
 
 def _ragged(
@@ -271,15 +290,15 @@ def _ranks(expert_A: jax.Array, n_experts: int, chunk: int = 128) -> jax.Array:
     products of 0 and 1 are not, in any precision they multiply in.
     """
     padding = -expert_A.size % chunk
-    onehot_NCE = (
+    onehot_PCE = (
         jnp.pad(expert_A, (0, padding), constant_values=n_experts).reshape(-1, chunk, 1) == jnp.arange(n_experts)
     ).astype(jnp.float32)
     earlier_CC = jnp.tril(jnp.ones((chunk, chunk), jnp.float32), -1)
-    within_NCE = jnp.einsum("cd,nde->nce", earlier_CC, onehot_NCE)
-    total_NE = jnp.sum(onehot_NCE, axis=1)
-    before_NE = jnp.cumsum(total_NE, axis=0) - total_NE
-    rank_NC = jnp.sum((within_NCE + before_NE[:, None]) * onehot_NCE, axis=-1)
-    return rank_NC.reshape(-1)[: expert_A.size].astype(jnp.int32)
+    within_PCE = jnp.einsum("cd,nde->nce", earlier_CC, onehot_PCE)
+    total_PE = jnp.sum(onehot_PCE, axis=1)
+    before_PE = jnp.cumsum(total_PE, axis=0) - total_PE
+    rank_PC = jnp.sum((within_PCE + before_PE[:, None]) * onehot_PCE, axis=-1)
+    return rank_PC.reshape(-1)[: expert_A.size].astype(jnp.int32)
 
 
 def _copy(x_TD: jax.Array, rows: Rows) -> jax.Array:

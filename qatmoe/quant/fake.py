@@ -93,9 +93,10 @@ def kept_positive(plan: Plan, scales: Scales) -> Scales:
 def apply(
     plan: Plan, params: Params, scales: Scales, *, rule: str, clip: bool = False, dtype: Any = jnp.float32
 ) -> Params:
-    """`params` with the planned weights replaced by their deployed values, cast to `dtype`.
+    """`params` with the planned weights replaced by their deployed values, cast to `dtype`; the embedding stays f32.
 
-    A tensor that has a learned scale uses it; the others get the scale that `rule` gives them.
+    A tensor that has a learned scale uses it; the others get the scale that `rule` gives them. An embedding's gradient
+    is a sum over all places of a token, which would be made in the type of the table: 16 bits lose a share of it.
     """
 
     def replace(path: tuple[Any, ...], w: jax.Array) -> jax.Array:
@@ -104,7 +105,7 @@ def apply(
             return w
         grid = plan[name]
         value = fake_quant(grid, w, scales[name], clip) if name in scales else dynamic(grid, w, rule, clip)
-        return value.astype(dtype)
+        return value if name == "embed" else value.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(replace, params)
 

@@ -270,7 +270,7 @@ class Grid:
         return np.asarray(_search(self, jnp.asarray(w, jnp.float32)))
 
     def scale_of(self, w: Array, rule: str) -> Array:
-        """Snapped scales of w by "absmax" or "search"."""
+        """Snapped scales of w, (..., width // block), by "absmax" or "search". Raises UserError for another rule."""
         if rule not in RULES:
             raise UserError(f"unknown scale rule {rule!r}; use one of {', '.join(RULES)}")
         return self.absmax(w) if rule == "absmax" else self.search(w)

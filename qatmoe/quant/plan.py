@@ -107,10 +107,12 @@ def _check_name(key: str, name: str) -> None:
 
 def _check_row(path: str, shape: tuple[int, ...], grid: Grid) -> None:
     if shape[-1] % grid.superblock:
+        wide = {"ffn/down": "model.dense_dim", "attn/o": "model.n_heads * model.head_dim"}
+        keys = next((key for part, key in wide.items() if part in path), "model.dim and model.expert_dim")
         fits = " (q2_0, ternary and nvfp4 need rows of 64, q4_0, iq4_nl, mxfp4 and q8_0 of 32)"
         raise UserError(
             f"{path}: rows of {shape[-1]} weights are not whole blocks of {grid.superblock}, which {grid.name} needs; "
-            f"choose model.dim and model.expert_dim as multiples of {grid.superblock} or another grid{fits}"
+            f"choose {keys} as multiples of {grid.superblock} or another grid{fits}"
         )
 
 

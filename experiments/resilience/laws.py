@@ -1,0 +1,125 @@
+"""Gaps between few bits and full precision, and power laws through them, with the uncertainty that seeds give."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from scipy import stats
+
+from launch.study import Row
+from launch.study_tables import Group, above_control, by_seed, mean_se, with_se
+from qatmoe.text_table import markdown
+
+PTQ = {"2 bits, PTQ": "q2_0/search", "3 bits, PTQ": "IQ3_S/imatrix", "4 bits, PTQ": "q4_0/search"}
+CONTROL = "the control's loss"
+JUDGED = "^(control|qat)$|^control/(" + "|".join(PTQ.values()) + ")$"  # rows that trunks are judged by
+NO_LAW = "no law: too few sizes, or a gap that is not above 0"
+COLORS = {"2": "tab:red", "3": "tab:green", "4": "tab:blue"}
+
+Found = dict[str, list[Group]]  # {CONTROL or what is lost: a group for each size}
+
+
+def gaps_of(found: Found) -> Found:
+    """Without the control's loss, which is no gap."""
+    return {name: groups for name, groups in found.items() if name != CONTROL}
+
+
+def exponents(groups: Sequence[Group], rows: Sequence[Row], *sizes: str) -> list[np.ndarray]:
+    """The exponents of gap = a * size^b, or of more sizes: a * N^b * D^c, by least squares of logarithms: once a seed.
+
+    A seed's models see the same batches, so what a seed shifts, it may shift at all sizes: fits are made seed by seed.
+
+    Args:
+      sizes: keys of rows, such as "quantized" (parameters on the grid) and "tokens".
+
+    Returns:
+      For each seed an array with the exponent of each size. Empty where there are too few groups for them, or a gap is
+      not above 0: a power law cannot hold it.
+    """
+    found = by_seed(*groups)
+    gaps = np.asarray([above_control(Group("", seed), rows) for seed in found])
+    if not gaps.size or gaps.min() <= 0:
+        return []
+    logs = np.log([[row[size] for size in sizes] for row in found[0]])
+    x = np.column_stack([logs - logs.mean(axis=0), np.ones(len(logs))])
+    if np.linalg.matrix_rank(x) < x.shape[1]:
+        return []
+    return [np.linalg.lstsq(x, np.log(gap), rcond=None)[0][:-1] for gap in gaps]
+
+
+def interval(values: Sequence[float]) -> tuple[str, str]:
+    """Mean over seeds and Student's 95 % interval, as two cells of a table."""
+    mean, se = mean_se([float(v) for v in values])
+    if math.isnan(se):
+        return f"{mean:+.2f}", "-"
+    half = se * stats.t.ppf(0.975, len(values) - 1)
+    return f"{mean:+.2f}", f"{mean - half:+.2f} .. {mean + half:+.2f}"
+
+
+def gaps_table(found: Found, rows: Sequence[Row]) -> str:
+    """Loss above control: a column for each size."""
+    sizes = found[CONTROL]
+    lines = [["", *(f"{g.label}: {g.rows[0]['quantized']:,} quantized" for g in sizes)]]
+    lines.append(["config", *(g.config for g in sizes)])
+    lines.append(["seeds", *(g.seeds for g in sizes)])
+    lines.append(["tokens of a branch, its trunk's included", *(f"{g.rows[0]['tokens']:,}" for g in sizes)])
+    lines += [[name, *(cell(name, g, rows) for g in groups)] for name, groups in found.items()]
+    return markdown(lines)
+
+
+def cell(name: str, group: Group, rows: Sequence[Row]) -> str:
+    """The control's loss or a gap, with its error."""
+    return with_se([r["loss"] for r in group.rows] if name == CONTROL else above_control(group, rows))
+
+
+def laws_table(found: Found, rows: Sequence[Row]) -> str:
+    """Laws in the number of quantized parameters."""
+    lines = [["", "gap of the smallest", "exponent b", "95 % interval"]]
+    for name, groups in gaps_of(found).items():
+        fits = exponents(groups, rows, "quantized")
+        found_or_not = interval([b for (b,) in fits]) if fits else (NO_LAW, "")
+        lines.append([name, with_se(above_control(groups[0], rows)), *found_or_not])
+    return markdown(lines)
+
+
+def draw(axes: Axes, found: Found, rows: Sequence[Row]) -> None:
+    """Gaps by size, and their laws as lines."""
+    lowest = math.inf
+    for name, groups in gaps_of(found).items():
+        style = {"color": COLORS[name[0]], "ls": "--" if "PTQ" in name else "-"}
+        x, y = points(axes, groups, rows, "quantized", label=name, color=style["color"], marker=marker(name))
+        lowest = min(lowest, *y)
+        if fits := exponents(groups, rows, "quantized"):
+            b = float(np.mean(fits))
+            middle = np.exp(np.mean(np.log(y)) - b * np.mean(np.log(x)))
+            axes.plot(x, middle * x**b, lw=1, **style)
+    axes.set_xlabel("quantized parameters")
+    finish(axes, lowest)
+
+
+def marker(name: str) -> str:
+    """Squares for rounding, circles for QAT."""
+    return "s" if "PTQ" in name else "o"
+
+
+def points(
+    axes: Axes, groups: Sequence[Group], rows: Sequence[Row], size: str, **style: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the gaps of groups by a size with their errors. Returns sizes and gaps."""
+    x = np.asarray([g.rows[0][size] for g in groups])
+    y, se = zip(*(mean_se(above_control(g, rows)) for g in groups), strict=True)
+    axes.errorbar(x, y, se, capsize=3, **({"ls": "none"} | style))
+    return x, np.asarray(y)
+
+
+def finish(axes: Axes, lowest: float) -> None:
+    """Scales and legend, once everything is drawn; `lowest` is the lowest gap."""
+    axes.set_ylabel("loss above control (nats per token)")
+    axes.set_xscale("log")
+    if lowest > 0:
+        axes.set_yscale("log")
+    else:
+        axes.set_yscale("symlog", linthresh=0.003)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
