@@ -32,6 +32,7 @@ class Scale:
     experts: Sequence[int]  # the studies of size: numbers of experts
     share_steps: Sequence[int]  # of a share's branch; they divide the trunk's steps, as does the first all others
     trunk_steps: int
+    warmup: int
     branch_steps: int
     rates: Sequence[float]  # searched for control and QAT, besides the config's
     scale_rates: Sequence[float]  # searched for learned scales, besides the config's
@@ -40,7 +41,7 @@ class Scale:
     k_quants: bool  # rows are whole blocks of the K formats
     tokens: int
     widths: Points = dataclasses.field(default_factory=list)  # the study of width: models of other widths
-    width_rates: Sequence[float] = ()  # searched at each width on the first seed
+    width_rates: Sequence[Sequence[float]] = ()  # for each width, searched on the first seed
     best_rates: Sequence[float] = ()  # for each width, that of the lowest control: on every seed
     less_text: Sequence[int] = ()  # at each width and its best rate, a half, a quarter, ... of the steps
     common: Point = dataclasses.field(default_factory=dict)  # what is set in every run
@@ -75,12 +76,16 @@ class Scale:
         No stage where there are no widths.
         """
         seeds, best = self._seeds(kept=1), self.best_widths()
-        searched = product(self.widths, values(RATE_ALL, self.width_rates), seeds[:1]) if self.width_rates else []
-        points = chain(searched, product(best, seeds[1:]))
+        points = chain(product(self.searched_widths(), seeds[:1]), product(best, seeds[1:]))
         shorter = product(best, chain(*map(self.shorter, self.less_text)), seeds)
         stages = {f"{self.name}_width": points, f"{self.name}_width_text": shorter}
         no_mtp = values("model.n_mtp", [0])
         return [Stage(Sweep(name, self.config, product(no_mtp, p)), judged) for name, p in stages.items() if p]
+
+    def searched_widths(self) -> Points:
+        """Each width at each rate that is searched there."""
+        pairs = zip(self.widths, self.width_rates, strict=True)
+        return chain(*(product([width], values(RATE_ALL, rates)) for width, rates in pairs))
 
     def best_widths(self) -> Points:
         """Each width at its best rate."""
@@ -93,7 +98,8 @@ class Scale:
             for name in ("control", "qat")
             for key in ("steps", "decay")
         }
-        return [{"train.phases.trunk.steps": round(self.trunk_steps / part)} | steps]
+        trunk = {"steps": self.trunk_steps, "warmup": self.warmup}
+        return [{f"train.phases.trunk.{key}": round(n / part) for key, n in trunk.items()} | steps]
 
     def on_grid(self, trunks: Stage, grid: str) -> Stage:
         """QAT of all experts on a grid, from trunks of any size."""
@@ -154,6 +160,7 @@ SMALL = Scale(
     experts=(4, 8, 16, 32),
     share_steps=(45, 90, 180, 360),
     trunk_steps=900,
+    warmup=50,
     branch_steps=550,
     rates=(0.005, 0.02),
     scale_rates=(1e-5, 1e-4, 1e-3, 3e-3, 1e-2),
@@ -165,8 +172,8 @@ SMALL = Scale(
     k_quants=False,
     tokens=32_768,
     widths=chain(*map(of_width, (64, 128, 192))),
-    width_rates=(0.0025, 0.005, 0.01),
-    best_rates=(0.005, 0.005, 0.005),
+    width_rates=((0.0025, 0.005, 0.01), (0.0025, 0.005, 0.01), (0.00125, 0.0025, 0.005)),
+    best_rates=(0.005, 0.005, 0.0025),
     less_text=(4,),
 )
 H100 = Scale(
@@ -177,6 +184,7 @@ H100 = Scale(
     experts=(16, 32, 64, 128),
     share_steps=(120, 240, 480, 960),
     trunk_steps=4_800,
+    warmup=200,
     branch_steps=960,
     rates=(1.5e-3, 6e-3),
     scale_rates=(1e-5, 1e-4, 1e-3),

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from launch.points import Run, Sweep
+from qatmoe.config import to_json
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 
@@ -157,11 +158,10 @@ def _command(run: Run, there: str) -> str:
     if Path(run.file).is_absolute():
         raise UserError(f"sweep's config {run.file}: must lie inside the repository, named from its root")
     train = shlex.join(["python", "-m", "qatmoe.train", *run.arguments(there)])
-    teachers = [phase.teacher.rpartition(":")[0] for phase in run.config.train.phases.values()]
-    if not any([run.config.init_from, *teachers]):
+    if '"runs/' not in to_json(run.config):
         return train
     # What a run starts or learns from is named as here, runs/SWEEP/NAME, so that its settings are the same at home.
-    hidden = "error: runs/ is a folder of the image and hides the mounted one: leave it out of the image"
+    hidden = "error: runs is a folder here and hides the mounted one: leave it out of the image or the work folder"
     check = f"test -L runs || ! test -e runs || {{ echo '{hidden}' >&2; exit 2; }}"
     return f"{check}\ntest -L runs || ln -s {MOUNT} runs\n{train}"
 

@@ -26,7 +26,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,9 @@ from qatmoe.run import Interrupted, Stop
 Row = dict[str, Any]
 Results = dict[str, list[Row]]  # scale -> rows
 
-# Why a run has no rows, though it may have had some.
-NOT_RUN, NO_CONTROL, NO_CHECKPOINT = "not run", "its control is not there", "its last checkpoint is not there"
+# Why a run that may have been judged cannot be: its rows stay.
+NOT_RUN, NO_CONTROL, NO_CHECKPOINT = "not run", "its control has no last checkpoint", "it has no last checkpoint"
+GONE = (NOT_RUN, NO_CONTROL, NO_CHECKPOINT)
 FIGURES = ("loss", "bits_per_byte", "kld", "kld_p99", "same_top1", "expert_agreement")
 HEALTH = ("flip_rate", "flipped", "weight_error", "scale_drift")
 
@@ -239,9 +240,7 @@ def judge(
         reference = reference or f"{run.folder}:control"
         reason = _unfinished(run, reference)
         if reason in (NO_CONTROL, NO_CHECKPOINT) and not partial:
-            raise UserError(
-                f"{run.folder} cannot be judged, {reason}: bring it back, or pass the run over with --judge"
-            )
+            raise UserError(f"{run.folder}: {reason} here: bring it back, or pass the run over with --judge")
         if reason and not partial:
             raise UserError(f"{run.folder} is not finished ({reason}): give the same command again")
         if reason:
@@ -254,11 +253,9 @@ def _unfinished(run: Run, reference: str) -> str:
     if not points.finished(run.folder):
         return points.state_of(run.folder).text if run.folder.exists() else NOT_RUN
     control, _, phase = reference.rpartition(":")
-    of_control = phase_finished(Path(control), phase)
-    if of_control is None:
-        return NO_CONTROL
-    if not of_control:
-        return "its control is not finished"
+    if not phase_finished(Path(control), phase):
+        under_way = Path(control).exists() and not points.finished(Path(control))
+        return "its control is not finished" if under_way else NO_CONTROL
     starts = {phase.start for phase in run.config.train.phases.values()}
     ends = [name for name in run.config.train.phases if name not in starts]
     return "" if all(phase_finished(run.folder, name) for name in ends) else NO_CHECKPOINT
@@ -374,15 +371,14 @@ def judge_all(study: Study, file: Path, partial: bool, check: Callable[[str], No
     them. Arguments and errors as `judge` has them.
     """
     every = {(s.sweep.name, str(run.folder)): _identity(s, run) for s in study.stages for run in _runs(s)}
-    judged = _read(file) if file.exists() else []
-    gone = {r["run"] for r in judged if "failed" not in r and (r["stage"], r["run"]) not in every}
-    if gone:
-        print(f"{file}: rows of {len(gone)} runs that the study no longer has are left out: {', '.join(sorted(gone))}")
+    lost = {run for (stage, run), rows in _known(file, every).items() if (stage, run) not in every if _judged(rows)}
+    if lost:
+        print(f"{file}: rows of {len(lost)} runs that the study no longer has are left out: {', '.join(sorted(lost))}")
     for stage in study.stages:
         for run, rows, reason in judge(study, stage, partial, check, only):
             own = (stage.sweep.name, str(run.folder))
             every[own]["failed"] = reason or NOT_RUN  # where the file has no rows of it either
-            new = rows or ([] if reason in (NOT_RUN, NO_CONTROL, NO_CHECKPOINT) else [every[own]])
+            new = rows or ([] if reason in GONE else [every[own]])
             if new:
                 _enter(file, every, {own: new})
     _enter(file, every, {})
@@ -390,14 +386,31 @@ def judge_all(study: Study, file: Path, partial: bool, check: Callable[[str], No
 
 def _enter(file: Path, every: dict[tuple[str, str], Row], new: dict[tuple[str, str], list[Row]]) -> None:
     """Puts a run's rows into the results. Every run of the study has its place there, in the study's order."""
+    rows = {own: found for own, found in _known(file, every).items() if _judged(found)} | new
+    empty = {own: [run | {"failed": run.get("failed", NOT_RUN)}] for own, run in every.items()}
+    write_results(file, [row for own in every for row in rows.get(own) or empty[own]])
+
+
+def _known(file: Path, every: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of a file by stage and run. A run that has another name since more keys vary is known by its digits."""
+    folders = {(stage, run[-10:]): run for stage, run in every}
+
+    def named(folder: str) -> str:
+        return folders.get((Path(folder).parent.name, folder[-10:]), folder)
+
     known: dict[tuple[str, str], list[Row]] = {}
     for row in _read(file) if file.exists() else []:
+        row["run"] = named(row["run"])
+        if "reference" in row:
+            folder, _, phase = row["reference"].rpartition(":")
+            row["reference"] = f"{named(folder)}:{phase}"
         known.setdefault((row["stage"], row["run"]), []).append(row)
-    known |= new
-    write_results(
-        file,
-        [row for own, run in every.items() for row in known.get(own) or [run | {"failed": run.get("failed", NOT_RUN)}]],
-    )
+    return known
+
+
+def _judged(rows: Sequence[Row]) -> bool:
+    """Whether a run was judged, or failed for good."""
+    return any(row.get("failed") not in GONE for row in rows)
 
 
 def write_results(file: Path, rows: Sequence[Row]) -> None:

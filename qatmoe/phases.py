@@ -199,12 +199,13 @@ def find_teacher(cfg: Config, name: str, data: Data) -> Teacher:
     return Teacher(folder, phase, step, theirs, digest, meta["data"] == data.hash)
 
 
-def finished(workdir: Path, name: str) -> bool | None:
-    """Whether a phase's newest checkpoint is its last one; None where there is none, or a damaged one."""
-    with Checkpoints(workdir, name) as checkpoints, contextlib.suppress(DamagedCheckpoint):
+def finished(workdir: Path, name: str) -> bool:
+    """Whether a phase's newest checkpoint is its last one."""
+    with Checkpoints(workdir, name) as checkpoints:
         step = checkpoints.latest()
-        return None if step is None else bool(checkpoints.said(step)["done"])
-    return None
+        with contextlib.suppress(DamagedCheckpoint):
+            return step is not None and bool(checkpoints.said(step)["done"])
+    return False
 
 
 def check_text(cfg: Config, workdir: Path, data: Data) -> None:

@@ -166,6 +166,7 @@ def made_up(stage):
             phase = run.config.train.phases[name.split("/")[0]]
             quantized = 1_000 * run.config.model.n_experts * run.config.model.dim
             figures = {"loss": 4 + 0.01 * n + (0.1 + 1e-8 * quantized) * (i != 1), "tokens": 1000, "steps": 10}
+            figures["tokens"] = sum(phase.steps for phase in run.config.train.phases.values())
             if name == "qat":
                 figures["steps"] = run.config.train.phases["qat"].steps
             rows.append(
@@ -203,17 +204,19 @@ def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():
     """Rates are searched on the first seed, the best is on every seed, and less text is less of every phase."""
     s = scales.SMALL
     whole, shorter = s.by_width("^qat$")
-    for width, rate in zip(s.widths, s.best_rates, strict=True):
+    for width, rates, rate in zip(s.widths, s.width_rates, s.best_rates, strict=True):
+        assert min(rates) < rate < max(rates)  # no best one at an edge
         own = [p for p in whole.sweep.points if width.items() <= p.items()]
         searched = {(p["optim.lr"], p["train.seed"]) for p in own}
-        assert searched == {(r, 0) for r in s.width_rates} | {(rate, seed) for seed in s.seeds}
+        assert searched == {(r, 0) for r in rates} | {(rate, seed) for seed in s.seeds}
         assert len(own) == len(searched)
         less = [p for p in shorter.sweep.points if width.items() <= p.items()]
         steps = {tuple(p[f"train.phases.{name}.steps"] for name in ("trunk", "control", "qat")) for p in less}
         assert {p["optim.lr"] for p in less} == {rate}
-        assert steps == {(225, 138, 138)}
+        assert steps == {(225, 138, 138)} and {p["train.phases.trunk.warmup"] for p in less} == {12}
     phases = points.runs_of(whole.sweep, study.folder_of(whole.sweep))[0].config.train.phases
     assert [phases[name].steps for name in ("trunk", "control", "qat")] == [s.trunk_steps, *[s.branch_steps] * 2]
+    assert phases["trunk"].warmup == s.warmup
 
 
 def test_a_corpus_must_be_whole(corpus, tmp_path):
@@ -363,18 +366,25 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     shutil.move(control["run"], tmp_path / "away")
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING)
     found = json.loads((tmp_path / "r.json").read_text())
-    assert [r["failed"] for r in found] == ["not run", "its control is not there"]
+    assert [r["failed"] for r in found] == ["not run", "its control has no last checkpoint"]
     shutil.move(tmp_path / "away", control["run"])
     study.write_results(tmp_path / "r.json", [*rows[:3], old])
-    for folder, reason in ((control["run"], "its control"), (other["run"], "its last checkpoint")):
+    for folder, reason in ((control["run"], study.NO_CONTROL), (other["run"], study.NO_CHECKPOINT)):
         shutil.move(Path(folder) / "checkpoints", tmp_path / "away")
-        with pytest.raises(UserError, match=f"cannot be judged, {reason} is not there: bring it back"):
+        with pytest.raises(UserError, match=f"{other['run']}: {reason} here: bring it back"):
             judge(asked, branch, False, NOTHING)
         capsys.readouterr()
         study.judge_all(asked, tmp_path / "r.json", True, NOTHING)
-        assert f"{other['run']}: passed over, {reason} is not there" in capsys.readouterr().out
+        assert f"{other['run']}: passed over, {reason}" in capsys.readouterr().out
         assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]
         shutil.move(tmp_path / "away", Path(folder) / "checkpoints")
+    renamed = {
+        own: {k: str(v).replace("seed=0-", "more=1,seed=0-") for k, v in r.items() if k in ("run", "reference")}
+        for own, r in enumerate([*rows[:3], old])
+    }
+    study.write_results(tmp_path / "r.json", [r | renamed[i] for i, r in enumerate([*rows[:3], old])])
+    study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/t/")
+    assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # by the digits of their names
     study.judge_all(Study((trunk,), tokens=640), tmp_path / "r.json", True, NOTHING)
     assert f"1 runs that the study no longer has are left out: {other['run']}" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text()) == rows[:3]

@@ -208,6 +208,9 @@ def test_a_folder_of_another_sweep_is_refused(file, tmp_path, capsys):
     (folder / "sweep.json").write_text(json.dumps({"name": "other", "config": TOY, "runs": []}))
     assert sweep.main([str(file), f"--dir={folder}", "--dry_run"]) == 2
     assert "belongs to sweep 'other', not 'mine'" in capsys.readouterr().err
+    (folder / "sweep.json").write_text(json.dumps({"name": "mine", "config": "configs/other.py", "runs": []}))
+    assert sweep.main([str(file), f"--dir={folder}", "--dry_run"]) == 2
+    assert f"belongs to a sweep of configs/other.py, not {TOY}: choose another name" in capsys.readouterr().err
     (folder / "sweep.json").write_text("{")
     assert sweep.main([str(file), f"--dir={folder}"]) == 2
     assert "sweep.json is damaged" in capsys.readouterr().err

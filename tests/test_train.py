@@ -427,8 +427,8 @@ def test_final_figures_are_made_of_all_tokens_and_roundings_of_rounded_weights(w
 def test_another_optimizer_takes_the_weights_alone(whole, quick_env, capsys, cache, tmp_path):
     """Other moments are no other architecture; an average is begun anew in every phase, so it says nothing of them."""
 
-    def finals(name, *changed):
-        changed = [f"--config.init_from={whole[0]}", *changed]
+    def finals(name, *changed, source=whole[0]):
+        changed = [f"--config.init_from={source}", *changed]
         done = launch(quick_env, "-m", "qatmoe.train", *arguments(tmp_path / name, *changed))
         assert done.returncode == 0, done.stderr
         return {r["phase"]: r for r in numbers(tmp_path / name) if r["split"] == "final"}
@@ -443,6 +443,10 @@ def test_another_optimizer_takes_the_weights_alone(whole, quick_env, capsys, cac
     for found in (finals("clip", "--config.optim.clip=0.0", *reset), finals("ema", "--config.optim.ema=0.9")):
         assert (found["trunk"]["loss"], found["trunk"]["step"]) == (there["trunk"]["loss"], there["trunk"]["step"])
         assert found["qat"]["loss"] != there["qat"]["loss"]
+    averaged = {r["phase"]: r["loss"] for r in numbers(tmp_path / "ema") if r["split"] == "final"}
+    both = ["--config.optim.ema=0.9", "--config.optim.clip=0.0", *reset]
+    found = finals("both", *both, source=f"{tmp_path / 'ema'}:control")  # the average is taken all the same
+    assert found["trunk"]["loss"] == pytest.approx(averaged["control"], rel=1e-6)
     raw = [r["loss"] for r in numbers(tmp_path / "ema") if r["phase"] == "control" and r["split"] == "train"]
     assert raw == [r["loss"] for r in numbers(whole[0]) if r["phase"] == "control" and r["split"] == "train"]
 

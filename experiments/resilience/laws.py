@@ -68,6 +68,11 @@ def gaps_table(found: Found, rows: Sequence[Row]) -> str:
     return markdown(lines)
 
 
+def left_out(labels: Sequence[str]) -> str:
+    """What is said below a table of the sizes that it lacks."""
+    return f"\n\nLeft out, as runs failed or were not run: {'; '.join(labels)}." if labels else ""
+
+
 def cell(name: str, group: Group, rows: Sequence[Row]) -> str:
     """The control's loss or a gap, with its error."""
     return with_se([r["loss"] for r in group.rows] if name == CONTROL else above_control(group, rows))
@@ -106,7 +111,10 @@ def marker(name: str) -> str:
 def points(
     axes: Axes, groups: Sequence[Group], rows: Sequence[Row], size: str, **style: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the gaps of groups by a size with their errors. Returns sizes and gaps."""
+    """Draws the gaps of groups by a size with their errors, where they have any. Returns sizes and gaps."""
+    groups = [g for g in groups if g.rows]
+    if not groups:
+        return np.array([]), np.array([])
     x = np.asarray([g.rows[0][size] for g in groups])
     y, se = zip(*(mean_se(above_control(g, rows)) for g in groups), strict=True)
     axes.errorbar(x, y, se, capsize=3, **({"ls": "none"} | style))

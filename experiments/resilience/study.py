@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from experiments import scales
 from experiments.resilience import width
-from experiments.resilience.laws import CONTROL, JUDGED, PTQ, Found, draw, gaps_table, laws_table
+from experiments.resilience.laws import CONTROL, JUDGED, PTQ, Found, draw, gaps_table, laws_table, left_out
 from experiments.scales import Scale, grid_name
 from launch.study import Report, Results, Row, Study
 from launch.study_tables import judged, select
@@ -55,22 +55,23 @@ def expert_tables(s: Scale, rows: Sequence[Row], axes: Axes) -> dict[str, str]:
     if not found:
         axes.set_visible(False)
         return {f"{s.name}_{name}": "No size is complete." for name in ("gaps", "laws")}
-    whole = {g.label for g in found[CONTROL]}
-    lost = [label for size in s.experts if (label := f"{size} experts") not in whole]
-    left_out = f"\n\nLeft out, as runs failed or were not run: {', '.join(lost)}." if lost else ""
+    lost = [f"{size} experts" for size in s.experts if not is_whole(s, rows, size)]
     draw(axes, found, rows)
     axes.set_title(f"{s.name}: what few bits cost, by the number of experts", fontsize=10)
-    return {f"{s.name}_gaps": gaps_table(found, rows) + left_out, f"{s.name}_laws": laws_table(found, rows)}
+    return {f"{s.name}_gaps": gaps_table(found, rows) + left_out(lost), f"{s.name}_laws": laws_table(found, rows)}
+
+
+def is_whole(s: Scale, rows: Sequence[Row], size: int) -> bool:
+    """Whether every stage of a number of experts has rows."""
+    trunks = s.size_name(size)
+    return {r["stage"] for r in judged(rows)} >= {trunks, *(grid_name(trunks, grid) for grid in grids_of(s))}
 
 
 def series(s: Scale, rows: Sequence[Row]) -> Found:
     """{name: a group for each size that has rows of all of them}."""
     found: Found = {}
-    whole = {r["stage"] for r in judged(rows)}
-    for size in s.experts:
+    for size in filter(lambda size: is_whole(s, rows, size), s.experts):
         trunks = s.size_name(size)
-        if not whole >= {trunks, *(grid_name(trunks, grid) for grid in grids_of(s))}:
-            continue
         label = f"{size} experts"
         found.setdefault(CONTROL, []).append(select(rows, label, trunks, row="control"))
         for name, row in PTQ.items():

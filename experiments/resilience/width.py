@@ -18,11 +18,12 @@ from experiments.resilience.laws import (
     gaps_table,
     interval,
     laws_table,
+    left_out,
     marker,
     points,
 )
 from experiments.scales import RATE_ALL, Scale
-from launch.algebra import Point, product, values
+from launch.algebra import Point, product
 from launch.study import Row
 from launch.study_tables import judged, select
 from qatmoe.text_table import markdown
@@ -42,18 +43,17 @@ def tables(s: Scale, rows: Sequence[Row], by_width: Axes, by_text: Axes) -> dict
     draw(by_width, found, rows)
     by_width.set_title(f"{s.name}: what few bits cost, by width", fontsize=10)
     first_seed = {"train.seed": s.seeds[0]}
-    searched = product(s.widths, values(RATE_ALL, s.width_rates), [first_seed])
-    cells = found
-    for part in s.less_text:
-        shorter = groups_at(rows, f"{stage}_text", product(s.best_widths(), s.shorter(part)))
-        cells = {name: [*groups, *shorter.get(name, [])] for name, groups in cells.items()}
+    searched = product(s.searched_widths(), [first_seed])
+    less = [point for part in s.less_text for point in product(s.best_widths(), s.shorter(part))]
+    shorter = groups_at(rows, f"{stage}_text", less)
+    cells = {name: [*groups, *shorter.get(name, [])] for name, groups in found.items()}
     draw_text(by_text, cells, rows)
     by_text.set_title(f"{s.name}: what 2 bits cost, by width and text", fontsize=10)
     return {
-        f"{stage}_rates": list_table(groups_at(rows, stage, searched), rows),
-        f"{stage}_gaps": gaps_table(found, rows),
+        f"{stage}_rates": list_table(groups_at(rows, stage, searched), rows) + left_out(lacking(rows, stage, searched)),
+        f"{stage}_gaps": gaps_table(found, rows) + left_out(lacking(rows, stage, s.best_widths())),
         f"{stage}_laws": laws_table(found, rows),
-        f"{stage}_text": list_table(cells, rows),
+        f"{stage}_text": list_table(cells, rows) + left_out(lacking(rows, f"{stage}_text", less)),
         f"{stage}_planes": planes_table(cells, rows),
     }
 
@@ -62,13 +62,27 @@ def groups_at(rows: Sequence[Row], stage: str, of: Sequence[Point]) -> Found:
     """{name: a group for each of the points that has rows}."""
     found: Found = {}
     for point in of:
-        at_point = [r for r in judged(rows) if r["stage"] == stage and point.items() <= r["overrides"].items()]
-        if not {r["row"] for r in at_point} >= {"control", "qat"}:
-            continue
-        label = f"width {point['model.dim']}, rate {point[RATE_ALL]:g}"
-        for name, row in ROWS.items():
-            found.setdefault(name, []).append(select(rows, label, stage, row=row, **point))
+        if is_judged(rows, stage, point):
+            for name, row in ROWS.items():
+                found.setdefault(name, []).append(select(rows, label(point), stage, row=row, **point))
     return found
+
+
+def is_judged(rows: Sequence[Row], stage: str, point: Point) -> bool:
+    """Whether some seed of a point has rows."""
+    there = [r for r in judged(rows) if r["stage"] == stage and point.items() <= r["overrides"].items()]
+    return {r["row"] for r in there} >= {"control", "qat"}
+
+
+def lacking(rows: Sequence[Row], stage: str, of: Sequence[Point]) -> list[str]:
+    """The points of which no seed has rows."""
+    return [label(point) for point in of if not is_judged(rows, stage, point)]
+
+
+def label(point: Point) -> str:
+    """What tables call a point."""
+    steps = point.get("train.phases.trunk.steps")
+    return f"width {point['model.dim']}, rate {point[RATE_ALL]:g}" + (f", {steps:,} steps of trunk" if steps else "")
 
 
 def list_table(found: Found, rows: Sequence[Row]) -> str:
@@ -98,11 +112,14 @@ def planes_table(cells: Found, rows: Sequence[Row]) -> str:
 def draw_text(axes: Axes, cells: Found, rows: Sequence[Row]) -> None:
     """Gaps of 2 bits by tokens, a line for each width."""
     of_2_bits = {name: groups for name, groups in gaps_of(cells).items() if name.startswith("2")}
+    of_2_bits = {name: [g for g in groups if g.rows] for name, groups in of_2_bits.items()}
     widths = sorted({g.rows[0]["quantized"] for groups in of_2_bits.values() for g in groups})
     lowest = math.inf
     for name, groups in of_2_bits.items():
         for width, color in zip(widths, WIDTH_COLORS, strict=False):
             own = sorted((g for g in groups if g.rows[0]["quantized"] == width), key=lambda g: g.rows[0]["tokens"])
+            if not own:
+                continue
             style = {"marker": marker(name), "ls": "--" if "PTQ" in name else "-", "color": color}
             _, gaps = points(axes, own, rows, "tokens", label=f"{own[0].label}: {name}", **style)
             lowest = min(lowest, *gaps)

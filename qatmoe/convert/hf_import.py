@@ -122,11 +122,13 @@ def _shape(model: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _qat(out: Path, shape: dict[str, Any], model: ModelConfig) -> str:
-    dense = model.n_shared_experts > 0 or model.n_dense_layers > 0  # FFNs that every token goes through
-    widths = [model.dim, model.expert_dim, *([model.dense_dim] if model.n_dense_layers else [])]
-    grid = "q2_0" if all(width % 64 == 0 for width in widths) else "q4_0"
+    grid = shared = "q2_0" if model.dim % 64 == model.expert_dim % 64 == 0 else "q4_0"
+    if model.n_dense_layers and model.dense_dim % 64:
+        shared = "q4_0"
+    if not (model.n_dense_layers or model.n_shared_experts):
+        shared = "none"
     fields = "".join(f"    {key!r}: {value!r},\n" for key, value in shape.items()).replace("'", '"')
-    return _QAT.format(name=f"{out.name}_qat", model="{\n" + fields + "}", grid=grid, shared=grid if dense else "none")
+    return _QAT.format(name=f"{out.name}_qat", model="{\n" + fields + "}", grid=grid, shared=shared)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from qatmoe.convert import compressed, hf_config, names, safetensors
 from qatmoe.convert.names import Part
 from qatmoe.convert.safetensors import DTYPES, Tensor
-from qatmoe.convert.vocab import huggingface_files
+from qatmoe.convert.vocab import all_roles, huggingface_files
 from qatmoe.convert.weights import PLAIN, Branch, Storage
 from qatmoe.errors import UserError
 from qatmoe.files import atomic_folder
@@ -40,7 +40,9 @@ def write(branch: Branch, folder: Path, *, arch: str = "auto", packed: bool, con
     dtype = "float32" if branch.storage.rest == "F32" else "bfloat16"
     origin = branch.origin
     ends = origin.end_ids or (branch.tokenizer.end_id,)
-    config = hf_config.write(branch.model, arch, context or branch.context, dtype, ends, origin.roles)
+    config = hf_config.write(
+        branch.model, arch, context or branch.context, dtype, ends, all_roles(branch.tokenizer, origin.roles)
+    )
     if packed:
         config["quantization_config"] = _quantization(branch.storage, arch)
     read = Source(branch)

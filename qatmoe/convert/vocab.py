@@ -101,7 +101,7 @@ def gguf_fields(tokenizer: Tokenizer, vocab_size: int, roles: Roles = NO_ROLES) 
         "add_bos_token": Field("bool", bool(before)),  # always written: without it "llama-bpe" adds one
     }
     # What llama.cpp puts before a text is its bos, whatever else has that name.
-    found = _roles(tokenizer, parsed, roles) | ({"bos": before[0]} if before else {})
+    found = all_roles(tokenizer, roles) | ({"bos": before[0]} if before else {})
     fields |= {f"{_GGUF_ROLES[role]}_token_id": Field("uint32", i) for role, i in found.items()}
     return {f"tokenizer.ggml.{key}": field for key, field in fields.items()}
 
@@ -114,10 +114,9 @@ def huggingface_files(tokenizer: Tokenizer, roles: Roles = NO_ROLES) -> dict[str
     Raises:
       UserError: the tokenizer has a post-processor of an unknown type.
     """
-    parsed = json.loads(tokenizer.json)
-    tokens = _ids_to_tokens(parsed)
+    tokens = _ids_to_tokens(json.loads(tokenizer.json))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {f"{role}_token": tokens[i] for role, i in _roles(tokenizer, parsed, roles).items()}
+    config |= {f"{role}_token": tokens[i] for role, i in all_roles(tokenizer, roles).items()}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return {"tokenizer.json": tokenizer.json, "tokenizer_config.json": text}
 
@@ -249,8 +248,13 @@ def _around(parsed: Json) -> tuple[list[int], list[int]]:
     return before, after
 
 
-def _roles(tokenizer: Tokenizer, parsed: Json, known: Roles) -> dict[str, int]:
-    """Ids of the tokens that end a text, come first in it (if the post-processor adds one) and pad it, or as known."""
+def all_roles(tokenizer: Tokenizer, known: Roles = NO_ROLES) -> dict[str, int]:
+    """{eos, bos, pad, unk: id}: what ends a text, is put before it by the post-processor, pads it; or as known.
+
+    Raises:
+      UserError: the tokenizer has a post-processor of an unknown type.
+    """
+    parsed = json.loads(tokenizer.json)
     before, _ = _around(parsed)
     special = {token["content"]: token["id"] for token in parsed["added_tokens"] if token["special"]}
     pads = [special[name] for name in _PAD_NAMES if name in special]

@@ -171,7 +171,7 @@ def _blocked(
 
 @jax.custom_vjp
 def _of_blocks(weights: jax.Array, expert_P: jax.Array) -> jax.Array:
-    """The matrix of each block's expert: (E, out, in) -> (P, out, in). An expert's gradient is summed in f32."""
+    """The matrix of each block's expert, (E, out, in) -> (P, out, in). Gradients of a group are summed in f32."""
     return weights[expert_P]
 
 
