@@ -121,7 +121,7 @@ def draw_text(axes: Axes, cells: Found, rows: Sequence[Row]) -> None:
             if not own:
                 continue
             style = {"marker": marker(name), "ls": "--" if "PTQ" in name else "-", "color": color}
-            _, gaps = points(axes, own, rows, "tokens", label=f"{own[0].label}: {name}", **style)
+            _, gaps = points(axes, own, rows, "tokens", label=f"{own[-1].label}: {name}", **style)
             lowest = min(lowest, *gaps)
     axes.set_xlabel("tokens trained on")
     finish(axes, lowest)
