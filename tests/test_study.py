@@ -378,11 +378,12 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
         assert f"{other['run']}: passed over, {reason}" in capsys.readouterr().out
         assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]
         shutil.move(tmp_path / "away", Path(folder) / "checkpoints")
-    renamed = {
-        own: {k: str(v).replace("seed=0-", "more=1,seed=0-") for k, v in r.items() if k in ("run", "reference")}
-        for own, r in enumerate([*rows[:3], old])
-    }
-    study.write_results(tmp_path / "r.json", [r | renamed[i] for i, r in enumerate([*rows[:3], old])])
+    shorter = [
+        r | {key: re.sub(r"/[^/]+-(\w{10})(:|$)", r"/label-\1\2", r[key]) for key in ("run", "reference")}
+        for r in [*rows[:3], old]
+    ]
+    assert all("/label-" in r["run"] and "/label-" in r["reference"] for r in shorter)
+    study.write_results(tmp_path / "r.json", shorter)
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/t/")
     assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # by the digits of their names
     study.judge_all(Study((trunk,), tokens=640), tmp_path / "r.json", True, NOTHING)
