@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 
 from launch.points import Run, Sweep
-from qatmoe.config import to_json
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 
@@ -158,7 +157,9 @@ def _command(run: Run, there: str) -> str:
     if Path(run.file).is_absolute():
         raise UserError(f"sweep's config {run.file}: must lie inside the repository, named from its root")
     train = shlex.join(["python", "-m", "qatmoe.train", *run.arguments(there)])
-    if '"runs/' not in to_json(run.config):
+    data, phases = run.config.data, run.config.train.phases.values()
+    named = [run.config.init_from, data.source, data.valid, data.tokenizer, *(phase.teacher for phase in phases)]
+    if not any(Path(name).parts[:1] == ("runs",) for name in named):
         return train
     # What a run starts or learns from is named as here, runs/SWEEP/NAME, so that its settings are the same at home.
     hidden = "error: runs is a folder here and hides the mounted one: leave it out of the image or the work folder"

@@ -20,13 +20,15 @@ not be there; `--judge` trains nothing and judges what is finished.
 """
 
 import argparse
+import collections
 import dataclasses
+import itertools
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ Results = dict[str, list[Row]]  # scale -> rows
 # Why a run that may have been judged cannot be: its rows stay.
 NOT_RUN, NO_CONTROL, NO_CHECKPOINT = "not run", "its control has no last checkpoint", "it has no last checkpoint"
 GONE = (NOT_RUN, NO_CONTROL, NO_CHECKPOINT)
+IDENTITY = ("stage", "config", "overrides", "seed", "run")  # of a row: which run it is of
 FIGURES = ("loss", "bits_per_byte", "kld", "kld_p99", "same_top1", "expert_agreement")
 HEALTH = ("flip_rate", "flipped", "weight_error", "scale_drift")
 
@@ -251,11 +254,12 @@ def judge(
 def _unfinished(run: Run, reference: str) -> str:
     """Why a run cannot be judged against RUN:PHASE yet; "" where it can."""
     if not points.finished(run.folder):
-        return points.state_of(run.folder).text if run.folder.exists() else NOT_RUN
+        state = points.state_of(run.folder)
+        return NOT_RUN if state.kind == "missing" else state.text
     control, _, phase = reference.rpartition(":")
     if not phase_finished(Path(control), phase):
-        under_way = Path(control).exists() and not points.finished(Path(control))
-        return "its control is not finished" if under_way else NO_CONTROL
+        gone = points.state_of(Path(control)).kind in ("missing", "done")
+        return NO_CONTROL if gone else "its control is not finished"
     starts = {phase.start for phase in run.config.train.phases.values()}
     ends = [name for name in run.config.train.phases if name not in starts]
     return "" if all(phase_finished(run.folder, name) for name in ends) else NO_CHECKPOINT
@@ -391,21 +395,34 @@ def _enter(file: Path, every: dict[tuple[str, str], Row], new: dict[tuple[str, s
     write_results(file, [row for own in every for row in rows.get(own) or empty[own]])
 
 
-def _known(file: Path, every: Iterable[tuple[str, str]]) -> dict[tuple[str, str], list[Row]]:
-    """The rows of a file by stage and run. A run that has another name since more keys vary is known by its digits."""
-    folders = {(stage, run[-10:]): run for stage, run in every}
+def _known(file: Path, every: Mapping[tuple[str, str], Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of a file by stage and run, under the names that runs have now.
 
-    def named(folder: str) -> str:
-        return folders.get((Path(folder).parent.name, folder[-10:]), folder)
-
+    A run's name grows when more keys vary, and with it the digits of what starts from it; its own digits stay where a
+    key is set to its default. So it is known by its name, its digits, or else its settings, if no other has them.
+    """
+    by_digits = {(stage, run[-10:]): (stage, run) for stage, run in every}
+    alike = collections.Counter(map(_settings, every.values()))
+    by_settings = {_settings(row): own for own, row in every.items() if alike[_settings(row)] == 1}
     known: dict[tuple[str, str], list[Row]] = {}
+    now = {}
     for row in _read(file) if file.exists() else []:
-        row["run"] = named(row["run"])
+        own = there = (row["stage"], row["run"])
+        if there not in every:
+            own = by_digits.get((there[0], there[1][-10:])) or by_settings.get(_settings(row), there)
+        if own in every:
+            row |= {key: every[own][key] for key in IDENTITY}
+        now[there[1]] = own[1]
+        known.setdefault(own, []).append(row)
+    for row in itertools.chain(*known.values()):
         if "reference" in row:
             folder, _, phase = row["reference"].rpartition(":")
-            row["reference"] = f"{named(folder)}:{phase}"
-        known.setdefault((row["stage"], row["run"]), []).append(row)
+            row["reference"] = f"{now.get(folder, folder)}:{phase}"
     return known
+
+
+def _settings(row: Row) -> str:
+    return json.dumps([row[key] for key in ("stage", "config", "overrides", "seed")], sort_keys=True)
 
 
 def _judged(rows: Sequence[Row]) -> bool:

@@ -1,5 +1,6 @@
 """Studies: which runs branch from which, what is judged of them, and the figures over seeds."""
 
+import copy
 import io
 import json
 import math
@@ -379,13 +380,16 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
         assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]
         shutil.move(tmp_path / "away", Path(folder) / "checkpoints")
     shorter = [
-        r | {key: re.sub(r"/[^/]+-(\w{10})(:|$)", r"/label-\1\2", r[key]) for key in ("run", "reference")}
+        copy.deepcopy(r)
+        | {key: re.sub(r"/[^/]+-(\w{10})(:|$)", r"/label-\1\2", r[key]) for key in ("run", "reference")}
         for r in [*rows[:3], old]
     ]
     assert all("/label-" in r["run"] and "/label-" in r["reference"] for r in shorter)
+    del shorter[0]["overrides"]["train.seed"]  # its default
+    shorter[3]["run"] = "runs/b/label-0123456789"  # digits of what starts from a run change with that run's name
     study.write_results(tmp_path / "r.json", shorter)
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/t/")
-    assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # by the digits of their names
+    assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # known by digits or by settings
     study.judge_all(Study((trunk,), tokens=640), tmp_path / "r.json", True, NOTHING)
     assert f"1 runs that the study no longer has are left out: {other['run']}" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text()) == rows[:3]

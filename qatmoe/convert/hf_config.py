@@ -194,7 +194,7 @@ def write(
       context: max_position_embeddings.
       dtype: of the weights, "bfloat16" or "float32".
       end_ids: tokens that end a text.
-      roles: {"bos", "pad": token}, as far as there are any.
+      roles: {role: token}, of which "bos" and "pad" are said here.
     """
     rope = {"rope_type": "default", "rope_theta": m.rope_theta}
     config: dict[str, Any] = {
