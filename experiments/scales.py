@@ -32,8 +32,6 @@ class Scale:
     experts: Sequence[int]  # the studies of size: numbers of experts
     share_steps: Sequence[int]  # of a share's branch; they divide the trunk's steps, as does the first all others
     trunk_steps: int
-    warmup: int
-    branch_steps: int
     rates: Sequence[float]  # searched for control and QAT, besides the config's
     scale_rates: Sequence[float]  # searched for learned scales, besides the config's
     followed: Points  # the best of both searches and one rate beyond, on every seed, with and without a teacher
@@ -43,7 +41,7 @@ class Scale:
     widths: Points = dataclasses.field(default_factory=list)  # the study of width: models of other widths
     width_rates: Sequence[Sequence[float]] = ()  # for each width, searched on the first seed
     best_rates: Sequence[float] = ()  # for each width, that of the lowest control: on every seed
-    less_text: Sequence[int] = ()  # at each width and its best rate, a half, a quarter, ... of the steps
+    less_text: Points = dataclasses.field(default_factory=list)  # what is set for less of it, at each width's best rate
     common: Point = dataclasses.field(default_factory=dict)  # what is set in every run
     texts: tuple[str, ...] = ()
     seeds: Sequence[int] = (0, 1, 2)
@@ -77,7 +75,7 @@ class Scale:
         """
         seeds, best = self._seeds(kept=1), self.best_widths()
         points = chain(product(self.searched_widths(), seeds[:1]), product(best, seeds[1:]))
-        shorter = product(best, chain(*map(self.shorter, self.less_text)), seeds)
+        shorter = product(best, self.less_text, seeds)
         stages = {f"{self.name}_width": points, f"{self.name}_width_text": shorter}
         no_mtp = values("model.n_mtp", [0])
         return [Stage(Sweep(name, self.config, product(no_mtp, p)), judged) for name, p in stages.items() if p]
@@ -90,16 +88,6 @@ class Scale:
     def best_widths(self) -> Points:
         """Each width at its best rate."""
         return zip_(self.widths, values(RATE_ALL, self.best_rates)) if self.widths else []
-
-    def shorter(self, part: int) -> Points:
-        """One point: a trunk of 1 / part of the steps, and branches too."""
-        steps = {
-            f"train.phases.{name}.{key}": round(self.branch_steps / part)
-            for name in ("control", "qat")
-            for key in ("steps", "decay")
-        }
-        trunk = {"steps": self.trunk_steps, "warmup": self.warmup}
-        return [{f"train.phases.trunk.{key}": round(n / part) for key, n in trunk.items()} | steps]
 
     def on_grid(self, trunks: Stage, grid: str) -> Stage:
         """QAT of all experts on a grid, from trunks of any size."""
@@ -152,6 +140,13 @@ def of_width(dim: int) -> Points:
     return [{f"model.{key}": value for key, value in shape.items()}]
 
 
+def of_text(trunk: int, warmup: int, branch: int) -> Points:
+    """One point: another number of steps in each phase."""
+    branches = {f"{name}.{key}": branch for name in ("control", "qat") for key in ("steps", "decay")}
+    steps = {"trunk.steps": trunk, "trunk.warmup": warmup} | branches
+    return [{f"train.phases.{key}": n for key, n in steps.items()}]
+
+
 SMALL = Scale(
     name="small",
     config="configs/moe_2bit.py",
@@ -160,8 +155,6 @@ SMALL = Scale(
     experts=(4, 8, 16, 32),
     share_steps=(45, 90, 180, 360),
     trunk_steps=900,
-    warmup=50,
-    branch_steps=550,
     rates=(0.005, 0.02),
     scale_rates=(1e-5, 1e-4, 1e-3, 3e-3, 1e-2),
     followed=chain(values("optim.scale_lr", [1e-3]), values(RATE, [0.02, 0.04])),
@@ -174,7 +167,7 @@ SMALL = Scale(
     widths=chain(*map(of_width, (64, 128, 192))),
     width_rates=((0.0025, 0.005, 0.01), (0.0025, 0.005, 0.01), (0.00125, 0.0025, 0.005)),
     best_rates=(0.005, 0.005, 0.0025),
-    less_text=(4,),
+    less_text=of_text(trunk=225, warmup=12, branch=138),  # a quarter
 )
 H100 = Scale(
     name="h100",
@@ -184,8 +177,6 @@ H100 = Scale(
     experts=(16, 32, 64, 128),
     share_steps=(120, 240, 480, 960),
     trunk_steps=4_800,
-    warmup=200,
-    branch_steps=960,
     rates=(1.5e-3, 6e-3),
     scale_rates=(1e-5, 1e-4, 1e-3),
     followed=[],  # not searched yet

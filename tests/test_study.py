@@ -216,8 +216,8 @@ def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():
         assert {p["optim.lr"] for p in less} == {rate}
         assert steps == {(225, 138, 138)} and {p["train.phases.trunk.warmup"] for p in less} == {12}
     phases = points.runs_of(whole.sweep, study.folder_of(whole.sweep))[0].config.train.phases
-    assert [phases[name].steps for name in ("trunk", "control", "qat")] == [s.trunk_steps, *[s.branch_steps] * 2]
-    assert phases["trunk"].warmup == s.warmup
+    assert [phases[name].steps for name in ("trunk", "control", "qat")] == [900, 550, 550]  # a quarter, rounded
+    assert phases["trunk"].warmup == 50
 
 
 def test_a_corpus_must_be_whole(corpus, tmp_path):

@@ -73,23 +73,11 @@ def find_server() -> str:
 
 def generate(model: Path, *options: str) -> list[dict]:
     """llama-server's greedy continuations of PROMPTS: text, drafted and accepted tokens."""
+    server = find_server()
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [
-        find_server(),
-        "-m",
-        str(model),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "-c",
-        "512",
-        "-np",
-        "1",
-        *options,
-    ]
+    command = [server, "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-c", "512", "-np", "1", *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(port, process)

@@ -44,7 +44,7 @@ def tables(s: Scale, rows: Sequence[Row], by_width: Axes, by_text: Axes) -> dict
     by_width.set_title(f"{s.name}: what few bits cost, by width", fontsize=10)
     first_seed = {"train.seed": s.seeds[0]}
     searched = product(s.searched_widths(), [first_seed])
-    less = [point for part in s.less_text for point in product(s.best_widths(), s.shorter(part))]
+    less = product(s.best_widths(), s.less_text)
     shorter = groups_at(rows, f"{stage}_text", less)
     cells = {name: [*groups, *shorter.get(name, [])] for name, groups in found.items()}
     draw_text(by_text, cells, rows)
