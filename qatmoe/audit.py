@@ -206,7 +206,7 @@ def _rows(audit: Audit, shapes: dict[str, tuple[int, ...]], notes: list[str]) ->
         found.append(base)
         if group == "trunk":
             continue
-        for fmt in formats:
+        for fmt in (f for f in formats if not (quantized and f.rule == "gptq")):  # a baseline of QAT, not of itself
             found.append(
                 dataclasses.replace(
                     base,

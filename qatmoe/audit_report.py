@@ -189,6 +189,7 @@ def _notes(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     rules = {
         "absmax": "absmax: scale by the largest weight of a block",
         "search": "search: scale of least squared error",
+        "gptq": "gptq: those scales, and codes by GPTQ on training text",
         "stock": "stock: llama.cpp's quantizer, no importance matrix",
         "imatrix": "imatrix: llama.cpp's quantizer with an importance matrix from training text",
     }

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qatmoe import audit_report, cli, fidelity
+from qatmoe import audit_report, cli, fidelity, gptq
 from qatmoe import requantize as rounding
 from qatmoe.audit import Audit, Row, choose, open_run
 from qatmoe.checkpoint import Checkpoints
@@ -43,10 +43,11 @@ from qatmoe.fidelity import Outcome
 from qatmoe.files import write_atomically
 from qatmoe.loss import Batch, Params
 from qatmoe.model.cache import CacheType
+from qatmoe.quant.grid import GRIDS
 from qatmoe.run import Interrupted, Stop
 
 TOKENS = 32768
-CALIBRATION = 16384  # tokens of training text that importance matrices are made from
+CALIBRATION = 16384  # tokens of training text that importance matrices are made from, and that GPTQ sees
 _BATCH_TOKENS = 8192
 _VERSION = 3  # raise it when a figure's meaning changes
 
@@ -132,8 +133,7 @@ class Bench:
         self._enter(row.branch)
         params, joined = self._params, 1
         if row.rounded:
-            importance = self._importance_of_branch() if row.rounded.rule == "imatrix" else None
-            params, joined = rounding.requantize(params, self.audit.plan, row.rounded, importance)
+            params, joined = self._rounded(row.rounded)
         made = not self.audit.is_reference(row.branch) and (row.rounded or row.cache)
         own = self._own_outcomes() if made else None
         started = time.perf_counter()
@@ -170,6 +170,15 @@ class Bench:
             hidden = [outcome.hidden_BLD for outcome in self._outcomes(self._params, self.audit.model)]
             self._own = fidelity.head_of(self._params), hidden
         return self._own
+
+    def _rounded(self, fmt: rounding.Format) -> tuple[Params, int]:
+        """The branch in another format, and how many rows were joined for it."""
+        plan = self.audit.plan
+        if fmt.rule == "gptq":
+            grid = GRIDS[fmt.name]
+            return gptq.requantize(self._params, self.audit.model, list(plan), grid, self._calibration_ML), 1
+        importance = self._importance_of_branch() if fmt.rule == "imatrix" else None
+        return rounding.requantize(self._params, plan, fmt, importance)
 
     def _importance_of_branch(self) -> dict[str, np.ndarray]:
         if self._importance is None:

@@ -1,7 +1,8 @@
 """Ways of rounding a model's weights after training: the baselines that QAT is held against.
 
 Three families. The project's own grids (`quant.grid`), under their two scale rules: "absmax" rounds to nearest,
-"search" takes the scale of least squared error. The floats of 16 bits that models are shipped in, BF16 and F16, rounded
+"search" takes the scale of least squared error; and by rule "gptq", which looks at the inputs of the weights
+(`gptq`). The floats of 16 bits that models are shipped in, BF16 and F16, rounded
 to nearest, halves to even, as llama.cpp does. And the types of llama.cpp, 1 to 8 bits, by libggml's own quantizers, so
 with the bytes that `llama-quantize --pure` would write: rule "stock" without an importance matrix, rule "imatrix" with
 one (the files that people share are made so). Types that llama.cpp refuses to write without one have that rule alone.
@@ -39,6 +40,7 @@ from qatmoe.tree import leaves_by_path, path_of
 Params = dict[str, Any]
 Importance = Mapping[str, np.ndarray]  # path -> mean squared input of each column, f32 (..., I): per matrix, per expert
 
+GRID_RULES = (*RULES, "gptq")
 FLOATS = {"BF16": jnp.bfloat16, "F16": np.float16}
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 _CHUNK = 1 << 20  # weights that a thread quantizes at a time
@@ -57,23 +59,23 @@ class Format:
     """One way of rounding weights."""
 
     name: str  # a grid ("q2_0") or a type of llama.cpp ("Q2_0", "BF16")
-    rule: str  # of a grid "absmax" or "search", of a type "stock" or "imatrix"
+    rule: str  # of a grid "absmax", "search" or "gptq", of a type "stock" or "imatrix"
     bits: float  # per weight, scales included
     block: int  # a row must be a multiple of this
 
     @property
     def group(self) -> str:
         """ "grid" or "ggml"."""
-        return "grid" if self.rule in RULES else "ggml"
+        return "grid" if self.rule in GRID_RULES else "ggml"
 
 
 def formats() -> list[Format]:
-    """Every grid under both rules, the floats, then every other type of llama.cpp; the last where `llama.installed()`.
+    """Every grid under each rule, the floats, then every other type of llama.cpp; the last where `llama.installed()`.
 
     Raises:
       UserError: llama-cpp-python is too old.
     """
-    found = [Format(g.name, rule, g.bits, g.superblock) for g in GRIDS.values() for rule in RULES]
+    found = [Format(g.name, rule, g.bits, g.superblock) for g in GRIDS.values() for rule in GRID_RULES]
     found += [Format(name, "stock", 16.0, 1) for name in FLOATS]
     for kind in TYPES if llama.installed() else ():
         block, size = llama.traits(kind)
@@ -84,10 +86,15 @@ def formats() -> list[Format]:
 
 
 def misfit(params: Params, paths: Iterable[str], fmt: Format) -> str:
-    """Why a format cannot hold these tensors, "" if it can: some matrix is not whole blocks even with joined rows."""
+    """Why a format cannot hold these tensors, "" if it can: some matrix is not whole blocks even with joined rows.
+
+    Rule "gptq" rounds column by column and joins none.
+    """
     for path, w in _named(params, paths).items():
         rows, width = w.shape[-2:]
         joined = _joined(width, fmt.block)
+        if joined > 1 and fmt.rule == "gptq":
+            return f"{path}: {fmt.name} under rule gptq needs rows of a multiple of {fmt.block} weights, not {width}"
         if rows % joined:
             return (
                 f"{path}: {fmt.name} needs rows of a multiple of {fmt.block} weights; {joined} rows of {width} would "
@@ -104,6 +111,7 @@ def requantize(
     Args:
       params: nested dict of arrays.
       paths: of the tensors to round, "layers/0/experts/gate_up"; each (..., out, in).
+      fmt: of another rule than "gptq", whose function is `gptq.requantize`.
       importance: of every path, broadcast over matrices; needed by rule "imatrix", unused by the others.
 
     Returns:

@@ -24,10 +24,10 @@ from qatmoe.data import batches, corpus
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TEXT = next(corpus.documents("default", field="data.valid")).text
-ROWS = r"^(control|trunk|qat)$|^(control|qat)/q2_0/search$|^control/(Q4_0/imatrix|BF16/stock)$|^qat/kv/q4_0$"
+ROWS = r"^(control|trunk|qat)$|^(control|qat)/q2_0/(search|gptq)$|^control/(Q4_0/imatrix|BF16/stock)$|^qat/kv/q4_0$"
 NAMES = [
-    "control", "control/q2_0/search", "control/BF16/stock", "control/Q4_0/imatrix", "trunk", "qat", "qat/q2_0/search",
-    "qat/kv/q4_0",
+    "control", "control/q2_0/search", "control/q2_0/gptq", "control/BF16/stock", "control/Q4_0/imatrix", "trunk", "qat",
+    "qat/q2_0/search", "qat/kv/q4_0",
 ]  # fmt: skip
 
 
@@ -88,6 +88,7 @@ def test_the_rows_and_what_they_are(audited):
     assert described == {
         "control": ("control", "control", "f32", "", 32.0, 1, "", "control"),
         "control/q2_0/search": ("grid", "control", "q2_0", "search", 2.25, 1, "", "control"),
+        "control/q2_0/gptq": ("grid", "control", "q2_0", "gptq", 2.25, 1, "", "control"),
         "control/Q4_0/imatrix": ("ggml", "control", "Q4_0", "imatrix", 4.5, 1, "", "control"),
         "control/BF16/stock": ("ggml", "control", "BF16", "stock", 16.0, 1, "", "control"),
         "trunk": ("trunk", "trunk", "f32", "", 32.0, 1, "", "control"),
@@ -104,6 +105,7 @@ def test_the_figures_tell_the_rows_apart(audited):
     assert abs(control["kld"]) < 1e-6 and control["same_top1"] == 1 and control["expert_agreement"] == 1
     # After two steps of training, what bfloat16 changes is smaller than what float32 can tell of a KLD, of either sign.
     assert bf16["loss"] != control["loss"] and abs(bf16["kld"]) < 0.1 * q4["kld"] < q4["kld"] < 0.1 * q2["kld"]
+    assert q4["kld"] < rows["control/q2_0/gptq"]["kld"] < q2["kld"]
     assert q2["kld_routing"] == pytest.approx(q2["kld"] - q2["kld_experts"], abs=1e-9)
     assert q2["kld_median"] <= q2["kld_p99"] <= q2["kld_p999"]
     assert q2["kld_se"] > 0 and q2["loss_se"] > 0
@@ -211,7 +213,7 @@ def test_a_signal_ends_it_between_rows(copy, text, monkeypatch, capsys):
     (copy / "audit.json").unlink()
     judged(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert again(copy, text) == 0
-    assert "SIGTERM: stopped before row control/BF16/stock, 3 of 8. The same command continues." in capsys.readouterr().err  # fmt: skip  # noqa: E501
+    assert "SIGTERM: stopped before row control/q2_0/gptq, 3 of 9. The same command continues." in capsys.readouterr().err  # fmt: skip  # noqa: E501
     assert [row["row"] for row in rows_of(copy)] == NAMES[:2]
     table = (copy / "audit.md").read_text()  # of what there is
     assert "q2_0 search" in table and "qat" not in table

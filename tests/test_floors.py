@@ -30,7 +30,7 @@ FLOORS: list[set[str]] = [
     {"checkpoint", "metrics"},
     {"convert.names", "convert.hf_config", "convert.safetensors", "convert.gguf", "convert.compressed"},
     {"convert.vocab", "convert.llama", "convert.llama_numerics"},
-    {"requantize"},
+    {"requantize", "gptq"},
     {"report", "audit_report", "run", "cli"},
     {"initial"},
     {"phases", "parts", "convert.weights"},

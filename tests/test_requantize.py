@@ -8,7 +8,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from qatmoe import requantize
+from qatmoe import gptq, requantize
 from qatmoe.config import ModelConfig
 from qatmoe.convert import llama
 from qatmoe.errors import UserError
@@ -19,6 +19,7 @@ from qatmoe.model.mtp import mtp_input
 from qatmoe.model.router import route
 from qatmoe.quant.grid import GRIDS
 from qatmoe.requantize import Format
+from qatmoe.tree import leaves_by_path, path_of
 
 FORMATS = {(f.name, f.rule): f for f in requantize.formats()}
 # libggml searches 1 to 10 s for the neighbours in their codebooks, once per process
@@ -46,10 +47,11 @@ def error(y, w=W, columns=None):
 
 def test_formats_are_every_grid_and_every_type_once():
     assert len(FORMATS) == len(requantize.formats())
-    assert {name for name, rule in FORMATS if rule in ("absmax", "search")} == set(GRIDS)
+    for own in ("absmax", "search", "gptq"):
+        assert {name for name, rule in FORMATS if rule == own} == set(GRIDS)
     assert {name for name, rule in FORMATS if rule in ("stock", "imatrix")} == {*requantize.TYPES, "BF16", "F16"}
     assert [name for name in requantize.TYPES if (name, "stock") not in FORMATS] == ["IQ1_S", "IQ2_XXS", "IQ2_XS"]
-    assert {f.group for f in FORMATS.values() if f.rule == "search"} == {"grid"}
+    assert {f.group for f in FORMATS.values() if f.rule in ("search", "gptq")} == {"grid"}
     assert {f.group for f in FORMATS.values() if f.rule == "stock"} == {"ggml"}
 
 
@@ -416,6 +418,47 @@ def test_a_model_rounded_with_its_own_importance(model):
     assert joined == 4
     w, y = params["layers"]["0"]["experts"]["down"], new["layers"]["0"]["experts"]["down"]
     assert w.shape == y.shape and 0 < error(np.asarray(y), np.asarray(w)) < 0.15
+
+
+# ---- gptq of a model -------------------------------------------------------------------------------------------------
+
+
+def test_gptq_sees_the_inputs_that_rounded_layers_make(model):
+    params, cfg = model
+    grid = dataclasses.replace(GRIDS["q4_0"], block=8, superblock=8)
+    layers = ["dense_layers/0/ffn", "layers/0/shared", "layers/0/experts", "layers/1/experts", "mtp/0/block/experts"]
+    paths = [f"{layer}/{matrix}" for layer in layers for matrix in ("gate_up", "down")]
+    new = gptq.requantize(params, cfg, [*paths, "head"], grid, WINDOWS)
+    before, after, mixed = leaves_by_path(params), leaves_by_path(new), params
+    assert {path for path in before if after[path] is not before[path]} == {*paths, "head"}
+    for layer in ("dense_layers/0", "layers/0", "layers/1", "mtp/0/block"):
+        seen = by_hand(mixed, cfg, WINDOWS)  # earlier layers are rounded, this one is not yet
+        for path in (p for p in paths if p.startswith(layer)):
+            w = before[path]
+            own = [seen.get(p, np.zeros((1, w.shape[-1]))) for p in _matrices_of(path, w)]
+            products = jnp.asarray(np.stack([np.transpose(x) @ np.asarray(x) for x in own]), jnp.float32)
+            expected = gptq.solve(grid, w, products if w.ndim == 3 else products[0])
+            assert np.mean(np.asarray(after[path]) == np.asarray(expected)) > 0.98, path
+            assert np.any(np.asarray(after[path]) != grid.quantize(w, grid.search(w))), path
+        mixed = _put(mixed, {p: after[p] for p in paths if p.startswith(layer)})
+    np.testing.assert_array_equal(after["head"], grid.quantize(params["head"], grid.search(params["head"])))
+
+
+def _put(tree, leaves):
+    """The tree with other leaves on some paths."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(path_of(path), leaf), tree)
+
+
+def _matrices_of(path, w):
+    """Names by which `by_hand` knows the matrices of a weight."""
+    layer, matrix = path.rsplit("/", 1)
+    return [f"{layer}@{e}/{matrix}" for e in range(len(w))] if w.ndim == 3 else [path]
+
+
+def test_gptq_joins_no_rows():
+    fault = requantize.misfit({"w": W[..., :32]}, ["w"], FORMATS["q2_0", "gptq"])
+    assert fault == "w: q2_0 under rule gptq needs rows of a multiple of 64 weights, not 32"
+    assert not requantize.misfit({"w": W[..., :32]}, ["w"], FORMATS["q2_0", "search"])
 
 
 def test_format_is_hashable():

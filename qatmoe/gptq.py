@@ -1,0 +1,123 @@
+"""GPTQ: rounding to a grid that makes up, weight by weight, for what it has rounded already. A baseline for QAT.
+
+For inputs x of a matrix, H the sum of x x^T over training text and W the trained weights, the error of what comes out
+is tr(D H D^T), D = Q - W. Columns are rounded one after the other; after each, those that are left are moved to where
+this error is least, given the columns that are done (Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization
+for Generative Pre-trained Transformers", equations 2 and 3). Scales are those of least squared error of the weights
+(`Grid.search`), chosen before; H gets 1 % of its mean diagonal on the diagonal, as in the paper.
+
+Layers are rounded one after the other too: each sees the inputs that the rounded layers before it make. A routed
+expert has the H of the tokens that choose it. Weights outside of layers (embeddings, head, the projection of an MTP
+module) are rounded to nearest.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qatmoe.config import ModelConfig
+from qatmoe.convert.llama_numerics import below, block, exact_kinds, products
+from qatmoe.model.layers import rms_norm
+from qatmoe.model.mtp import mtp_input
+from qatmoe.quant.grid import Grid
+from qatmoe.tree import path_of
+
+Params = dict[str, Any]
+
+DAMPING = 0.01  # of the mean of H's diagonal, added to it
+
+
+def requantize(params: Params, cfg: ModelConfig, paths: Collection[str], grid: Grid, windows_ML: np.ndarray) -> Params:
+    """A model with some weights rounded to a grid.
+
+    Args:
+      params: unrolled layout, f32.
+      paths: of the tensors to round, "layers/0/experts/gate_up"; each (..., out, in), in a multiple of grid.superblock.
+      windows_ML: M windows of L token ids of training text, each taken as one document.
+
+    Returns:
+      The tree with decoded f32 values on `paths`, all other leaves the same objects.
+    """
+    kinds, params = exact_kinds(params), dict(params)
+    states = [params["embed"][jnp.asarray(tokens_L, jnp.int32)] for tokens_L in windows_ML]
+    for stack in ("dense_layers", "layers"):
+        for i in range(len(params.get(stack, {}))):
+            own = _inside(paths, f"{stack}/{i}")
+            layer, states = _layer(params[stack][str(i)], below(kinds, stack), cfg, own, grid, states)
+            params[stack] = params[stack] | {str(i): layer}
+    hidden = [rms_norm(x_LD, params["norm"], cfg.norm_eps) for x_LD in states]
+    for i in range(cfg.n_mtp):
+        module = params["mtp"][str(i)]
+        embedded = [params["embed"][jnp.asarray(tokens_L[1 + i :], jnp.int32)] for tokens_L in windows_ML]
+        states = [mtp_input(module, cfg, h[: len(e)], e) for h, e in zip(hidden, embedded, strict=True)]
+        own = _inside(paths, f"mtp/{i}/block")
+        layer, states = _layer(module["block"], below(kinds, "mtp/block"), cfg, own, grid, states)
+        hidden = [rms_norm(x_LD, module["norm"], cfg.norm_eps) for x_LD in states]
+        params["mtp"] = params["mtp"] | {str(i): module | {"block": layer}}
+    rest = [path for path in paths if not path.startswith(("dense_layers/", "layers/")) and "/block/" not in path]
+    return _replaced(params, rest, lambda path, w: grid.quantize(w, grid.search(w)))
+
+
+def solve(grid: Grid, w: jax.Array, h: jax.Array) -> jax.Array:
+    """Weights on the grid, f32, for a matrix (R, I) with the sum of products of its inputs (I, I); or of E of them."""
+    one = functools.partial(_solve, grid)
+    return (jax.vmap(one) if w.ndim == 3 else one)(w, h, grid.search(w))
+
+
+def _layer(
+    layer: Params,
+    kinds: tuple[tuple[str, str], ...],
+    cfg: ModelConfig,
+    paths: Collection[str],
+    grid: Grid,
+    states: list[jax.Array],
+) -> tuple[Params, list[jax.Array]]:
+    """One layer rounded on `paths`, names within it, and what it makes of the states (L, D) of all windows then."""
+    if not paths:
+        return layer, [block(layer, kinds, cfg, x_LD)[0] for x_LD in states]
+    sums: dict[str, jax.Array] = {}
+    for x_LD in states:
+        seen = block(layer, kinds, cfg, x_LD, products)[1]
+        sums = {path: seen[path][0] + sums.get(path, 0.0) for path in paths}
+    layer = _replaced(layer, paths, lambda path, w: solve(grid, w, sums[path]))
+    return layer, [block(layer, kinds, cfg, x_LD)[0] for x_LD in states]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _solve(grid: Grid, w_RI: jax.Array, h_II: jax.Array, scale_RG: jax.Array) -> jax.Array:
+    size, mean = len(h_II), jnp.mean(jnp.diag(h_II))
+    damping = jnp.where(mean > 0, DAMPING * mean, 1.0)  # without inputs: rounding to nearest
+    inverse_II = jnp.linalg.inv(h_II + damping * jnp.eye(size))
+    # Row j of the upper factor of the inverse says how far an error in column j moves the columns after it.
+    upper_II = jnp.linalg.cholesky((inverse_II + inverse_II.T) / 2).T
+    scale_RI = jnp.repeat(scale_RG, grid.block, axis=-1)
+    column = dataclasses.replace(grid, block=1)
+
+    def step(j: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        left_RI, done_RI = state
+        target_R1, scale_R1 = (jax.lax.dynamic_slice_in_dim(a, j, 1, axis=1) for a in (left_RI, scale_RI))
+        rounded_R1 = column.quantize(target_R1, scale_R1)
+        move_I = jnp.where(jnp.arange(size) > j, upper_II[j] / upper_II[j, j], 0.0)
+        left_RI -= (target_R1 - rounded_R1) * move_I
+        return left_RI, jax.lax.dynamic_update_slice_in_dim(done_RI, rounded_R1, j, axis=1)
+
+    return jax.lax.fori_loop(0, size, step, (w_RI, jnp.zeros_like(w_RI)))[1]
+
+
+def _inside(paths: Collection[str], prefix: str) -> list[str]:
+    return [path.removeprefix(f"{prefix}/") for path in paths if path.startswith(f"{prefix}/")]
+
+
+def _replaced(tree: Params, paths: Collection[str], f: Any) -> Params:
+    """The tree with f(path, leaf) on `paths`."""
+
+    def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = path_of(path)
+        return f(name, leaf) if name in paths else leaf
+
+    return jax.tree_util.tree_map_with_path(one, tree)
