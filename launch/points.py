@@ -38,6 +38,7 @@ from qatmoe.run import quant_plan
 
 LONGEST = 150  # characters of a name's readable part
 DIGITS = 10  # of a name's end; two of a thousand runs meet once in two million sweeps
+OF_A_RUN = re.compile(rf"[^/:]*-([0-9a-f]{{{DIGITS}}})(?=[:@]|$)")  # its name, where one is at a path's end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +145,8 @@ def runs_of(sweep: Sweep, folder: Path) -> list[Run]:
 
     A run's name is made of the keys that vary, sorted, and ten hex digits of its configuration, so neither the order
     of points nor that of factors changes it, nor a key that the configuration gains with a default later. A run that
-    is in the folder under the digits keeps its name when more keys begin to vary.
+    is in the folder under the digits keeps its name when more keys begin to vary. A run that starts or learns from
+    another one has that run's digits in its own, and not its name.
 
     Raises:
       UserError: names the point and the key that is wrong, or two points that are the same run.
@@ -296,6 +298,7 @@ def _digits(cfg: Config, ignored: set[str]) -> str:
     """Ten hex digits of the keys that have another value than their default."""
     there = leaves(json.loads(to_json(cfg)))
     special = {key: v for key, v in there.items() if key not in ignored and v != default(key)}
+    special |= {k: OF_A_RUN.sub(r"\1", v) for k, v in special.items() if k == "init_from" or k.endswith(".teacher")}
     return hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:DIGITS]
 
 
@@ -327,9 +330,11 @@ def state_of(folder: Path) -> State:
         return State("done", "done")
     if pid := _holder(folder):
         return State("running", f"running (process {pid})")
+    if not (folder / "config.json").exists():
+        return State("missing", "missing")
     records = [r for r in metrics.read(folder) if not r["phase"].startswith("ptq:")]
     if not records:
-        return State("partial", "started") if (folder / "config.json").exists() else State("missing", "missing")
+        return State("partial", "started")
     last = records[-1]
     steps = _json(folder / "config.json")["train"]["phases"].get(last["phase"], {}).get("steps", "?")
     return State("partial", f"partial: {last['phase']} at step {last['step']} of {steps}")

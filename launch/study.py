@@ -20,7 +20,6 @@ not be there; `--judge` trains nothing and judges what is finished.
 """
 
 import argparse
-import collections
 import dataclasses
 import itertools
 import json
@@ -35,7 +34,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from launch import local, points, sweep
-from launch.algebra import Points, chain, product
+from launch.algebra import Point, Points, chain, product
 from launch.points import Run, Sweep
 from qatmoe import audit, cli, evaluate, metrics
 from qatmoe.convert import llama
@@ -50,8 +49,9 @@ Row = dict[str, Any]
 Results = dict[str, list[Row]]  # scale -> rows
 
 # Why a run that may have been judged cannot be: its rows stay.
-NOT_RUN, NO_CONTROL, NO_CHECKPOINT = "not run", "its control has no last checkpoint", "it has no last checkpoint"
-GONE = (NOT_RUN, NO_CONTROL, NO_CHECKPOINT)
+NOT_RUN, NO_CHECKPOINT = "not run", "it has no last checkpoint"
+NO_CONTROL, UNFINISHED_CONTROL = "its control has no last checkpoint", "its control is not finished"
+GONE = (NOT_RUN, NO_CONTROL, UNFINISHED_CONTROL, NO_CHECKPOINT)
 IDENTITY = ("stage", "config", "overrides", "seed", "run")  # of a row: which run it is of
 FIGURES = ("loss", "bits_per_byte", "kld", "kld_p99", "same_top1", "expert_agreement")
 HEALTH = ("flip_rate", "flipped", "weight_error", "scale_drift")
@@ -103,7 +103,7 @@ def branches(
     variants: Points,
     *,
     judged: str = "^qat$",
-    seeds: Sequence[int] | None = None,
+    at: Point | None = None,
 ) -> Stage:
     """Every variant from every trunk. Compared with the trunk's own control, or the variant's where it trains one.
 
@@ -111,9 +111,9 @@ def branches(
       trunks: runs with a phase `trunk` and, unless the branches train one, `control`.
       config: of a branch; its first phase is `trunk`.
       variants: what is set in each branch. "init_from" in one is added to the trunk's folder, as ":trunk@720".
-      seeds: of the trunks to branch from; all of them unless given.
+      at: settings of the trunks to branch from; all of them unless given.
     """
-    runs = _trunks(trunks, seeds)
+    runs = [run for run in _runs(trunks) if not at or at.items() <= run.overrides.items()]
     starts = [
         [
             run.overrides | variant | {"train.keep": 1, "init_from": f"{run.folder}{variant.get('init_from', '')}"}
@@ -129,13 +129,17 @@ def branches(
 
 def beside(trunks: Stage, name: str, config: str, variants: Points, *, judged: str = "^qat$") -> Stage:
     """As `branches`, but from random weights, with each trunk's settings and compared with its control."""
-    runs = _trunks(trunks, None)
+    runs = _runs(trunks)
     found = Sweep(name, config, product(variants, [run.overrides | {"train.keep": 1} for run in runs]))
     return Stage(found, judged, tuple(f"{run.folder}:control" for run in runs) * len(variants))
 
 
-def _trunks(stage: Stage, seeds: Sequence[int] | None) -> list[Run]:
-    return [run for run in _runs(stage) if seeds is None or run.config.train.seed in seeds]
+def joined(*stages: Stage) -> Stage:
+    """Stages of one name as one stage."""
+    first = stages[0]
+    points = chain(*(stage.sweep.points for stage in stages))
+    references = tuple(reference for stage in stages for reference in stage.references)
+    return dataclasses.replace(first, sweep=dataclasses.replace(first.sweep, points=points), references=references)
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
@@ -243,7 +247,8 @@ def judge(
         reference = reference or f"{run.folder}:control"
         reason = _unfinished(run, reference)
         if reason in (NO_CONTROL, NO_CHECKPOINT) and not partial:
-            raise UserError(f"{run.folder}: {reason} here: bring it back, or pass the run over with --judge")
+            which = f" ({reference})" if reason == NO_CONTROL else ""
+            raise UserError(f"{run.folder}: {reason} here{which}: bring it back, or pass the run over with --judge")
         if reason and not partial:
             raise UserError(f"{run.folder} is not finished ({reason}): give the same command again")
         if reason:
@@ -259,7 +264,7 @@ def _unfinished(run: Run, reference: str) -> str:
     control, _, phase = reference.rpartition(":")
     if not phase_finished(Path(control), phase):
         gone = points.state_of(Path(control)).kind in ("missing", "done")
-        return NO_CONTROL if gone else "its control is not finished"
+        return NO_CONTROL if gone else UNFINISHED_CONTROL
     starts = {phase.start for phase in run.config.train.phases.values()}
     ends = [name for name in run.config.train.phases if name not in starts]
     return "" if all(phase_finished(run.folder, name) for name in ends) else NO_CHECKPOINT
@@ -351,7 +356,7 @@ def _read(file: Path) -> list[Row]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as e:
-        raise UserError(f"{file} is not JSON: remove it and run the study again") from e
+        raise UserError(f"{file} is not JSON: restore it; what it holds cannot be made again without the runs") from e
 
 
 def _check(args: argparse.Namespace, options: argparse.Namespace, study: Study) -> None:
@@ -375,44 +380,44 @@ def judge_all(study: Study, file: Path, partial: bool, check: Callable[[str], No
     them. Arguments and errors as `judge` has them.
     """
     every = {(s.sweep.name, str(run.folder)): _identity(s, run) for s in study.stages for run in _runs(s)}
-    lost = {run for (stage, run), rows in _known(file, every).items() if (stage, run) not in every if _judged(rows)}
+    lost = {run for (stage, run), rows in _known(file, every).items() if (stage, run) not in every if _figures(rows)}
     if lost:
         print(f"{file}: rows of {len(lost)} runs that the study no longer has are left out: {', '.join(sorted(lost))}")
     for stage in study.stages:
         for run, rows, reason in judge(study, stage, partial, check, only):
             own = (stage.sweep.name, str(run.folder))
-            every[own]["failed"] = reason or NOT_RUN  # where the file has no rows of it either
-            new = rows or ([] if reason in GONE else [every[own]])
-            if new:
-                _enter(file, every, {own: new})
-    _enter(file, every, {})
+            _enter(file, every, own, rows or [every[own] | {"failed": reason}])
+    _enter(file, every)
 
 
-def _enter(file: Path, every: dict[tuple[str, str], Row], new: dict[tuple[str, str], list[Row]]) -> None:
-    """Puts a run's rows into the results. Every run of the study has its place there, in the study's order."""
-    rows = {own: found for own, found in _known(file, every).items() if _judged(found)} | new
-    empty = {own: [run | {"failed": run.get("failed", NOT_RUN)}] for own, run in every.items()}
-    write_results(file, [row for own in every for row in rows.get(own) or empty[own]])
+def _enter(
+    file: Path, every: Mapping[tuple[str, str], Row], own: tuple[str, str] | None = None, new: Sequence[Row] = ()
+) -> None:
+    """Puts a run's rows into the results, which have a place for every run of the study, in the study's order.
+
+    That a run is not here to be judged does not replace figures that were found when it was.
+    """
+    rows = _known(file, every)
+    if own and not (_figures(rows.get(own, ())) and all(row.get("failed") in GONE for row in new)):
+        rows[own] = list(new)
+    write_results(file, [row for own, run in every.items() for row in rows.get(own) or [run | {"failed": NOT_RUN}]])
 
 
 def _known(file: Path, every: Mapping[tuple[str, str], Row]) -> dict[tuple[str, str], list[Row]]:
-    """The rows of a file by stage and run, under the names that runs have now.
-
-    A run's name grows when more keys vary, and with it the digits of what starts from it; its own digits stay where a
-    key is set to its default. So it is known by its name, its digits, or else its settings, if no other has them.
-    """
-    by_digits = {(stage, run[-10:]): (stage, run) for stage, run in every}
-    alike = collections.Counter(map(_settings, every.values()))
-    by_settings = {_settings(row): own for own, row in every.items() if alike[_settings(row)] == 1}
+    """The rows of a file by stage and run, under the names that runs have now: a name may change, its digits do not."""
+    now_called = {_digits(own): own for own in every}
+    found = _read(file) if file.exists() else []
+    names = {(row["stage"], row["run"]) for row in found}
     known: dict[tuple[str, str], list[Row]] = {}
     now = {}
-    for row in _read(file) if file.exists() else []:
-        own = there = (row["stage"], row["run"])
-        if there not in every:
-            own = by_digits.get((there[0], there[1][-10:])) or by_settings.get(_settings(row), there)
+    for row in found:
+        before = (row["stage"], row["run"])
+        own = before if before in every else now_called.get(_digits(before), before)
+        now[before[1]] = own[1]
+        if own != before and own in names:
+            continue  # the file has the run under its new name too
         if own in every:
             row |= {key: every[own][key] for key in IDENTITY}
-        now[there[1]] = own[1]
         known.setdefault(own, []).append(row)
     for row in itertools.chain(*known.values()):
         if "reference" in row:
@@ -421,13 +426,14 @@ def _known(file: Path, every: Mapping[tuple[str, str], Row]) -> dict[tuple[str, 
     return known
 
 
-def _settings(row: Row) -> str:
-    return json.dumps([row[key] for key in ("stage", "config", "overrides", "seed")], sort_keys=True)
+def _digits(own: tuple[str, str]) -> tuple[str, str]:
+    stage, run = own
+    return stage, run[-points.DIGITS :]
 
 
-def _judged(rows: Sequence[Row]) -> bool:
-    """Whether a run was judged, or failed for good."""
-    return any(row.get("failed") not in GONE for row in rows)
+def _figures(rows: Sequence[Row]) -> bool:
+    """Whether a run was judged."""
+    return any("failed" not in row for row in rows)
 
 
 def write_results(file: Path, rows: Sequence[Row]) -> None:

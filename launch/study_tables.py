@@ -41,7 +41,9 @@ def _losses(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **overrides: Any) -> Group:
-    """The rows of a stage whose runs have these overrides, one for each seed. Failed runs are named in the label.
+    """The rows of a stage whose runs have these overrides (None: do not set it), one for each seed.
+
+    Runs without rows are named in the label, with the reason.
 
     Raises:
       UserError: there is none, or more than one for a seed.
@@ -59,7 +61,7 @@ def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **over
     if not found and all(r["failed"] == "not run" for r in failed):
         label += " (not run)"
     elif failed:
-        label += "".join(f" (seed {r['seed']} failed: {r['failed']})" for r in failed)
+        label += "".join(f" (seed {r['seed']}: {r['failed']})" for r in failed)
     return Group(label, sorted(found, key=lambda r: r["seed"]))
 
 

@@ -232,13 +232,17 @@ def _formats(audit: Audit, notes: list[str]) -> list[Format]:
         notes.append(
             "left out: llama.cpp's own types; pip install -e '.[deploy]' has llama-cpp-python, which rounds to them"
         )
-    tree = abstract_params(audit.model)
+    tree, alone = abstract_params(audit.model), []
     for fmt in rounding.formats():
         fault = rounding.misfit(tree, audit.plan, fmt)
-        if fault:
-            notes.append(f"left out: {fault}")
-        else:
+        if not fault:
             found.append(fmt)
+        elif fmt.rule == "gptq":
+            alone.append(fmt.name)
+        else:
+            notes.append(f"left out: {fault}")
+    if alone:
+        notes.append(f"left out: rule gptq on {', '.join(alone)}: it joins no rows, and these are not whole blocks")
     return found
 
 

@@ -55,7 +55,7 @@ def test_every_variant_branches_from_every_trunk(trunks):
 
 
 def test_a_branch_may_start_earlier_and_bring_its_own_control(trunks):
-    found = branches(trunks, "b", CONFIG, [{"init_from": ":trunk@250"}], seeds=[1])
+    found = branches(trunks, "b", CONFIG, [{"init_from": ":trunk@250"}], at={"train.seed": 1})
     assert [p["init_from"] for p in found.sweep.points] == [f"{runs_of(trunks)[1].folder}:trunk@250"]
     assert found.references == ()
 
@@ -140,14 +140,23 @@ def test_the_studies_can_be_reported_where_runs_failed(file):
             for row in rows
         ]
         made = functions["report"]({"small": list({json.dumps(row): row for row in rows}.values())})
-        assert any("failed" in table for table in made.tables.values())
+        shown = ("diverged", "its control failed", "as runs failed")
+        assert any(word in table for table in made.tables.values() for word in shown)
         assert not any("nan" in table for table in made.tables.values())
         made.figure.savefig(io.BytesIO())
 
 
 NAMES = ["trunk", "control", "qat"] + [
     f"control/{n}"
-    for n in ("q2_0/absmax", "q2_0/search", "q4_0/search", "mxfp4/search", "IQ2_XS/imatrix", "IQ3_S/imatrix")
+    for n in (
+        "q2_0/absmax",
+        "q2_0/search",
+        "q2_0/gptq",
+        "q4_0/search",
+        "mxfp4/search",
+        "IQ2_XS/imatrix",
+        "IQ3_S/imatrix",
+    )
 ]
 
 
@@ -372,7 +381,7 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     study.write_results(tmp_path / "r.json", [*rows[:3], old])
     for folder, reason in ((control["run"], study.NO_CONTROL), (other["run"], study.NO_CHECKPOINT)):
         shutil.move(Path(folder) / "checkpoints", tmp_path / "away")
-        with pytest.raises(UserError, match=f"{other['run']}: {reason} here: bring it back"):
+        with pytest.raises(UserError, match=f"{other['run']}: {reason} here.*: bring it back"):
             judge(asked, branch, False, NOTHING)
         capsys.readouterr()
         study.judge_all(asked, tmp_path / "r.json", True, NOTHING)
@@ -386,15 +395,29 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     ]
     assert all("/label-" in r["run"] and "/label-" in r["reference"] for r in shorter)
     del shorter[0]["overrides"]["train.seed"]  # its default
-    shorter[3]["run"] = "runs/b/label-0123456789"  # digits of what starts from a run change with that run's name
-    study.write_results(tmp_path / "r.json", shorter)
+    study.write_results(tmp_path / "r.json", [*shorter, old])
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/t/")
-    assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # known by digits or by settings
+    assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # known by digits, each run once
+    study.write_results(tmp_path / "r.json", [*rows[:3], old | {"run": "runs/b/label-0123456789"}])
+    study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/t/")
+    assert "1 runs that the study no longer has are left out: runs/b/label-0123456789" in capsys.readouterr().out
+    *_, other_config = json.loads((tmp_path / "r.json").read_text())
+    assert other_config["failed"] == "not run"  # the same settings of another config file
+    summary = Path(control["run"]) / "summary.json"
+    text = summary.read_text()
+    summary.unlink()
+    study.write_results(tmp_path / "r.json", [*rows[:3], old])
+    shutil.move(Path(control["run"]) / "checkpoints", tmp_path / "away")
+    study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/b/")
+    assert f"{other['run']}: passed over, {study.UNFINISHED_CONTROL}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # its control is trained again
+    shutil.move(tmp_path / "away", Path(control["run"]) / "checkpoints")
+    summary.write_text(text)
     study.judge_all(Study((trunk,), tokens=640), tmp_path / "r.json", True, NOTHING)
     assert f"1 runs that the study no longer has are left out: {other['run']}" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text()) == rows[:3]
     group = study_tables.select([*rows[:3], failed], "x", "b")
-    assert group == (f"x (seed 0 failed: {failed['failed']})", [])
+    assert group == (f"x (seed 0: {failed['failed']})", [])
     assert group.label in study_tables.table([group], [], rows)
     longer = Stage(branch.sweep, branch.judged, (branch.references[0].replace(":control", ":trunk"),))
     with pytest.raises(UserError, match="qat was trained on 1,024 tokens and .*:trunk on 512: give both"):

@@ -110,6 +110,19 @@ def test_values_become_parts_of_file_names(tmp_path):
     assert len(run.name) < 200
 
 
+def test_digits_hold_those_of_the_run_that_it_starts_from_and_not_its_name(tmp_path):
+    def digits(start, teacher="runs/a/x-0123456789:control"):
+        point = {"init_from": start, "train.phases.qat.distill": 0.5, "train.phases.qat.teacher": teacher}
+        return runs_of([point], tmp_path)[0].name[-10:]
+
+    one = digits("runs/a/lr=1-abcdef0123:trunk@20")
+    assert digits("runs/a/lr=1,seed=0-abcdef0123:trunk@20") == one
+    assert digits("runs/a/lr=1-abcdef0123:trunk@20", "runs/a/y-0123456789:control") == one
+    starts = ["runs/a/lr=1-abcdef0124:trunk@20", "runs/b/lr=1-abcdef0123:trunk@20", "runs/a/lr=1-abcdef0123:trunk@30"]
+    other_teacher = digits("runs/a/lr=1-abcdef0123:trunk@20", "runs/a/x-0123456780:control")
+    assert len({one, *map(digits, starts), other_teacher}) == 5
+
+
 def test_a_run_keeps_its_name_when_more_keys_vary(tmp_path):
     (first, _) = runs_of(values("train.seed", [0, 1]), tmp_path)
     first.folder.mkdir()

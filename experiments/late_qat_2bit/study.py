@@ -73,12 +73,13 @@ def get_study(scale: str, corpus: str) -> Study:
     rates = [{f"train.phases.{phase}.lr": rate for phase in ("control", "qat")} for rate in s.rates]
     scale_rates = values("optim.scale_lr", s.scale_rates)
     followed = product(chain(*TAUGHT.values()), s.followed)
+    first_seed = {"train.seed": s.seeds[0]}
     return s.study(
         trunks,
         branches(trunks, f"{s.name}_recipes", s.branch, chain(*recipes_of(s).values())),
         branches(trunks, f"{s.name}_shares", s.config, shares, judged="^(control|qat)$|^control/q2_0/search$"),
-        branches(trunks, f"{s.name}_rates", s.config, rates, judged="^(control|qat)$", seeds=s.seeds[:1]),
-        branches(trunks, f"{s.name}_scale_rates", s.branch, scale_rates, seeds=s.seeds[:1]),
+        branches(trunks, f"{s.name}_rates", s.config, rates, judged="^(control|qat)$", at=first_seed),
+        branches(trunks, f"{s.name}_scale_rates", s.branch, scale_rates, at=first_seed),
         *([branches(trunks, f"{s.name}_followed", s.branch, followed)] if followed else []),
         *s.with_teacher(trunks, FULL),
     )
