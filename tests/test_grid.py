@@ -189,6 +189,21 @@ def test_nan_and_inf_are_not_hidden(grid, rule, bad):
     assert np.isnan(grid.quantize(w, scale)[0, :16]).any()
 
 
+@ALL
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_broken_block_is_a_block_of_zeros_to_those_that_share_its_factor(grid, rule, bad):
+    """When their scales are chosen, and when these are snapped once more, as the forward pass does."""
+    w = np.random.default_rng(4).normal(size=(2, 512)).astype(np.float32)
+    w[0, : grid.block] = 0
+    expected = grid.scale_of(w, rule)
+    w[0, 5] = bad
+    scale = grid.scale_of(w, rule)
+    for found in (scale, grid.snap(scale), grid.snap(jnp.asarray(scale))):
+        assert np.isnan(found[0, 0])
+        np.testing.assert_array_equal(np.ravel(found)[1:], np.ravel(expected)[1:])
+
+
 def test_five_significant_bits_cost_q4_0_little():
     """The price of exactness in bfloat16, as grid.py states it: half a percent of the squared error."""
     w = np.random.default_rng(5).normal(size=(256, 1024)).astype(np.float32) * 0.02

@@ -126,11 +126,13 @@ class Grid:
         """Index of the factor shared between blocks, int32 of the shape of `scale`; None if there is none.
 
         The thresholds lie half-way between the values that the largest scale can take on either side, which
-        is what makes `snap` idempotent. `shared_factor` turns an index into the factor.
+        is what makes `snap` idempotent. `shared_factor` turns an index into the factor. Scales that are NaN are left
+        out of account: a broken block does not alter its neighbours.
         """
         if self.scales in ("f16", "e8m0"):
             return None
-        top = self._group_max(abs(scale))
+        xp = _xp(scale)
+        top = self._group_max(xp.where(xp.isnan(scale), np.float32(0.0), abs(scale)))
         if self.scales == "q2_k":  # index 2e is the factor 2^e, 2e + 1 is 1.5 * 2^e
             e = _floor_log2(top) - 3
             index = 2 * e - 1 + (top > 11.5 * _pow2(e)) + (top > 14.25 * _pow2(e))
@@ -255,7 +257,7 @@ class Grid:
         E4M3 scale is subnormal, and where weights are so small that the smallest storable scale is too large for them.
         """
         x = self._blocks(_weights(w))
-        return self._checked(x, self.snap(self._anchor(x) * np.float32(1 / self.absmax_level)))
+        return self._checked(x, self.snap(self._anchor(self._unbroken(x)) * np.float32(1 / self.absmax_level)))
 
     def search(self, w: Array) -> Array:
         """Scales of least squared error among a fixed set of candidates: (..., G), snapped.
@@ -281,19 +283,18 @@ class Grid:
         return self.nearest(w, scale), scale
 
     def _anchor(self, x: Array) -> Array:
-        """What candidate scales are multiples of: the largest weight of each block, with its sign if that matters.
-
-        0 where a block holds NaN or inf, so that it does not reach blocks that share a factor with it.
-        """
-        xp = _xp(x)
-        size = abs(x).max(-1)
-        anchor = size
+        """What candidate scales are multiples of: the largest weight of each block, with its sign if that matters."""
         if self.scales == "e8m0":
-            anchor = _pow2(_floor_log2(size))
-        elif self.signed:
+            return _pow2(_floor_log2(abs(x).max(-1)))
+        if self.signed:
             high, low = x.max(-1), x.min(-1)
-            anchor = xp.where(high >= -low, high, low)
-        return xp.where(xp.isfinite(size), anchor, np.float32(0.0))
+            return _xp(x).where(high >= -low, high, low)
+        return abs(x).max(-1)
+
+    def _unbroken(self, x: Array) -> Array:
+        """x, with zeros for blocks that hold NaN or inf, so that these do not reach blocks that share their factor."""
+        xp = _xp(x)
+        return xp.where(xp.isfinite(abs(x).max(-1, keepdims=True)), x, np.float32(0.0))
 
     def _checked(self, x: Array, scale: Array) -> Array:
         """NaN scales for blocks that hold NaN or inf."""
@@ -326,7 +327,8 @@ class Grid:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _search(grid: Grid, w: jax.Array) -> jax.Array:
-    x = grid._blocks(_weights(w))
+    blocks = grid._blocks(_weights(w))
+    x = grid._unbroken(blocks)
     size = abs(x).max(-1)
     anchor = grid._anchor(x)
     multipliers = jnp.asarray(grid._multipliers)
@@ -344,7 +346,7 @@ def _search(grid: Grid, w: jax.Array) -> jax.Array:
 
     base = grid.shared_index(size * np.float32(1 / abs(grid.absmax_level)))
     if base is None:
-        return grid._checked(x, best_scales(None))
+        return grid._checked(blocks, best_scales(None))
     inverse = _pow2(-_floor_log2(grid._group_max(size)))
     offsets = jnp.asarray(_SHARED_OFFSETS[grid.scales])
 
@@ -355,7 +357,7 @@ def _search(grid: Grid, w: jax.Array) -> jax.Array:
         return jnp.where(error < best[0], error, best[0]), jnp.where(error < best[0], scale, best[1])
 
     start = jnp.full(size.shape, jnp.inf), jnp.zeros_like(size)
-    return grid._checked(x, jax.lax.fori_loop(0, len(offsets), try_factor, start)[1])
+    return grid._checked(blocks, jax.lax.fori_loop(0, len(offsets), try_factor, start)[1])
 
 
 # Shared factors tried by `search`, as steps of the index from the one that absmax would take.
