@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from qatmoe import cli, parts
 from qatmoe import step as steps
-from qatmoe.config import CHOICES, Config, PhaseConfig, QuantConfig
+from qatmoe.config import CHOICES, Config, QuantConfig
 from qatmoe.data import batches
 from qatmoe.errors import UserError
 from qatmoe.files import check_place, write_atomically
@@ -55,13 +55,12 @@ class Variant:
         self.name, self.batch = name, batch
         self.seconds: list[float] = []
         self.dropped: list[float] = []
-        phase = PhaseConfig(steps=1, quantize=quantize)
         plan = quant_plan(cfg)[0]
         places = jax.tree.map(lambda s: s.sharding, abstract_state(cfg, plan, mesh, quantize=quantize))
 
         def first(key: jax.Array) -> steps.TrainState:
             state = steps.init_state(cfg, key)
-            return steps.branch(cfg, phase, plan, state) if quantize else state
+            return steps.branch(cfg, plan, state, quantize=True) if quantize else state
 
         self.state = jax.jit(first, out_shardings=places)(jax.random.key(0))
         start = time.perf_counter()

@@ -115,7 +115,7 @@ def import_state(run: Run, name: str) -> tuple[TrainState, dict[str, Any]]:
         state, position, _ = checkpoints.restore(step, _taken(checkpoints, step, abstract))
         if not state.opt_state:
             fresh = _fresh_moments(run, abstract, state.params["model"])
-            state = fresh._replace(step=state.step, key=state.key, ema=state.ema or fresh.ema)
+            state = fresh._replace(step=state.step, ema=state.ema or fresh.ema)
         elif run.cfg.optim.ema and not state.ema:
             state = state._replace(ema=state.params["model"])
     if position["stream"] != run.train_iterator.start["stream"]:
@@ -142,7 +142,7 @@ def _fresh_moments(run: Run, abstract: TrainState, model: Weights) -> TrainState
     """The state before the first step of training these weights, which are donated."""
     places = jax.tree.map(lambda s: s.sharding, abstract)
     fresh = functools.partial(steps.state_of, run.cfg)
-    return jax.jit(fresh, out_shardings=places, donate_argnums=0)(model, jax.random.key(run.cfg.train.seed))
+    return jax.jit(fresh, out_shardings=places, donate_argnums=0)(model)
 
 
 def _taken(checkpoints: Checkpoints, step: int, abstract: TrainState) -> TrainState:

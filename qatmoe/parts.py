@@ -18,7 +18,7 @@ import optax
 
 from qatmoe import loss as losses
 from qatmoe import step as steps
-from qatmoe.config import Config, PhaseConfig
+from qatmoe.config import Config
 from qatmoe.model import moe, router, transformer
 from qatmoe.model.attention import attention
 from qatmoe.model.layers import ffn, rope_angles
@@ -176,8 +176,8 @@ def _head(cfg: Config) -> Call:
 def _quantize(cfg: Config) -> Call:
     """The deployed values of all planned weights, and the gradients through them."""
     plan = quant_plan(cfg)[0]
-    phase = PhaseConfig(steps=1, quantize=True)
-    state = jax.jit(lambda k: steps.branch(cfg, phase, plan, steps.init_state(cfg, k)))(jax.random.key(0))
+    first = jax.jit(lambda k: steps.branch(cfg, plan, steps.init_state(cfg, k), quantize=True))
+    state = first(jax.random.key(0))
 
     def both(params: Any, gradients: Any) -> Any:
         values, pull_back = jax.vjp(lambda p: steps.deployed(cfg, plan, p, True), params)

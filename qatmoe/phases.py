@@ -126,9 +126,9 @@ def _parent(run: Run, phase: PhaseConfig, *, moments: bool) -> tuple[Any, Positi
 def _start(cfg: Config, phase: PhaseConfig, plan: Plan, parent: Any) -> TrainState:
     """The state before a phase's first step, from what `_parent` gives."""
     if phase.start:
-        return steps.branch(cfg, phase, plan, parent)
+        return steps.branch(cfg, plan, parent, quantize=phase.quantize, reset_moments=phase.reset_moments)
     state = steps.init_state(cfg, parent)
-    return steps.branch(cfg, phase, plan, state) if phase.quantize else state
+    return steps.branch(cfg, plan, state, quantize=True) if phase.quantize else state
 
 
 def final_state(run: Run, name: str, *, moments: bool = True) -> tuple[TrainState, Position]:

@@ -240,7 +240,7 @@ def abstract_state(cfg: Config, plan: Plan, mesh: Mesh, *, quantize: bool) -> st
     """Shapes and shardings of the state of a phase that quantizes or does not, with nothing computed."""
     shapes = jax.eval_shape(lambda: steps.init_state(cfg, jax.random.key(0)))
     if quantize:
-        shapes = jax.eval_shape(functools.partial(steps.branch, cfg, PhaseConfig(quantize=True), plan), shapes)
+        shapes = jax.eval_shape(functools.partial(steps.branch, cfg, plan, quantize=True), shapes)
     places = steps.state_shardings(cfg, mesh, shapes)
     return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, places)
 

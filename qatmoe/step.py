@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qatmoe import loss as losses
-from qatmoe.config import Config, PhaseConfig
+from qatmoe.config import Config
 from qatmoe.mesh import constrain, fitted
 from qatmoe.model import router, transformer
 from qatmoe.optim import carry_over, make_optimizer
@@ -27,29 +27,27 @@ class TrainState(NamedTuple):
     params: Params  # {"model": tree of f32 weights, "scales": {path: f32 learned scales}, empty if none}
     opt_state: Any
     ema: Params  # average of params["model"], or {} when optim.ema is 0
-    key: jax.Array  # (2,) u32, the run's root random key
 
 
 def init_state(cfg: Config, key: jax.Array) -> TrainState:
     """Random weights and fresh moments. key: a typed PRNG key."""
-    return state_of(cfg, transformer.init_params(cfg.model, key), key)
+    return state_of(cfg, transformer.init_params(cfg.model, key))
 
 
-def state_of(cfg: Config, model: Params, key: jax.Array) -> TrainState:
-    """The state before the first step of training these weights. key: a typed PRNG key."""
+def state_of(cfg: Config, model: Params) -> TrainState:
+    """The state before the first step of training these weights."""
     params = {"model": model, "scales": {}}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=make_optimizer(cfg.optim).init(params),
         ema=model if cfg.optim.ema else {},
-        key=jax.random.key_data(key),
     )
 
 
-def branch(cfg: Config, phase: PhaseConfig, plan: Plan, parent: TrainState) -> TrainState:
+def branch(cfg: Config, plan: Plan, parent: TrainState, *, quantize: bool, reset_moments: bool = False) -> TrainState:
     """The first state of a phase that starts from `parent`: step 0, scales by least squared error if it quantizes."""
-    learned = phase.quantize and cfg.quant.scale == "learned"
+    learned = quantize and cfg.quant.scale == "learned"
     model = parent.params["model"]
     scales = (parent.params["scales"] or fake.init_scales(plan, model)) if learned else {}
     params = {"model": model, "scales": scales}
@@ -57,9 +55,8 @@ def branch(cfg: Config, phase: PhaseConfig, plan: Plan, parent: TrainState) -> T
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=fresh if phase.reset_moments else carry_over(fresh, parent.opt_state),
+        opt_state=fresh if reset_moments else carry_over(fresh, parent.opt_state),
         ema=model if cfg.optim.ema else {},
-        key=parent.key,
     )
 
 
@@ -125,7 +122,7 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         "lr": factor * cfg.optim.lr,
     }
-    return TrainState(state.step + 1, params, opt_state, ema, state.key), metrics
+    return TrainState(state.step + 1, params, opt_state, ema), metrics
 
 
 def _ema_decay(asked: float, step: jax.Array) -> jax.Array:
@@ -137,7 +134,10 @@ def _ema_decay(asked: float, step: jax.Array) -> jax.Array:
 
 
 def _accumulate(micro_grads: Any, batch: losses.Batch, n: int, groups: int) -> Any:
-    """Sums `micro_grads` in f32 over n cuts of the batch, each of as many rows of every group: none moves."""
+    """Sums gradients and metrics over n micro-batches in float32, then casts to their own dtypes.
+
+    Each micro-batch takes equally many rows from every group, so no row changes device.
+    """
     if n == 1:
         return micro_grads(batch)
 
@@ -172,7 +172,12 @@ def _move_router_bias(model: Params, load_NE: jax.Array, cfg: Config) -> Params:
 
 
 def eval_weights(cfg: Config, plan: Plan, state: TrainState, quantize: bool) -> Params:
-    """The weights that evaluation uses: the EMA if kept, quantized as they would be deployed."""
+    """The weights that evaluation uses: the EMA if kept, quantized as they would be deployed.
+
+    Averaged weights are put on the grid at the learned scales of the last step; scales are not averaged. A scale that
+    changed its sign, and turned its block's levels around with it, would average to a size that neither sign had. Which
+    of the two is better was not measured.
+    """
     return deployed(cfg, plan, {**state.params, "model": state.ema or state.params["model"]}, quantize)
 
 

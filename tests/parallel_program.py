@@ -59,7 +59,7 @@ def first_state() -> steps.TrainState:
 
 def make_state() -> steps.TrainState:
     """The state before the first step."""
-    return steps.branch(CFG, QAT, quant_plan(CFG)[0], steps.init_state(CFG, jax.random.key(0)))
+    return steps.branch(CFG, quant_plan(CFG)[0], steps.init_state(CFG, jax.random.key(0)), quantize=True)
 
 
 def train(sizes: tuple[int, ...]) -> dict[str, Any]:

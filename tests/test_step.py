@@ -37,7 +37,8 @@ def programs(cfg, phase):
     key = repr((cfg, phase))
     if key not in COMPILED:
         plan, _ = quant_plan(cfg)
-        first = jax.jit(lambda: steps.branch(cfg, phase, plan, steps.init_state(cfg, jax.random.key(0))))
+        start = functools.partial(steps.init_state, cfg, jax.random.key(0))
+        first = jax.jit(lambda: steps.branch(cfg, plan, start(), quantize=phase.quantize))
         COMPILED[key] = first, jax.jit(step_of(cfg, phase, plan))
     return COMPILED[key]
 
@@ -159,8 +160,8 @@ def test_dynamic_scales_have_no_parameters():
 def test_branch_keeps_weights_and_moments_unless_told():
     plan, _ = quant_plan(CFG)
     trunk, _ = run(CFG, PLAIN, 3)
-    kept = steps.branch(CFG, QAT, plan, trunk)
-    fresh = steps.branch(CFG, dataclasses.replace(QAT, reset_moments=True), plan, trunk)
+    kept = steps.branch(CFG, plan, trunk, quantize=True)
+    fresh = steps.branch(CFG, plan, trunk, quantize=True, reset_moments=True)
     assert int(kept.step) == int(fresh.step) == 0
     assert jax.tree.all(jax.tree.map(np.array_equal, kept.params["model"], trunk.params["model"]))
     size = lambda state: sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(state.opt_state))  # noqa: E731
@@ -241,13 +242,25 @@ def test_ema_follows_the_weights():
     assert np.array_equal(steps.eval_weights(cfg, plan, state, quantize=False)["head"], state.ema["head"])
 
 
+def test_averaged_weights_are_deployed_at_the_scales_of_the_last_step():
+    cfg = averaged_and_unbalanced()
+    plan, _ = quant_plan(cfg)
+    state, _ = run(cfg, QAT, 3)
+    weights = leaves_by_path(steps.eval_weights(cfg, plan, state, quantize=True))
+    for path, grid in plan.items():
+        scale = grid.snap(state.params["scales"][path])
+        averaged = leaves_by_path(state.ema)[path]
+        np.testing.assert_array_equal(weights[path], grid.decode(grid.nearest(averaged, scale), scale))
+        assert np.any(averaged != leaves_by_path(state.params["model"])[path])
+
+
 def test_distilling_pulls_a_perturbed_model_back_to_its_teacher():
     phase = dataclasses.replace(PLAIN, distill=1.0)
     plan, _ = quant_plan(CFG)
     trunk, _ = run(CFG, PLAIN, 20)
     teacher = trunk.params["model"]
     moved = jax.tree.map(lambda p: p + 0.05 * jax.random.normal(jax.random.key(1), p.shape), teacher)
-    state = steps.branch(CFG, phase, plan, trunk._replace(params={"model": moved, "scales": {}}))
+    state = steps.branch(CFG, plan, trunk._replace(params={"model": moved, "scales": {}}), quantize=False)
     _, step = programs(CFG, phase)
     kl = []
     for i in range(25):
@@ -265,7 +278,7 @@ def test_the_step_of_the_gpu_config_lowers(config_files):
     assert 1.2e9 < sum(r["weights"] for r in rows) < 1.4e9
     phase = cfg.train.phases["qat"]
     state = jax.eval_shape(functools.partial(steps.init_state, cfg), jax.random.key(0))
-    state = jax.eval_shape(functools.partial(steps.branch, cfg, phase, plan), state)
+    state = jax.eval_shape(functools.partial(steps.branch, cfg, plan, quantize=phase.quantize), state)
     batch = {"tokens": jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.data.seq_len + 1), jnp.int32)}
     step = jax.jit(step_of(cfg, phase, plan))
     new, metrics = jax.eval_shape(step, state, batch, None, FULL)
