@@ -30,7 +30,6 @@ import time
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -50,6 +49,10 @@ log = logging.getLogger(__name__)
 _MAPPED = ts.Context({"file_io_mode": {"mode": "memmap"}})
 
 Json = dict[str, Any]
+
+# Checkpoints that this process found undamaged: the manifest's digest, and size and time of each file. A start asks for
+# some of them several times, and to look at every byte of a large one takes minutes.
+_verified: dict[Path, tuple[str, list[tuple[int, int]]]] = {}
 
 LOCK_TRIES = 10  # a tenth of a second apart
 
@@ -97,9 +100,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def path(self, step: int) -> Path:
@@ -139,11 +140,7 @@ class Checkpoints:
         """
         self.wait()
         arrays = {name: jnp.asarray(leaf) for name, leaf in leaves_by_path(state).items()}
-        own = {"phase": self.phase, "step": step, "done": final, "version": _version()}
-        texts = {
-            "data.json": json.dumps(data_state),
-            "meta.json": json.dumps(meta | own | {"tensors": _shapes(arrays)}),
-        }
+        texts = self._texts(step, data_state, meta | {"done": final, "tensors": _shapes(arrays)})
         staging = self.directory / f".saving-{step}"
         try:
             if distributed.first():
@@ -187,9 +184,7 @@ class Checkpoints:
             raise
         except Exception as e:
             self._abandon(staging, e)
-        own = {"phase": self.phase, "step": step, "done": True, "version": _version()}
-        texts = {"data.json": "{}", "meta.json": json.dumps(meta | own | {"tensors": tensors, "parts": folders})}
-        self._commit(step, staging, texts)
+        self._commit(step, staging, self._texts(step, {}, meta | {"done": True, "tensors": tensors, "parts": folders}))
 
     def wait(self) -> None:
         """Waits for the save under way.
@@ -209,6 +204,10 @@ class Checkpoints:
         finally:
             self._thread.shutdown()
             self._orbax.close()
+
+    def _texts(self, step: int, data_state: Json, meta: Json) -> dict[str, str]:
+        own = {"phase": self.phase, "step": step, "version": _version()}
+        return {"data.json": json.dumps(data_state), "meta.json": json.dumps(meta | own)}
 
     def _commit(self, step: int, staging: Path, texts: dict[str, str]) -> None:
         try:
@@ -255,10 +254,9 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def _is_final(self, step: int) -> bool:
-        try:
-            return bool(json.loads((self.path(step) / "meta.json").read_text())["done"])
-        except (OSError, ValueError, KeyError):
-            return False
+        with contextlib.suppress(DamagedCheckpoint):  # not `said`: it would wait for the save that asks
+            return bool(_load_json(self.path(step) / "meta.json").get("done"))
+        return False
 
     # Restoring.
 
@@ -293,11 +291,9 @@ class Checkpoints:
             self._verify(step)
         except DamagedCheckpoint as e:
             older = self.latest_good(before=step)
-            hint = (
-                "no older checkpoint of this phase is complete"
-                if older is None
-                else (f"step {older} is complete: to go on from there, delete {self.path(step)}")
-            )
+            hint = "no older checkpoint of this phase is complete"
+            if older is not None:
+                hint = f"step {older} is complete: to go on from there, delete {self.path(step)}"
             raise DamagedCheckpoint(f"{e}; {hint}") from e
 
     def restore_latest(self, abstract_state: Any) -> tuple[Any, Json, Json] | None:
@@ -375,6 +371,10 @@ class Checkpoints:
         if not isinstance(files, dict):
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: manifest.json lists no files")
         try:
+            written = [(s.st_size, s.st_mtime_ns) for s in (os.stat(path / name) for name in files)]
+            known = (self.digest(step), written)
+            if _verified.get(path) == known:
+                return
             found = _digests(path, [path / name for name in files])
         except OSError as e:
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: {e.filename}: {e.strerror}") from e
@@ -382,6 +382,7 @@ class Checkpoints:
             if found[name] != [size, crc]:
                 is_ = f"{found[name][0]} bytes of {size}" if found[name][0] != size else "its contents changed"
                 raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name}: {is_}")
+        _verified[path] = known
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, Json, Json]:
         path = self.path(step)
@@ -522,9 +523,7 @@ class RunLock:
     def __enter__(self) -> "RunLock":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

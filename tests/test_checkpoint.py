@@ -21,6 +21,7 @@ import pytest
 from qatmoe import checkpoint, files
 from qatmoe.checkpoint import Checkpoints, DamagedCheckpoint, open_workdir
 from qatmoe.errors import RunError, UserError
+from qatmoe.step import TrainState
 
 CONFIG = json.dumps({"name": "a", "train": {"seed": 0, "phases": {"trunk": {"steps": 9}}}})
 
@@ -100,6 +101,17 @@ def test_groups_can_be_restored_alone(saved):
     with Checkpoints(saved, "trunk") as checkpoints:
         state, _, _ = checkpoints.restore(1, {"params": abstract(make_state(0).params)})
     assert_same(state, {"params": make_state(1).params})
+
+
+def test_a_group_that_a_state_no_longer_has_is_left_where_it_is(saved):
+    """Checkpoints of before held the run's random key, which nothing read."""
+    state = make_state(0)
+    wanted = TrainState(state.step, state.params, state.opt_state, state.ema)
+    with Checkpoints(saved, "trunk") as checkpoints:
+        assert "key" in checkpoints.meta(2)["tensors"]
+        found = checkpoints.restore_latest(abstract(wanted))[0]
+    expected = make_state(2)
+    assert_same(found, TrainState(expected.step, expected.params, expected.opt_state, expected.ema))
 
 
 def test_restored_arrays_lie_on_the_given_shardings(tmp_path):
@@ -268,6 +280,25 @@ DAMAGES = {
     "removed": os.unlink,
     "flipped": flip_a_bit,
 }
+
+
+def test_a_checkpoint_is_looked_through_once_unless_its_files_change(saved, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    looked, digest = [], checkpoint._digest
+    monkeypatch.setattr(checkpoint, "_digest", lambda file: (looked.append(file), digest(file))[1])
+    wanted = abstract(make_state(0))
+    for _ in range(2):  # as programs do, each with another object
+        with Checkpoints(tmp_path, "trunk") as checkpoints:
+            checkpoints.restore(2, wanted)
+            checkpoints.meta(2)
+            assert checkpoints.latest_good() == 2
+    assert sorted(looked) == [f for f in files_of(tmp_path, 2) if f.name != "manifest.json"]
+    with Checkpoints(tmp_path, "trunk") as checkpoints:
+        flip_a_bit(max(looked, key=lambda file: file.stat().st_size))
+        with pytest.raises(DamagedCheckpoint, match="its contents changed"):
+            checkpoints.restore(2, wanted)
+        save_steps(tmp_path, [2])
+        assert_same(checkpoints.restore(2, wanted)[0], make_state(2))
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES.values()), ids=list(DAMAGES))
