@@ -4,8 +4,9 @@ WORKDIR/metrics.jsonl is the record that everything else is made from; one JSON 
 
     {"phase": "qat", "step": 300, "split": "train", "time": 1760000000.0, "loss": 3.91, ...}
 
-`split` is "train", "valid" (while training), "health" (of the quantizer) or "final" (the validation at the end of a
-phase, or of a PTQ baseline). Losses are nats per token. A value that is not finite is stored as null, read as nan.
+`split` is "train", "valid" (while training), "load" (each expert's, 1 an even share; at validations), "health" (of
+the quantizer) or "final" (the validation at the end of a phase, or of a PTQ baseline). Losses are nats per token. A
+value that is not finite is stored as null, read as nan.
 """
 
 import json
@@ -97,7 +98,7 @@ class Metrics:
 
         Args:
           step: optimizer steps taken in this phase.
-          split: "train", "valid", "health" or "final".
+          split: "train", "valid", "load", "health" or "final".
           values: scalars (numbers or 0-d arrays).
 
         Raises:
@@ -302,12 +303,6 @@ class Progress:
         if self._active and self._stream.isatty():
             form = "{desc} {n_fmt}/{total_fmt} |{bar:20}| {postfix}"
             self._bar = tqdm(total=steps, initial=start, desc=phase, file=self._stream, bar_format=form)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def update(self, step: int, *, loss: float, tokens_per_s: float) -> None:
         """Reports that `step` is done."""

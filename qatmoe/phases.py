@@ -194,7 +194,8 @@ def find_teacher(cfg: Config, name: str, data: Data) -> Teacher:
     others = other_settings(cfg.model, theirs.model)
     if cfg.model.scan_layers != theirs.model.scan_layers:  # weights lie in another layout
         others["scan_layers"] = (cfg.model.scan_layers, theirs.model.scan_layers)
-    for setting, (here, there) in others.items():
+    if others:
+        setting, (here, there) = next(iter(others.items()))
         raise UserError(f"{where}: model.{setting} is {there!r} there and {here!r} here; a teacher is the same model")
     return Teacher(folder, phase, step, theirs, digest, meta["data"] == data.hash)
 
@@ -253,7 +254,9 @@ def check_teachers(cfg: Config, workdir: Path, data: Data) -> None:
 
 
 def teacher_weights(run: Run, name: str) -> tuple[Weights | None, str]:
-    """The weights that a phase is distilled from, as they are evaluated, and, of another run, their digest.
+    """The weights that a phase is distilled from, as they are evaluated, and the digest of their checkpoint.
+
+    None, "" where nothing is distilled; the digest is "" for a teacher of the same run.
 
     Raises:
       UserError: what phase.teacher names in another run is not there any more, or no longer fits.
@@ -289,39 +292,38 @@ def loop(
     watch = Watch(run, name, state)
     train_step = run.train_step(phase)
     run.train_iterator.set_state(position)
-    log = Log(run, name, int(state.step), checkpoints)
     keep = functools.partial(save, run, checkpoints, teacher=watch.teacher_digest)
     kept = int(state.step)  # the newest state on disk; 0 where the phase begins, which need not be there
-    for n in range(int(state.step) + 1, phase.steps + 1):
-        if run.stop.reached():
-            log.close()
-            if n - 1 != kept or not kept:  # saving it again would first remove it
-                keep(state, run.train_iterator.get_state(), wait=True)
-            raise run.stop.interrupted(f"after step {n - 1} of {phase.steps} of phase {name}, which is saved")
-        batch = run.place(next(run.train_iterator))
-        due = n == phase.steps or bool(cfg.eval.every and n % cfg.eval.every == 0)
-        before = watch.codes(state) if due else None
-        trace.before(n, state)
-        factor = np.float32(schedule(cfg.optim, phase, n - 1))
-        with jax.profiler.StepTraceAnnotation("train", step_num=n):
-            state, values = train_step(state, batch, watch.teacher, factor)
-        trace.after(n, state)
-        log.flush()
-        log.pending = (n, values)
-        if due:
-            log.flush()
-            with log.paused():
-                if phase.quantize:
-                    run.metrics.write(name, n, "health", watch.health(state, before))
-                if n < phase.steps:  # the last step is followed by the final validation
-                    result = run.evaluate(run.eval_weights(phase, state), cfg.eval.batches)
-                    run.metrics.write(name, n, "valid", result)
-        if n % cfg.train.checkpoint_every == 0 or n == phase.steps:
-            log.flush()  # never keep a state whose loss was not looked at
-            with log.paused():
-                keep(state, run.train_iterator.get_state(), done=n == phase.steps)
-            kept = n
-    log.close()
+    with Log(run, name, int(state.step), checkpoints) as log:
+        for n in range(int(state.step) + 1, phase.steps + 1):
+            if run.stop.reached():
+                log.flush()
+                if n - 1 != kept or not kept:  # saving it again would first remove it
+                    keep(state, run.train_iterator.get_state(), wait=True)
+                raise run.stop.interrupted(f"after step {n - 1} of {phase.steps} of phase {name}, which is saved")
+            batch = run.place(next(run.train_iterator))
+            due = n == phase.steps or bool(cfg.eval.every and n % cfg.eval.every == 0)
+            before = watch.codes(state) if due else None
+            trace.before(n, state)
+            factor = np.float32(schedule(cfg.optim, phase, n - 1))
+            with jax.profiler.StepTraceAnnotation("train", step_num=n):
+                state, values = train_step(state, batch, watch.teacher, factor)
+            trace.after(n, state)
+            log.step(n, values)
+            if due:
+                log.flush()
+                with log.paused():
+                    run.metrics.write(name, n, "load", expert_load(values["load_NE"]))
+                    if phase.quantize:
+                        run.metrics.write(name, n, "health", watch.health(state, before))
+                    if n < phase.steps:  # the last step is followed by the final validation
+                        result = run.evaluate(run.eval_weights(phase, state), cfg.eval.batches)
+                        run.metrics.write(name, n, "valid", result)
+            if n % cfg.train.checkpoint_every == 0 or n == phase.steps:
+                log.flush()  # never keep a state whose loss was not looked at
+                with log.paused():
+                    keep(state, run.train_iterator.get_state(), done=n == phase.steps)
+                kept = n
     checkpoints.wait()
     return state
 
@@ -398,15 +400,24 @@ def _health(plan: Plan, rule: str, params: Weights, before: Any, first: Any) -> 
     return values
 
 
+def expert_load(load_NE: jax.Array) -> dict[str, float]:
+    """Each expert's load in a step, 1 an even share, by name. N * E numbers: too many for every record."""
+    loads = enumerate(jax.device_get(load_NE) * load_NE.shape[1])
+    return {f"layer_{row}/expert_{e}": float(load) for row, load_E in loads for e, load in enumerate(load_E)}
+
+
 class Log:
-    """Turns the device's metrics of a step into records, a progress bar, and an error when they are not finite."""
+    """Turns the device's metrics of a step into records, a progress bar, and an error when they are not finite.
+
+    The bar ends with the `with`, however that is left, so that what is printed next has a line of its own.
+    """
 
     def __init__(self, run: Run, name: str, start: int, checkpoints: Checkpoints):
         phases = list(run.cfg.train.phases.items())
         after = [n for n, _ in phases].index(name) + 1
         total = run.cfg.train.phases[name].steps
         self.run, self.name, self.total, self._checkpoints = run, name, total, checkpoints
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._per_step = run.cfg.train.batch_size * run.cfg.data.seq_len
         self._last = (start, time.perf_counter())
         self._pause = 0.0
@@ -414,11 +425,22 @@ class Log:
         self._speed = 0.0  # at the last record
         self._progress = metrics_lib.Progress(name, start, total, steps_after=sum(p.steps for _, p in phases[after:]))
 
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.close()
+
+    def step(self, n: int, values: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step that was only begun, and looks at those of the one before."""
+        self.flush()
+        self._pending = (n, values)
+
     def flush(self) -> None:
         """Waits for the pending step, checks it and, every log_every steps, records it."""
-        if self.pending is None:
+        if self._pending is None:
             return
-        (n, values), self.pending = self.pending, None
+        (n, values), self._pending = self._pending, None
         loss, norm = float(values["loss"]), float(values["grad_norm"])
         if not (math.isfinite(loss) and math.isfinite(norm)):
             with distributed.together():
@@ -449,7 +471,6 @@ class Log:
         } | metrics_lib.device_memory()
         for row, load_E in enumerate(load_NE):
             self.run.metrics.histogram(self.name, n, f"moe/load/layer_{row}", load_E)
-            record |= {f"moe/load/layer_{row}/expert_{e}": float(load) for e, load in enumerate(load_E)}
         self.run.metrics.write(self.name, n, "train", record)
         self._last, self._pause = (n, time.perf_counter()), 0.0
 
@@ -469,8 +490,3 @@ class Log:
         start = time.perf_counter()
         yield
         self._pause += time.perf_counter() - start
-
-    def close(self) -> None:
-        """Records the last step and ends the progress line."""
-        self.flush()
-        self._progress.close()

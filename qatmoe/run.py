@@ -165,22 +165,26 @@ class Run:
         `interruptible` where all training so far is saved: a signal then ends it at once.
 
         Returns loss (nats per token), its standard error over rows, bits per byte, perplexity, and the MTP modules'
-        losses.
+        losses. For the error rows are taken as independent, though neighbours in a document are not quite; of a single
+        row it is NaN.
         """
         nats, count = [], []
         for batch in valid_batches(self.cfg, self.mesh, self.data, limit):
             if interruptible:
                 self.stop.check("while evaluating; all training so far is saved")
             sums = self._evaluate_batch(weights, place(self.mesh, self.cfg.train.micro_batch, batch))
-            nats.append(np.asarray(sums["nats"], np.float64))
-            count.append(np.asarray(sums["count"], np.float64))
-        nats_MR, count_MR = np.concatenate(nats, axis=1), np.concatenate(count, axis=1)
+            nats.append(sums["nats"])
+            count.append(sums["count"])
+        # Read at the end: the device does not wait for the host between batches.
+        nats_MR, count_MR = (np.concatenate(jax.device_get(a), axis=1).astype(np.float64) for a in (nats, count))
         loss, *mtp = nats_MR.sum(axis=1) / np.maximum(count_MR.sum(axis=1), 1)
         used = count_MR[0] > 0
         spread = nats_MR[0, used] - loss * count_MR[0, used]  # of a ratio of sums over rows
+        n = len(spread)
+        se = math.sqrt(n / (n - 1) * np.sum(spread**2)) / count_MR[0].sum() if n > 1 else math.nan
         result = {
             "loss": float(loss),
-            "loss_se": float(np.sqrt(np.sum(spread**2)) / count_MR[0].sum()),
+            "loss_se": float(se),
             "perplexity": float(np.exp(min(loss, 700.0))),
             "bits_per_byte": float(loss / math.log(2) / self.data.valid.bytes_per_token),
             "tokens": float(count_MR[0].sum()),

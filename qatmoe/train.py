@@ -20,6 +20,7 @@ named), and says what it takes: memory, FLOPs, collectives, time at the least, a
 change that makes it fit. Machines: v4, v5e, v5p, v6e or tpu7x as v5p:4x4x8, or v5e:16x16*4 for 4 slices; gpu:N; cpu:N.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -83,7 +84,7 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
         check_teachers(cfg, workdir, data)
     with distributed.together():
         lock = open_workdir(workdir, to_json(cfg))
-    with lock, jax.set_mesh(mesh):
+    with lock, contextlib.closing(iterator), jax.set_mesh(mesh):
         with distributed.together():
             check_text(cfg, workdir, data)
         with Metrics(workdir, tensorboard=cfg.train.tensorboard) as metrics:

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import math
@@ -205,7 +206,7 @@ def clock(monkeypatch):
 
 def test_progress_off_a_terminal_is_a_line_now_and_then(clock):
     out = io.StringIO()
-    with Progress("qat", 0, 100, steps_after=50, every=30, stream=out) as progress:
+    with contextlib.closing(Progress("qat", 0, 100, steps_after=50, every=30, stream=out)) as progress:
         for step in range(1, 12):
             progress.update(step, loss=4.0 - step / 10, tokens_per_s=41_234)
             clock[0] += 10
@@ -217,7 +218,7 @@ def test_progress_off_a_terminal_is_a_line_now_and_then(clock):
 
 def test_progress_on_a_terminal_is_a_bar(clock):
     out = Terminal()
-    with Progress("qat", 40, 100, stream=out) as progress:
+    with contextlib.closing(Progress("qat", 40, 100, stream=out)) as progress:
         clock[0] += 1
         progress.update(41, loss=4.0, tokens_per_s=900)
         clock[0] += 1

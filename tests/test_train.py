@@ -12,19 +12,23 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_metrics import Terminal, tensorboard_of
 
 from configs import toy
 from launch import sweep
 from qatmoe import cli, export, import_hf, metrics, phases, train
 from qatmoe import loss as losses
+from qatmoe import run as run_lib
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import resolve
 from qatmoe.data import batches
+from qatmoe.errors import RunError
 from qatmoe.mesh import make_mesh
 from qatmoe.run import abstract_state, quant_plan, valid_batches
 from qatmoe.tree import path_of
@@ -115,7 +119,20 @@ def test_a_run_leaves_what_it_promises(whole):
     assert summary["bits_per_weight"]["quantized"] == 2.25
     assert summary["tokens"]["total"] == (6 + 4 + 4) * 4 * 64
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert list((workdir / "tb" / "qat").glob("events*"))
+    tags = tensorboard_of(workdir, "qat").Tags()
+    experts = {f"load/layer_{layer}/expert_{e}" for layer in range(3) for e in range(4)}  # two layers and the module
+    grids = {f"/layers/experts/{name}" for name in ("gate_up", "down")}
+    health = {f"health/{name}" for name in ("flip_rate", "flipped", "scale_drift", "weight_error")}
+    assert set(tags["scalars"]) >= {"loss/train", "loss/valid", "moe/dropped", *experts, *health}
+    assert set(tags["scalars"]) >= {f"health/code_{i}{grid}" for i in range(4) for grid in grids}
+    assert set(tags["scalars"]) >= {name + grid for name in health for grid in grids}
+    assert set(tags["histograms"]) == {f"moe/load/layer_{layer}" for layer in range(3)}
+    assert not [r for r in metrics.read(workdir) if r["split"] == "train" and any("expert_" in name for name in r)]
+    loads = [r for r in metrics.read(workdir) if r["split"] == "load"]
+    assert [(r["phase"], r["step"]) for r in loads] == [
+        *(("trunk", n) for n in (3, 6)), *((name, n) for name in ("control", "qat") for n in (3, 4))
+    ]  # fmt: skip
+    assert all(sum(r[f"layer_0/expert_{e}"] for e in range(4)) == pytest.approx(4) for r in loads)
     plan = json.loads((workdir / "plan.json").read_text())
     assert {r["tensor"] for r in plan["rows"] if r["grid"] == "q2_0"} == {
         "layers/experts/gate_up",
@@ -207,8 +224,11 @@ def test_a_run_that_is_stopped_before_its_first_step_keeps_the_checkpoint_it_cam
         run.stop.signal = signal.SIGTERM
         return loop(run, *args)
 
+    closed = []
+    monkeypatch.setattr(batches.TrainIterator, "close", lambda iterator: closed.append(iterator))
     monkeypatch.setattr(phases, "loop", stopped)
     assert train.main(["train", *arguments(tmp_path / "run")]) == 0
+    assert len(closed) == 1  # its thread would go on as long as the process
     assert "stopped after step 4 of 6 of phase trunk, which is saved" in capsys.readouterr().err
     assert kept.stat().st_ino == before
 
@@ -414,7 +434,8 @@ def test_final_figures_are_made_of_all_tokens_and_roundings_of_rounded_weights(w
         sums = sums_of(jax.tree_util.tree_map_with_path(deployed, model), batch=batch)
         nats, count = (np.asarray(sums[key], np.float64) for key in ("nats", "count"))
         loss, mtp = nats.sum(1) / count.sum(1)
-        se = np.sqrt(np.sum((nats[0] - loss * count[0]) ** 2)) / count[0].sum()
+        n = len(nats[0])
+        se = np.sqrt(n / (n - 1) * np.sum((nats[0] - loss * count[0]) ** 2)) / count[0].sum()
         expected = {"loss": loss, "loss_se": se, "mtp1_loss": mtp, "perplexity": np.exp(loss), "tokens": count[0].sum()}
         expected["bits_per_byte"] = loss / np.log(2) / data.valid.bytes_per_token
         for key, value in expected.items():
@@ -422,6 +443,35 @@ def test_final_figures_are_made_of_all_tokens_and_roundings_of_rounded_weights(w
             assert final[name][key] == pytest.approx(value, rel=close), (name, key)
         found[name] = loss
     assert min(abs(a - b) for a, b in itertools.combinations(found.values(), 2)) > 2e-5, found
+
+
+def test_the_error_of_a_loss_is_that_of_a_mean_over_independent_rows(monkeypatch):
+    """Rows of equally many tokens: the standard deviation of their losses by sqrt(n). One row says nothing of it."""
+    data = types.SimpleNamespace(valid=types.SimpleNamespace(bytes_per_token=4.0))
+    run = types.SimpleNamespace(cfg=resolve(toy.get_config()), mesh=None, data=data, _evaluate_batch=lambda _, b: b)
+    rows = np.asarray([3.0, 5.0, 4.5, 4.0, 6.0], np.float32)
+    monkeypatch.setattr(run_lib, "place", lambda mesh, n, batch: batch)
+    for n in (5, 2, 1):
+        cuts = [{"nats": 8 * rows[None, at], "count": np.full((1, 1), 8.0, np.float32)} for at in np.arange(n)[:, None]]
+        cuts.append({key: np.zeros((1, 2), np.float32) for key in ("nats", "count")})  # padding
+        monkeypatch.setattr(run_lib, "valid_batches", lambda *_, cuts=cuts: iter(cuts))
+        found = run_lib.Run.evaluate(run, {}, 0)
+        assert found["loss"] == pytest.approx(rows[:n].mean())
+        expected = rows[:n].std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
+        assert found["loss_se"] == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_progress_line_ends_before_an_error_is_told(monkeypatch):
+    """Else the error would stand on the bar's line."""
+    out = Terminal()
+    monkeypatch.setattr(metrics.sys, "stderr", out)
+    run = types.SimpleNamespace(cfg=resolve(toy.get_config()), workdir="runs/toy")
+    checkpoints = types.SimpleNamespace(wait=lambda: None, steps=list)
+    with pytest.raises(RunError, match="step 1: loss=nan"), phases.Log(run, "qat", 0, checkpoints) as log:  # noqa: PT012
+        log.step(1, {"loss": np.float32(np.nan), "grad_norm": np.float32(1)})
+        assert not out.getvalue().endswith("\n")
+        log.step(2, {})
+    assert out.getvalue().endswith("\n")
 
 
 def test_another_optimizer_takes_the_weights_alone(whole, quick_env, capsys, cache, tmp_path):
