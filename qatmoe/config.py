@@ -60,6 +60,11 @@ class ModelConfig:
     scan_layers: bool = True  # lax.scan over stacked layers, or the unrolled twin
     remat: str = "none"  # "none" or "full": recompute each layer in the backward pass
 
+    @property
+    def rotary_dim(self) -> int:
+        """Dims of a head that RoPE turns."""
+        return round(self.head_dim * self.rotary_fraction)
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
@@ -107,7 +112,7 @@ class OptimConfig:
     scale_lr: float = 1e-4
     betas: tuple[float, ...] = (0.9, 0.95)
     eps: float = 1e-8
-    weight_decay: float = 0.1  # on matrices only
+    weight_decay: float = 0.1  # on matrices, embeddings, head and router; not on norms, biases or scales
     clip: float = 1.0  # global gradient norm; 0 = off
     schedule: str = "wsd"  # "wsd" (warmup, stable, linear decay) or "cosine"
     final_lr: float = 0.0  # lr after the last step of a decay, as a share of lr
@@ -176,7 +181,7 @@ class EvalConfig:
     """Validation."""
 
     every: int = 100  # steps between validations; 0 = only at the end of a phase
-    batches: int = 16  # batches per validation while training
+    batches: int = 16  # batches per validation while training; 0 = the whole validation set
     final_batches: int = 0  # batches at the end of a phase; 0 = the whole validation set
 
 
@@ -287,7 +292,10 @@ def to_json(cfg: Config) -> str:
 
 
 def other_settings(here: ModelConfig, there: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """{setting: (here, there)} where two models compute something else; how they do it, and began, may differ."""
+    """{setting: (here, there)} of the settings by which two models compute something else.
+
+    Those that only say how it is computed, or how weights are drawn, are left out.
+    """
     free = {
         "experts",
         "eval_experts",
@@ -400,8 +408,9 @@ def _check_model(m: ModelConfig) -> None:
         f"config.model.n_dense_layers={m.n_dense_layers} leaves no MoE layer of n_layers={m.n_layers}",
     )
     rotary = m.head_dim * m.rotary_fraction
+    near = math.isclose(rotary, m.rotary_dim, rel_tol=1e-9)  # 0.55 * 40 is 22.000000000000004
     _require(
-        0 < m.rotary_fraction <= 1 and rotary % 2 == 0,
+        0 < m.rotary_fraction <= 1 and near and m.rotary_dim % 2 == 0,
         f"config.model.rotary_fraction={m.rotary_fraction} of head_dim={m.head_dim} gives {rotary:g} rotated dims; "
         "it must be an even number",
     )

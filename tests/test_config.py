@@ -1,11 +1,14 @@
 import json
 import sys
 
+import jax.numpy as jnp
 import pytest
 
 from qatmoe import cli
 from qatmoe.config import Config, default_config, leaves, phase, resolve, to_json
+from qatmoe.convert import gguf_model, hf_config
 from qatmoe.errors import UserError
+from qatmoe.model.layers import rope_angles
 
 
 def small(**changes):
@@ -57,6 +60,8 @@ def test_every_config_file_resolves(config_files):
         ({"model__top_k": 9}, "top_k=9 is more than n_experts=8"),
         ({"model__n_dense_layers": 4}, "leaves no MoE layer"),
         ({"model__rotary_fraction": 0.1}, "even number"),
+        ({"model__rotary_fraction": 1e-12}, "gives 3.2e-11 rotated dims"),
+        ({"model__rotary_fraction": 0.5625001}, "gives 18 rotated dims"),
         ({"model__router": "hash"}, "must be one of 'softmax', 'sigmoid'"),
         ({"train__batch_size": 0}, "at least 1"),
         ({"train__grad_accum": 3}, "must divide batch_size=8"),
@@ -105,6 +110,15 @@ def test_phase_mistakes_are_named(fields, message):
     config["train"]["phases"]["other"] = phase(**fields).to_dict()
     with pytest.raises(UserError, match=message):
         resolve(config)
+
+
+@pytest.mark.parametrize(("head_dim", "fraction", "rotated"), [(40, 0.55, 22), (100, 0.58, 58), (32, 0.5, 16)])
+def test_a_share_of_a_head_may_be_off_by_rounding(head_dim, fraction, rotated):
+    """The first product is a little more than 22 in floating point, the second a little less than 58."""
+    model = resolve(small(model__head_dim=head_dim, model__rotary_fraction=fraction)).model
+    assert rope_angles(jnp.zeros((1, 1), int), head_dim, fraction, 1e4)[0].shape == (1, 1, rotated // 2)
+    assert gguf_model.hyper_parameters(model, "glm4moe", "", 8)["glm4moe.rope.dimension_count"].value == rotated
+    assert int(head_dim * hf_config._rotary_factor(model)) == rotated  # as transformers computes it
 
 
 def test_cosine_has_no_decay():

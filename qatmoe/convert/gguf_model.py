@@ -171,7 +171,7 @@ def hyper_parameters(m: ModelConfig, arch: str, name: str, context: int) -> dict
         "attention.head_count_kv": m.n_kv_heads,
         "attention.key_length": m.head_dim,
         "attention.value_length": m.head_dim,
-        "rope.dimension_count": int(m.head_dim * m.rotary_fraction),
+        "rope.dimension_count": m.rotary_dim,
         "expert_count": m.n_experts,
         "expert_used_count": m.top_k,
     }

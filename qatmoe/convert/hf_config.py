@@ -227,9 +227,9 @@ def write(
     if arch == "qwen3_moe":
         dense = list(range(m.n_dense_layers))
         return config | {"num_experts": m.n_experts, "decoder_sparse_step": 1, "mlp_only_layers": dense}
-    rope["partial_rotary_factor"] = m.rotary_fraction
+    rope["partial_rotary_factor"] = _rotary_factor(m)
     return config | {
-        "partial_rotary_factor": m.rotary_fraction,
+        "partial_rotary_factor": _rotary_factor(m),
         "n_routed_experts": m.n_experts,
         "n_shared_experts": m.n_shared_experts,
         "first_k_dense_replace": m.n_dense_layers,
@@ -239,3 +239,9 @@ def write(
         "use_qk_norm": m.qk_norm == "head",
         "num_nextn_predict_layers": m.n_mtp,
     }
+
+
+def _rotary_factor(m: ModelConfig) -> float:
+    """What transformers' int(head_dim * factor) makes the model's rotated dims of: it would make 57 of 100 * 0.58."""
+    exact = int(m.head_dim * m.rotary_fraction) == m.rotary_dim
+    return m.rotary_fraction if exact else math.nextafter(m.rotary_fraction, 1)

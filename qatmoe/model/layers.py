@@ -16,8 +16,8 @@ class Param:
     It starts as std * normal, or constant at `fill` where std is 0. Initialisation, abstract shapes and shardings are
     all derived from one tree of these.
 
-    axes: how it lies where it is used. fsdp: the axis that is split further where it is kept; None if it is too small
-    for that. For a matrix that is the output axis: blocks of a grid run along the other, and none is then cut in two.
+    axes: logical axes, giving the compute sharding. fsdp: axis additionally sharded in storage; None = not split. For a
+    matrix that is the output axis: blocks of a grid run along the other, and none is then cut in two.
     """
 
     shape: tuple[int, ...]
@@ -61,7 +61,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 def rope_angles(positions_BL: jax.Array, head_dim: int, fraction: float, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotary embedding, both f32 (B, L, R/2), for the R = head_dim * fraction turned dims."""
-    rotary_dim = int(head_dim * fraction)
+    rotary_dim = round(head_dim * fraction)
     frequencies = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
     angles = positions_BL[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
