@@ -182,11 +182,11 @@ def _check_devices() -> None:
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         (most, count), *_, (least, fewer) = counts.most_common()
-        error = UserError(
-            f"process {most} has {count} devices and process {least} {fewer}: give each process the same number"
+        raise _of_all(
+            UserError(
+                f"process {most} has {count} devices and process {least} {fewer}: give each process the same number"
+            )
         )
-        error.together = True
-        raise error
 
 
 def _await_coordinator(address: str) -> None:
@@ -257,7 +257,7 @@ def barrier(name: str) -> None:
 
 
 def from_first(value: Any) -> Any:
-    """What process 0 passes, JSON, in all processes."""
+    """Broadcasts process 0's JSON-serializable value. Collective."""
     return json.loads(_gather(json.dumps(value) if first() else "")[0]) if jax.process_count() > 1 else value
 
 
@@ -279,9 +279,13 @@ def together() -> Iterator[None]:
     found = [(i, *json.loads(text)) for i, text in enumerate(_gather(mine)) if text]
     if found:
         index, text, code = found[0]
-        error = (RunError if code == RunError.exit_code else UserError)(f"process {index}: {text}")
-        error.together = True
-        raise error
+        raise _of_all((RunError if code == RunError.exit_code else UserError)(f"process {index}: {text}"))
+
+
+def _of_all(error: UserError) -> UserError:
+    """An error that every process raises, so that none is waited for."""
+    error.together = True
+    return error
 
 
 def require_same(what: str, text: str) -> None:

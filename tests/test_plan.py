@@ -75,8 +75,9 @@ def test_unrolled_layers_match_too():
         ),
         (QuantConfig(mtp="q8_0"), {"n_mtp": 0}, "quant.mtp"),
         (QuantConfig(mtp="same", experts="none"), {}, "quant.mtp='same' matches no tensor"),
-        (QuantConfig(experts="q2_k"), {}, "layers/experts/.*rows of 128 weights.*256"),
-        (QuantConfig(), {"expert_dim": 96}, "layers/experts/down: rows of 96"),
+        (QuantConfig(experts="q2_k"), {}, "layers/experts/.*rows of 128 weights.*256.*: q2_0, ternary, q4_0"),
+        (QuantConfig(), {"expert_dim": 96}, r"down: rows of 96 .*such rows: q4_0, iq4_nl, mxfp4, q8_0\)"),
+        (QuantConfig(), {"expert_dim": 40}, r"down: rows of 40 .*such rows: none\)"),
         (QuantConfig(head="q8_0"), {"tie_embeddings": True}, "quant.embedding"),
     ],
 )

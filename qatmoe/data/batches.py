@@ -54,7 +54,6 @@ class Data:
     train: Stream
     valid: Stream
     dropped: int  # training documents left out because they are validation documents
-    notes: tuple[str, ...]  # what the user should know about the split
     hash: str
 
     @property
@@ -105,7 +104,7 @@ def load_data(cfg: DataConfig, vocab_size: int) -> Data:
     if kept["dropped"]:
         log.warning("%d training documents left out: they are validation documents", kept["dropped"])
     streams = {name: _read_stream(place, name, kept["bytes"][name], tok.dtype) for name in ("train", "valid")}
-    return Data(cfg=cfg, tokenizer=tok, dropped=kept["dropped"], notes=tuple(kept["notes"]), hash=key, **streams)
+    return Data(cfg=cfg, tokenizer=tok, dropped=kept["dropped"], hash=key, **streams)
 
 
 def _load_tokenizer(cfg: DataConfig, vocab_size: int, content: str) -> tokenizer.Tokenizer:

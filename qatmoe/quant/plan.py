@@ -12,7 +12,7 @@ from typing import Any
 
 from qatmoe.config import ModelConfig, QuantConfig
 from qatmoe.errors import UserError
-from qatmoe.quant.grid import Grid, get
+from qatmoe.quant.grid import GRIDS, Grid, get
 from qatmoe.text_table import aligned
 
 Plan = dict[str, Grid]  # path of a weight -> its grid, in the order of the parameters
@@ -109,10 +109,10 @@ def _check_row(path: str, shape: tuple[int, ...], grid: Grid) -> None:
     if shape[-1] % grid.superblock:
         wide = {"ffn/down": "model.dense_dim", "attn/o": "model.n_heads * model.head_dim"}
         keys = next((key for part, key in wide.items() if part in path), "model.dim and model.expert_dim")
-        fits = " (q2_0, ternary and nvfp4 need rows of 64, q4_0, iq4_nl, mxfp4 and q8_0 of 32)"
+        fits = ", ".join(name for name, other in GRIDS.items() if shape[-1] % other.superblock == 0)
         raise UserError(
             f"{path}: rows of {shape[-1]} weights are not whole blocks of {grid.superblock}, which {grid.name} needs; "
-            f"choose {keys} as multiples of {grid.superblock} or another grid{fits}"
+            f"choose {keys} as multiples of {grid.superblock}, or another grid (of such rows: {fits or 'none'})"
         )
 
 
