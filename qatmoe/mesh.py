@@ -77,7 +77,7 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
-    """Logical axes -> PartitionSpec, e.g. ("experts", "mlp", "embed").
+    """Logical axes -> PartitionSpec, e.g. ("experts", "mlp", None).
 
     Raises:
       ValueError: an unknown name, or two axes of one array on the same mesh axis.
@@ -155,7 +155,7 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def used(w: jax.Array, axes: tuple[str | None, ...], fsdp: int | None) -> jax.Array:
-    """A parameter as it lies where it is used, gathered; its gradient is summed into the layout it is kept in."""
+    """All-gathers a stored parameter to its compute sharding; the gradient is reduce-scattered back."""
     return _gathered(w, axes, fsdp)
 
 

@@ -102,8 +102,7 @@ def schedule(cfg: OptimConfig, phase: PhaseConfig, step: int) -> float:
 def carry_over(new: Any, old: Any) -> Any:
     """Optimizer state of a branch: the trunk's moments where path and shape agree, `new` (fresh) elsewhere.
 
-    A count of steps belongs to the moments beside it: it begins anew where any of them does, as Adam divides them by
-    what that many steps would have gathered.
+    Adam's step count is reset whenever any of its moments is, or bias correction would be wrong.
     """
     known, wanted = leaves_by_path(old), leaves_by_path(new)
     begun = [

@@ -2,7 +2,8 @@
 
 A source is a string: "default" (bundled), a file, directory or glob of .txt/.jsonl/.parquet (text files
 also as .gz/.xz/.zst), or "hf:DATASET[:CONFIG[:SPLIT]]". Every source is an ordered sequence of documents;
-the order depends on the paths and their contents alone. Nothing here holds more than one document in memory.
+the order depends on the paths and their contents alone. Documents are streamed; `Split` also keeps
+16 bytes per document and the longest one.
 """
 
 import dataclasses

@@ -2,9 +2,11 @@
 
 Every fast implementation is the same three moves, and differs only in where an expert's rows lie:
 
-    dense    C rows for each expert; one batched matmul; tokens over the capacity C are dropped (fast on GPU and CPU)
+    dense    C rows for each expert; one batched matmul; tokens over the capacity C are dropped
     blocked  rows sorted by expert, each expert's padded to whole blocks; one batched matmul over blocks; dropless
-    ragged   rows sorted by expert; jax.lax.ragged_dot (fast on TPU); dropless
+    ragged   rows sorted by expert; jax.lax.ragged_dot; dropless
+
+dense is the fastest on a CPU and is expected to suit a GPU, ragged a TPU; neither was measured there.
 
 For a token or a few, as in decoding, "gathered" moves the weights of its own experts to each token; dropless.
 
@@ -84,7 +86,7 @@ def expert_ffn(
 
 
 def capacity(tokens: int, cfg: ModelConfig) -> int:
-    """Rows per expert of "dense" for a group of `tokens`: a multiple of 8, never more than could be used."""
+    """Rows per expert of "dense" for a group of `tokens`: rounded up to 8, at most `tokens`."""
     even_share = tokens * cfg.top_k / cfg.n_experts
     return min(tokens, -8 * int(-cfg.capacity_factor * even_share // 8))
 

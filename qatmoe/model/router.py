@@ -36,8 +36,9 @@ def route(params: dict, cfg: ModelConfig, x_TD: jax.Array, choices_Tk: jax.Array
     own (DeepSeek-V3 eq. 15, GLM-4.5). The bias is added for the selection only and gets no gradient; the weights are
     the chosen experts' own scores, renormalised to sum 1 with norm_topk, times routed_scale.
 
-    balance is E * sum_i f_i P_i over the whole batch, f the load and P the mean score normalised per token (Switch
-    Transformer eq. 4; DeepSeek-V3 eq. 17-20). z is the mean of logsumexp(logits)^2 (ST-MoE eq. 5).
+    balance is E * sum_i f_i P_i over the tokens of one call: a micro-batch, on all devices. f is the load and P the
+    mean score normalised per token (Switch Transformer eq. 4; DeepSeek-V3 eq. 17-20). z is the mean of
+    logsumexp(logits)^2 (ST-MoE eq. 5).
     """
     # In f32 whatever cfg.dtype is: rounded operands would flip close choices.
     logits_TE = einsum("td,ed->te", x_TD.astype(jnp.float32), params["weight"].astype(jnp.float32))

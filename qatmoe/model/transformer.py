@@ -233,10 +233,7 @@ def forward(
 
 
 def _gather(layer: Any, declared: Any, dtype: jnp.dtype) -> Any:
-    """Parameters as they lie where they are used; matrices are cast before, so that half the bytes are moved.
-
-    All but gate_up: `layers.used_halves` gathers it.
-    """
+    """Casts matrices to `dtype` and all-gathers them. gate_up is left to `layers.used_halves`."""
 
     def one(path: tuple[Any, ...], w: jax.Array, param: Param) -> jax.Array:
         name = path_of(path)
@@ -336,7 +333,7 @@ def _layer(layers: dict[str, Any], i: int, stacked: bool) -> dict[str, Any]:
 
 
 def eval_experts(cfg: ModelConfig, groups: int) -> str:
-    """What "auto" means: ragged_dot is fast on a TPU, but cannot keep groups of tokens on their own devices."""
+    """What "auto" means: ragged_dot is made for a TPU, but cannot keep groups of tokens on their own devices."""
     if cfg.eval_experts != "auto":
         return cfg.eval_experts
     return "ragged" if jax.default_backend() == "tpu" and groups == 1 else "blocked"

@@ -12,9 +12,10 @@ rule of LSQ, whose code stays where it is. With d u / d w = 1 / s^ and d u / d s
     d w^ / d s^ = level + s^ * t * (-u / s^)     = level - t * u
 
 and snap is passed straight through: d s^ / d s := 1. The gradient of a loss with respect to s is the sum over the block
-of g * (level - t * u), times 1 / sqrt(n * hi), which makes the updates of scales commensurate with those of weights
-(Esser et al. 2020, "Learned Step Size Quantization", sections 2.1 and 2.2). With negative s^ all of this holds
-unchanged: u changes sign with it.
+of g * (level - t * u), times 1 / sqrt(n * hi) (Esser et al. 2020, "Learned Step Size Quantization", sections 2.1 and
+2.2). There, under SGD, that factor sets the size of a scale's step. Here Adam divides it out: it only sets what scales
+weigh in the global norm of `optim.clip`, and against `optim.eps`; `optim.scale_lr` sets their step. With negative s^
+all of this holds unchanged: u changes sign with it.
 """
 
 import functools
@@ -52,7 +53,7 @@ def _backward(grid: Grid, clip: bool, saved: tuple[jax.Array, jax.Array], g: jax
     snapped = grid.snap(scale)
     low, high = min(grid.levels[grid.first_code :]), max(grid.levels)
     blocks = (*scale.shape, grid.block)
-    value, g_GI = grid.quantize(w, snapped).reshape(blocks), g.astype(jnp.float32).reshape(blocks)
+    value, g_GI = grid.quantize(w, snapped).reshape(blocks), g.reshape(blocks)
     # Multiplying by the inverse: codes are not decided here, so the last bit of u does not matter.
     inverse = jnp.where(snapped == 0, 0.0, 1.0 / snapped)[..., None]
     u = w.reshape(blocks) * inverse
