@@ -99,7 +99,7 @@ def test_dropped_documents_and_notes_survive_the_cache(load, source, tmp_path, c
     (tmp_path / "book.txt").write_text(" ".join(WORDS * 30))
     for _ in range(2):
         load(source=str(tmp_path / "book.txt"))
-        assert "of book.txt are held out instead" in caplog.text
+        assert "book.txt are held out instead" in caplog.text
         caplog.clear()
 
 
