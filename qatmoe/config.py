@@ -58,7 +58,9 @@ class ModelConfig:
     expert_block: int = 64  # "blocked": rows per block
     attention: str = "auto"  # "xla", "cudnn" (GPU), "splash" (TPU), or "auto": the machine's own, where it can
     scan_layers: bool = True  # lax.scan over stacked layers, or the unrolled twin
-    remat: str = "none"  # "none" or "full": recompute each layer in the backward pass
+    # What of a layer the backward pass computes again: "none"; "dots": all but products with weights (experts' too, and
+    # not attention's scores, which grow with L^2); "full": all of it.
+    remat: str = "none"
 
     @property
     def rotary_dim(self) -> int:
@@ -210,7 +212,7 @@ CHOICES = {
     "model.experts": ("dense", "blocked", "ragged", "reference"),
     "model.eval_experts": ("auto", "blocked", "ragged", "reference"),
     "model.attention": ("auto", "xla", "cudnn", "splash"),
-    "model.remat": ("none", "full"),
+    "model.remat": ("none", "dots", "full"),
     "quant.scale": ("learned", "dynamic"),
     "quant.dynamic_rule": ("absmax", "search"),
     "data.packing": ("windows", "segments"),

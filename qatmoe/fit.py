@@ -5,7 +5,8 @@ smaller micro-batches (more passes over the weights); the mesh's data axis added
 in bfloat16 (the only one that alters what is trained); the next larger machines.
 
 The estimate: state, decoded weights and gradients by shape, and the rest of what the compiler asked for scaled with the
-tokens of a micro-batch, or, for recomputation, divided by the layers plus one.
+tokens of a micro-batch, or, for recomputation, divided by the layers plus one (too little where remat was "dots", of
+which a part is computed again already: what is compiled decides).
 """
 
 import dataclasses
@@ -58,7 +59,7 @@ def changes(job: Job) -> Iterator[tuple[Settings, Topology]]:
     """Every change alone, then each with all that come before it, then larger machines without and with all of them."""
     cfg = job.cfg
     single: list[Settings] = []
-    if cfg.model.remat == "none":
+    if cfg.model.remat != "full":
         single.append({"model.remat": "full"})
     parts = [n * cfg.train.grad_accum for n in (2, 4, 8)]
     single += [{"train.grad_accum": n} for n in parts if cfg.train.batch_size % n == 0]

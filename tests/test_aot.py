@@ -154,6 +154,9 @@ def test_changes_come_cheapest_first(job):
     assert found[5] == {"model.remat": "full", "train.grad_accum": 2}
     assert found[-1] == {"model.remat": "full", "train.grad_accum": 8, "optim.moments_dtype": "bfloat16"}
     assert {machine.name for _, machine in fit.changes(job)} == {"cpu:1", "cpu:2"}
+    for remat, first in (("dots", {"model.remat": "full"}), ("full", {"train.grad_accum": 2})):
+        other = dataclasses.replace(job, cfg=fit.changed(job.cfg, {"model.remat": remat}))
+        assert next(fit.changes(other))[0] == first
 
 
 def test_estimates(job):

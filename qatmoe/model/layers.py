@@ -5,8 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from qatmoe.mesh import used
+
+DOT = "dot"  # the name of what `weighted` marks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +50,14 @@ def precision(operand: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if operand.dtype == jnp.float32 else None
 
 
+def weighted(product: jax.Array) -> jax.Array:
+    """Marks a product with a weight, which model.remat="dots" keeps for the backward pass; the number is the same."""
+    return checkpoint_name(product, DOT)
+
+
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x (..., in) times weight (out, in), cast to the dtype of x at use -> (..., out)."""
-    return einsum("...i,oi->...o", x, weight.astype(x.dtype))
+    return weighted(einsum("...i,oi->...o", x, weight.astype(x.dtype)))
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -117,5 +125,5 @@ def ffn_params(dim: int, width: int, std: float, out_std: float) -> dict[str, Pa
 def ffn(params: dict, x: jax.Array, limit: float) -> jax.Array:
     """SwiGLU feed-forward net, (..., D) -> (..., D)."""
     gate_up_2FD = used_halves(params["gate_up"].astype(x.dtype))
-    hidden = swiglu(einsum("...d,hfd->...hf", x, gate_up_2FD), limit).astype(x.dtype)
+    hidden = swiglu(weighted(einsum("...d,hfd->...hf", x, gate_up_2FD)), limit).astype(x.dtype)
     return linear(hidden, params["down"])

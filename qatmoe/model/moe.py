@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from qatmoe.config import ModelConfig
 from qatmoe.errors import UserError
 from qatmoe.mesh import constrain
-from qatmoe.model.layers import Param, einsum, halves, precision, swiglu, used_halves
+from qatmoe.model.layers import Param, einsum, halves, precision, swiglu, used_halves, weighted
 
 
 class Rows(NamedTuple):
@@ -130,7 +130,7 @@ def expert_matmuls(
     # One axis of rows: with two, XLA on a CPU transposes for the weights' gradient, a quarter of the whole time.
     x_ERD = x_EGCD.reshape(E, G * C, D)
     gate_up_E2FD = used_halves(gate_up_EFD.astype(x_EGCD.dtype), "experts")
-    gate_up_ER2F = einsum("erd,ehfd->erhf", x_ERD, gate_up_E2FD)
+    gate_up_ER2F = weighted(einsum("erd,ehfd->erhf", x_ERD, gate_up_E2FD))
     hidden_ERF = _gated(gate_up_ER2F, weights_EGC.reshape(E, G * C), limit)
     return einsum("erf,edf->erd", hidden_ERF, down_EDF.astype(x_EGCD.dtype)).reshape(E, G, C, D)
 
@@ -163,7 +163,7 @@ def _blocked(
         expert_P = jnp.minimum(jnp.searchsorted(ends_E, jnp.arange(n_blocks), side="right"), E - 1)
         x_PCD = _to_rows(x_TD, rows).reshape(n_blocks, block, D)
         weights_PC = _weights_to_rows(weights_Tk, rows).reshape(n_blocks, block)
-        gate_up_PCF = einsum("pcd,pfd->pcf", x_PCD, _of_blocks(gate_up_EFD, expert_P))
+        gate_up_PCF = weighted(einsum("pcd,pfd->pcf", x_PCD, _of_blocks(gate_up_EFD, expert_P)))
         hidden_PCF = _gated(halves(gate_up_PCF), weights_PC, cfg.swiglu_limit)
         y_PCD = einsum("pcf,pdf->pcd", hidden_PCF, _of_blocks(down_EDF, expert_P))
         return _from_rows(y_PCD.reshape(-1, D), rows)
@@ -203,7 +203,7 @@ def _ragged(
     rows = _place(indices_Tk, jnp.cumsum(counts_E) - counts_E, T, T * cfg.top_k, cfg.n_experts)
     gate_up_EDF = gate_up_EFD.astype(x_TD.dtype).swapaxes(1, 2)
     down_EFD = down_EDF.astype(x_TD.dtype).swapaxes(1, 2)
-    gate_up_RF = jax.lax.ragged_dot(_to_rows(x_TD, rows), gate_up_EDF, counts_E, precision=precision(x_TD))
+    gate_up_RF = weighted(jax.lax.ragged_dot(_to_rows(x_TD, rows), gate_up_EDF, counts_E, precision=precision(x_TD)))
     hidden_RF = _gated(halves(gate_up_RF), _weights_to_rows(weights_Tk, rows), cfg.swiglu_limit)
     y_RD = jax.lax.ragged_dot(hidden_RF, down_EFD, counts_E, precision=precision(hidden_RF))
     return _from_rows(y_RD, rows)
@@ -234,7 +234,7 @@ def _reference(
     """Every expert on every token, then the weighted sum: the definition the others are tested against."""
     chosen_TkE = indices_Tk[..., None] == jnp.arange(cfg.n_experts)
     weights_TE = jnp.sum(jnp.where(chosen_TkE, weights_Tk[..., None], 0.0), axis=1)
-    gate_up_TEF = einsum("td,efd->tef", x_TD, gate_up_EFD.astype(x_TD.dtype))
+    gate_up_TEF = weighted(einsum("td,efd->tef", x_TD, gate_up_EFD.astype(x_TD.dtype)))
     hidden_TEF = swiglu(halves(gate_up_TEF), cfg.swiglu_limit).astype(x_TD.dtype)
     y_TED = einsum("tef,edf->ted", hidden_TEF, down_EDF.astype(x_TD.dtype))
     return einsum("ted,te->td", y_TED.astype(jnp.float32), weights_TE).astype(x_TD.dtype)

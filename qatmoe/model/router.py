@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qatmoe.config import ModelConfig
 from qatmoe.mesh import fitted, spec
-from qatmoe.model.layers import Param, einsum
+from qatmoe.model.layers import Param, einsum, weighted
 
 
 class Routing(NamedTuple):
@@ -41,7 +41,7 @@ def route(params: dict, cfg: ModelConfig, x_TD: jax.Array, choices_Tk: jax.Array
     logsumexp(logits)^2 (ST-MoE eq. 5).
     """
     # In f32 whatever cfg.dtype is: rounded operands would flip close choices.
-    logits_TE = einsum("td,ed->te", x_TD.astype(jnp.float32), params["weight"].astype(jnp.float32))
+    logits_TE = weighted(einsum("td,ed->te", x_TD.astype(jnp.float32), params["weight"].astype(jnp.float32)))
     if cfg.router == "softmax":
         scores_TE = probs_TE = jax.nn.softmax(logits_TE, axis=-1)
     else:

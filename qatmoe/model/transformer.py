@@ -21,7 +21,7 @@ from qatmoe.config import ModelConfig
 from qatmoe.mesh import constrain, gathers, kept, not_gathered, used
 from qatmoe.model.attention import attention, attention_params
 from qatmoe.model.cache import CacheType
-from qatmoe.model.layers import Param, einsum, ffn, ffn_params, norm_param, rms_norm, rope_angles
+from qatmoe.model.layers import DOT, Param, einsum, ffn, ffn_params, norm_param, rms_norm, rope_angles
 from qatmoe.model.moe import expert_ffn, expert_params
 from qatmoe.model.mtp import mtp_module, mtp_params
 from qatmoe.model.router import Routing, route, router_params
@@ -209,6 +209,8 @@ def forward(
 
     if cfg.remat == "full":
         own_block = jax.checkpoint(own_block)
+    elif cfg.remat == "dots":  # gathered weights have no name: they are gathered again
+        own_block = jax.checkpoint(own_block, policy=jax.checkpoint_policies.save_only_these_names(DOT))
     elif gathers():
         own_block = jax.checkpoint(own_block, policy=not_gathered)
     x_BLD = embed(tokens_BL)
