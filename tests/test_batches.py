@@ -2,8 +2,13 @@
 
 import collections
 import dataclasses
+import errno
 import itertools
 import json
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -448,8 +453,13 @@ def test_unwritable_cache_names_the_setting(source, tmp_path, monkeypatch):
     assert list((tmp_path / "c").iterdir()) == []
 
 
-def test_cache_made_by_two_at_once(tmp_path):
-    """The loser of the race uses the winner's entry."""
+def test_cache_made_by_two_at_once_where_there_are_no_locks(tmp_path, monkeypatch):
+    """The loser of the race uses the winner's entry, and nobody removes what may be in use."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(cache.fcntl, "flock", no_locks)
 
     def build(directory):
         (directory / "a").write_text("x")
@@ -459,8 +469,46 @@ def test_cache_made_by_two_at_once(tmp_path):
         cache.entry(str(tmp_path), "k", build)
         return build(directory)
 
+    used = tmp_path / f".k-{socket.gethostname()}-x"
+    used.mkdir()
     assert cache.entry(str(tmp_path), "k", overtaken) == (tmp_path / "k", {"n": 1})
-    assert [p.name for p in tmp_path.iterdir()] == ["k"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [used.name, "k"]
+
+
+# Makes the entry k, says so, and takes its time, or kills itself in the middle.
+MAKE = """
+import os, pathlib, signal, sys, time
+from qatmoe.data import cache
+def build(directory):
+    (directory / "a").write_text("x")
+    with open(sys.argv[1] + ".made", "a") as f:
+        f.write("x")
+    if sys.argv[2] == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    return {"n": 1}
+print(cache.entry(sys.argv[1], "k", build)[1])
+"""
+
+
+def test_a_cache_entry_is_made_by_one_process_and_the_others_wait(tmp_path, child_env):
+    folder = tmp_path / "cache"
+    command = [sys.executable, "-c", MAKE, str(folder), "lives"]
+    both = [subprocess.Popen(command, env=child_env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [process.communicate(timeout=100)[0] for process in both] == ["{'n': 1}\n"] * 2
+    assert (tmp_path / "cache.made").read_text() == "x"
+    assert [p.name for p in folder.iterdir()] == ["k"]
+
+
+def test_what_a_killed_process_left_of_an_entry_is_removed(tmp_path, child_env):
+    folder = tmp_path / "cache"
+    done = subprocess.run([sys.executable, "-c", MAKE, str(folder), "dies"], env=child_env, timeout=100, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(folder.glob(".k-*"))) == 1
+    others = folder / ".k-another.machine-x"  # whose locks may not reach here
+    others.mkdir()
+    cache.entry(str(folder), "k", lambda directory: {"n": 1})
+    assert sorted(p.name for p in folder.iterdir()) == [others.name, "k"]
 
 
 def test_cache_place(monkeypatch, tmp_path):

@@ -1,18 +1,22 @@
 """Directories of files made from other files, kept by a hash of what they were made from.
 
 An entry is written beside its place and renamed into it, so it is complete or absent; its manifest has
-every file's hash, so a damaged entry is noticed and made again.
+every file's hash, so a damaged entry is noticed and made again. Where the file system has locks, processes
+that want the same entry wait for the one that makes it.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qatmoe.errors import UserError
 
@@ -47,13 +51,31 @@ def entry(cache_dir: str, key: str, build: Callable[[Path], dict[str, Any]]) -> 
     kept = _intact(place)
     if kept is not None:
         return place, kept
-    temporary = None
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists() and _intact(place) is None:  # another process may have made it since
-            log.warning("the cache entry %s is damaged; making it again", place)
-            shutil.rmtree(place)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=place.parent))
+        with _locked(place) as alone:
+            kept = _intact(place)  # another process may have made it since
+            if kept is None:
+                kept = _make(place, build, alone)
+    except OSError as e:
+        raise UserError(
+            f"cannot write the cache in {str(place.parent)!r} ({e.strerror or e}); "
+            "set --config.data.cache_dir to a directory with room that you may write to"
+        ) from e
+    return place, kept
+
+
+def _make(place: Path, build: Callable[[Path], dict[str, Any]], alone: bool) -> dict[str, Any]:
+    # The machine's name: where locks do not reach other machines, what lies there may be theirs and in use.
+    prefix = f".{place.name}-{socket.gethostname()}-"
+    for leftover in place.parent.iterdir() if alone else ():
+        if leftover.name.startswith(prefix):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+    if place.exists():
+        log.warning("the cache entry %s is damaged; making it again", place)
+        shutil.rmtree(place)
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=place.parent))
+    try:
         kept = build(temporary)
         files = {path.name: _hash(path) for path in sorted(temporary.iterdir())}
         (temporary / _MANIFEST).write_text(json.dumps({"files": files, "kept": kept}), encoding="utf-8")
@@ -63,15 +85,49 @@ def entry(cache_dir: str, key: str, build: Callable[[Path], dict[str, Any]]) -> 
             # Another process made the same entry meanwhile; its content is the same.
             if _intact(place) is None:
                 raise
-    except OSError as e:
-        raise UserError(
-            f"cannot write the cache in {str(place.parent)!r} ({e.strerror or e}); "
-            "set --config.data.cache_dir to a directory with room that you may write to"
-        ) from e
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was renamed
-    return place, kept
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already if it was renamed
+    return kept
+
+
+@contextlib.contextmanager
+def _locked(place: Path) -> Iterator[bool]:
+    """Waits until no other process makes the entry. Gives False where there are no locks: then another one may."""
+    file = place.with_name(f".{place.name}.lock")
+    lock = _lock(file)
+    try:
+        yield lock is not None
+    finally:
+        if lock is not None:
+            file.unlink(missing_ok=True)
+            lock.close()
+
+
+def _lock(file: Path) -> BinaryIO | None:
+    """The file, made and locked; None where that cannot be, as on a network file system without locks."""
+    while True:
+        try:
+            lock = open(file, "ab")  # noqa: SIM115  open as long as it is locked
+        except PermissionError:  # another user's
+            return None
+        try:
+            _wait_for(lock, file)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), os.stat(file)):
+                    return lock
+            lock.close()  # whoever had it removed it
+        except OSError:
+            file.unlink(missing_ok=True)
+            lock.close()
+            return None
+
+
+def _wait_for(lock: BinaryIO, file: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("waiting for another process that makes the same cache entry (%s)", file)
+        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _intact(place: Path) -> dict[str, Any] | None:
