@@ -3,8 +3,8 @@
 Only text is made here; neither SkyPilot nor kubectl is needed for it. A run's folder lies in a bucket or on a volume
 that is mounted at /runs, and every start is the same command, which goes on from the last checkpoint.
 
-Training that a signal stops saves and exits 0. To the launchers that would be success, so process 0 ends with a look
-for summary.json, and where there is none fails, which makes them start it again.
+Training that a signal stops saves and ends with 130 or 143. Both launchers start it again then, and do not count that
+among the failures that they allow.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import yaml
 from launch.points import Run, Sweep
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
+from qatmoe.run import STOPPED
 
 MOUNT = "/runs"
 PORT = 8476  # of jax.distributed's coordinator, where SkyPilot starts several nodes
@@ -34,7 +35,7 @@ class SkyOptions:
     infra: str = ""  # "gcp", "aws/us-east-1", "k8s"; "" = the cheapest that has them
     nodes: int = 1  # GPU machines that train one run together; a TPU slice of several hosts is one node
     spot: bool = True
-    restarts: int = 3  # after an exit that was no preemption; preemptions are always recovered from
+    restarts: int = 3  # after failures; preemptions and stops by a signal are always recovered from
     setup: str = ""  # instead of pip install
 
 
@@ -48,7 +49,7 @@ class JobSetOptions:
     topology: str = "4x4"  # chips of a slice
     chips: int = 4  # of one host
     slices: int = 1
-    restarts: int = 100
+    restarts: int = 100  # after failures; disruptions of a pod and stops by a signal are not counted
     spot: bool = False
 
 
@@ -67,7 +68,7 @@ def sky_task(run: Run, sweep: Sweep, options: SkyOptions) -> dict[str, Any]:
     resources: dict[str, Any] = {"accelerators": options.accelerators, "use_spot": options.spot}
     if options.infra:
         resources["infra"] = options.infra
-    resources["job_recovery"] = {"max_restarts_on_errors": options.restarts}
+    resources["job_recovery"] = {"max_restarts_on_errors": options.restarts, "recover_on_exit_codes": list(STOPPED)}
     return {
         "name": run.short,
         "resources": resources,
@@ -75,7 +76,7 @@ def sky_task(run: Run, sweep: Sweep, options: SkyOptions) -> dict[str, Any]:
         "workdir": ".",
         "file_mounts": {MOUNT: {"source": options.bucket, "mode": "MOUNT"}},
         "setup": options.setup or f"pip install -e '.[{'tpu' if tpu else 'gpu'}]'",
-        "run": f'set -e\n{command}\ntest "$SKYPILOT_NODE_RANK" != 0 || {_has_ended(there)}\n',
+        "run": f"set -e\n{command}\n",
     }
 
 
@@ -83,7 +84,8 @@ def jobset(run: Run, sweep: Sweep, options: JobSetOptions) -> dict[str, Any]:
     """A JobSet as a dict, in the form of its YAML.
 
     GKE tells the pods of a slice about each other (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES), from which jax.distributed
-    finds its processes; MEGASCALE_* does so for several slices. Any failed pod restarts the whole set.
+    finds its processes; MEGASCALE_* does so for several slices. Any failed pod restarts the whole set, uncounted where
+    its node was taken away or training was told to stop.
 
     Raises:
       UserError: the topology is no product of chips, or not of whole hosts.
@@ -106,7 +108,7 @@ def jobset(run: Run, sweep: Sweep, options: JobSetOptions) -> dict[str, Any]:
         "name": "train",
         "image": options.image,
         "command": ["bash", "-ec"],
-        "args": [f'{_command(run, there)}\ntest "$JOB_COMPLETION_INDEX" != 0 || {_has_ended(there)}\n'],
+        "args": [f"{_command(run, there)}\n"],
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
         "resources": {"limits": {"google.com/tpu": options.chips}},
         "volumeMounts": [{"name": "runs", "mountPath": MOUNT}],
@@ -119,7 +121,18 @@ def jobset(run: Run, sweep: Sweep, options: JobSetOptions) -> dict[str, Any]:
         "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": options.claim}}],
     }
     hosts = count // options.chips
-    job = {"parallelism": hosts, "completions": hosts, "backoffLimit": 0, "template": {"spec": pod}}
+    # Fails the job for a reason of its own, PodFailurePolicy, by which the set's rule knows it.
+    stopped = [
+        {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": list(STOPPED)}},
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+    ]
+    job = {
+        "parallelism": hosts,
+        "completions": hosts,
+        "backoffLimit": 0,
+        "podFailurePolicy": {"rules": stopped},
+        "template": {"spec": pod},
+    }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -131,7 +144,10 @@ def jobset(run: Run, sweep: Sweep, options: JobSetOptions) -> dict[str, Any]:
             },
         },
         "spec": {
-            "failurePolicy": {"maxRestarts": options.restarts},
+            "failurePolicy": {
+                "maxRestarts": options.restarts,
+                "rules": [{"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
             "replicatedJobs": [{"name": "slice", "replicas": options.slices, "template": {"spec": job}}],
         },
     }
@@ -156,19 +172,17 @@ def write_jobsets(runs: Sequence[Run], sweep: Sweep, folder: Path, options: JobS
 def _command(run: Run, there: str) -> str:
     if Path(run.file).is_absolute():
         raise UserError(f"sweep's config {run.file}: must lie inside the repository, named from its root")
-    train = shlex.join(["python", "-m", "qatmoe.train", *run.arguments(there)])
+    # In place of the shell, which as a container's first process would keep SIGTERM from training.
+    train = "exec " + shlex.join(["python", "-m", "qatmoe.train", *run.arguments(there)])
     data, phases = run.config.data, run.config.train.phases.values()
-    named = [run.config.init_from, data.source, data.valid, data.tokenizer, *(phase.teacher for phase in phases)]
+    teachers = [phase.teacher for phase in phases]
+    named = [run.file, run.config.init_from, data.source, data.valid, data.tokenizer, *teachers]
     if not any(Path(name).parts[:1] == ("runs",) for name in named):
         return train
-    # What a run starts or learns from is named as here, runs/SWEEP/NAME, so that its settings are the same at home.
+    # What a run is made of is named as here, runs/SWEEP/NAME, so that its settings are the same at home.
     hidden = "error: runs is a folder here and hides the mounted one: leave it out of the image or the work folder"
     check = f"test -L runs || ! test -e runs || {{ echo '{hidden}' >&2; exit 2; }}"
     return f"{check}\ntest -L runs || ln -s {MOUNT} runs\n{train}"
-
-
-def _has_ended(there: str) -> str:
-    return f"test -e {shlex.quote(f'{there}/summary.json')}"
 
 
 class _Dumper(yaml.SafeDumper):

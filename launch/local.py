@@ -1,8 +1,8 @@
 """Runs of a sweep on this machine: a queue over slots, each with its share of the GPUs, TPU chips or CPU cores.
 
-A process that ends before its run is finished, because something sent it a signal or a failing machine killed it, is
-started again and goes on from its checkpoint. One that ends with an exit code of its own (1: training cannot go on,
-2: unusable input) would end so again, and is not. Neither stops the other runs.
+A process that a signal stopped (it saved, and ended with 130 or 143) or killed, and not through this queue, is started
+again and goes on from its checkpoint. One that ends otherwise before its run is finished (1: training cannot go on, 2:
+unusable input) would end so again, and is not. Neither stops the other runs.
 """
 
 import collections
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qatmoe.errors import UserError
+from qatmoe.run import STOPPED
 
 POLL_S = 0.1
 LONGEST_WAIT_S = 60.0
@@ -168,6 +169,7 @@ class Queue:
         self._starts: collections.Counter[str] = collections.Counter()
         self._seconds: dict[str, float] = collections.defaultdict(float)
         self._total, self._restarts, self._backoff_s = len(tasks), restarts, backoff_s
+        self.signal = 0  # the first one that came, which ends it
         self._signals = self._passed_on = 0
         self._outcomes: list[Outcome] = []
 
@@ -188,12 +190,8 @@ class Queue:
                 signal.signal(number, handler)
         return self._outcomes
 
-    @property
-    def stopped(self) -> bool:
-        """Whether a signal ended it."""
-        return bool(self._signals)
-
-    def _note(self, *_: object) -> None:
+    def _note(self, number: int, _: object) -> None:
+        self.signal = self.signal or number
         self._signals += 1
         os.write(2, b"\nwaiting for the runs to save; once more to stop them at once\n")
 
@@ -244,8 +242,8 @@ class Queue:
             self._close(task, "done", "")
         elif self._signals:
             self._close(task, "stopped", "")
-        elif code > 0:
-            self._close(task, "failed", f"exit code {code}: {last_line(task.log)}")
+        elif code >= 0 and code not in STOPPED:
+            self._close(task, "failed", f"{_how(code)}: {last_line(task.log)}")
         elif starts > self._restarts:
             self._close(task, "failed", f"{_how(code)}, after {starts} starts: {last_line(task.log)}")
         else:
@@ -261,7 +259,9 @@ class Queue:
 
 
 def _how(code: int) -> str:
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else "stopped"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return "stopped" if code in STOPPED else f"exit code {code}"
 
 
 def last_line(log: Path) -> str:

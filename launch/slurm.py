@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch import points
 from launch.points import Run
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
+from qatmoe.run import STOPPED
 
 REQUEUES = 1000  # after a time limit; preemptions are not counted
 
@@ -44,9 +44,9 @@ class Options:
 class Train:
     """The job: training in a process of its own, and what submitit asks for when the job must end."""
 
-    def __init__(self, command: Sequence[str], folder: str, root: str):
-        self._arguments = (list(command), folder, root)
-        self.command, self.folder, self.root = self._arguments
+    def __init__(self, command: Sequence[str], root: str):
+        self._arguments = (list(command), root)
+        self.command, self.root = self._arguments
         self._child: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> str:
@@ -60,9 +60,9 @@ class Train:
         self._child = child
         while child.poll() is None:
             time.sleep(0.2)  # and not wait(): its lock would still be held in checkpoint(), which a signal calls
-        if points.finished(Path(self.folder)):
+        if child.returncode == 0:
             return "done"
-        if child.returncode == 0:  # a signal of Slurm's own made it save and stop
+        if child.returncode in STOPPED:  # a signal of Slurm's own made it save and stop
             signal.raise_signal(requeue)
             return "stopped"  # in the tasks that do not put the job into the queue
         raise RuntimeError(f"qatmoe.train ended with {child.returncode}; what it said stands above")
@@ -133,7 +133,7 @@ def submit(runs: Sequence[Run], folder: Path, options: Options, name: str) -> di
     if not wanted:
         return {}
     with found.batch():
-        new = [found.submit(Train(r.command, str(r.folder.resolve()), os.getcwd())) for r in wanted]
+        new = [found.submit(Train(r.command, os.getcwd())) for r in wanted]
     submitted = {r.name: job.job_id for r, job in zip(wanted, new, strict=True)}
     write_atomically(file, json.dumps(jobs | submitted, indent=1) + "\n")
     return submitted

@@ -157,7 +157,7 @@ def train(study: Study, options: argparse.Namespace, only: str = "", partial: bo
       partial: where runs from random weights fail, what starts from the others is trained all the same.
 
     Returns:
-      The exit code: 0 all done, 1 some runs failed or are not finished, 143 stopped by a signal.
+      The exit code: 0 all done, 1 some runs failed or are not finished, 130 or 143 stopped by SIGINT or SIGTERM.
     """
     first = [stage for stage in study.stages if not any("init_from" in point for point in stage.sweep.points)]
     later = [stage for stage in study.stages if stage not in first]
@@ -461,7 +461,7 @@ def report(file: str, make: Callable[[Results], Report]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 1 runs failed or are not finished, 2 unusable input, 143 stopped by a signal."""
+    """Entry point. Exit codes: 0 done, 1 runs failed or are not finished, 2 unusable input, 130 or 143 stopped."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -494,7 +494,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return e.exit_code
     except Interrupted as e:
         print(f"{e}. The same command continues.", file=sys.stderr)
-        return 128 + 15
+        return e.exit_code
     return 0
 
 

@@ -65,8 +65,8 @@ def describe(runs: Sequence[Run]) -> str:
 
 
 def run_locally(runs: Sequence[Run], places: Sequence[local.Slot], restarts: int) -> int:
-    """Runs on this machine, of one sweep or several; returns the exit code: 0 all done, 1 some failed, 128 + 15 stopped
-    by a signal."""
+    """Runs on this machine, of one sweep or several; returns the exit code: 0 all done, 1 some failed, 130 or 143
+    stopped by SIGINT or SIGTERM."""
     tasks = [local.Task(r.name, r.command, r.log, functools.partial(points.finished, r.folder)) for r in runs]
     with contextlib.ExitStack() as locks:
         for folder in sorted({run.folder.parent for run in runs}):
@@ -76,9 +76,9 @@ def run_locally(runs: Sequence[Run], places: Sequence[local.Slot], restarts: int
     failed = [o for o in outcomes if o.kind == "failed"]
     for o in failed:
         print(f"failed: {o.task.name}: {o.why}  ({o.task.log})", file=sys.stderr)
-    if queue.stopped:
+    if queue.signal:
         print("stopped. The same command continues.", file=sys.stderr)
-        return 128 + 15
+        return 128 + queue.signal
     return 1 if failed else 0
 
 
@@ -140,7 +140,7 @@ def launch(args: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 1 runs failed, 2 unusable input, 143 stopped by a signal."""
+    """Entry point. Exit codes: 0 done, 1 runs failed, 2 unusable input, 130 or 143 stopped by SIGINT or SIGTERM."""
     try:
         args = parse(argv)
         jax.config.update("jax_platforms", "cpu")  # only shapes are computed here; accelerators belong to the runs

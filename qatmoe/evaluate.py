@@ -352,7 +352,7 @@ def _number(x: float | None) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done or stopped by a signal, 2 unusable input."""
+    """Entry point. Exit codes: 0 done, 2 unusable input, 130 or 143 stopped by SIGINT or SIGTERM."""
     args = _parser().parse_args(argv)
     workdir = Path(args.run)
     try:
@@ -371,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return e.exit_code
     except Interrupted as e:
         print(f"{e}. The same command continues.", file=sys.stderr)
-        return 0
+        return e.exit_code
     print(audit_report.table(done))
     print(f"{workdir}/audit.json  {workdir}/audit.md  {workdir}/audit.png")
     return 0

@@ -30,10 +30,21 @@ from qatmoe.quant.plan import Plan, coverage, make_plan
 Weights = dict[str, Any]
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPPED = tuple(128 + number for number in SIGNALS)  # exit codes of a command that one of them ended, as shells have it
+
+
 class Interrupted(Exception):
-    """A signal asked the run to end; everything worth saving is saved. Its text says where the run stands."""
+    """A signal asked the run to end; everything worth saving is saved. Its text says where the run stands.
+
+    `exit_code` is one of `STOPPED`: what is not done must not look done.
+    """
 
     together = True  # all processes stop at the same step, see `distributed.joined`
+
+    def __init__(self, number: int, where: str) -> None:
+        super().__init__(f"{signal.Signals(number).name}: stopped {where}")
+        self.exit_code = 128 + number
 
 
 class Stop:
@@ -51,7 +62,7 @@ class Stop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {s: signal.signal(s, self._note) for s in SIGNALS}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -72,12 +83,12 @@ class Stop:
             self._asked += 1
             if not multihost_utils.reached_preemption_sync_point(self._asked):
                 return False
-            self.signal = self.signal or signal.SIGTERM
+            self.signal = signal.SIGTERM  # in all processes, whichever signal one of them had: all end with one code
         return bool(self.signal)
 
     def interrupted(self, where: str) -> Interrupted:
         """What to raise once `reached` was true and what is worth saving is saved."""
-        return Interrupted(f"{signal.Signals(self.signal).name}: stopped {where}")
+        return Interrupted(self.signal, where)
 
     def check(self, where: str) -> None:
         """Raises `Interrupted` if a signal has come."""

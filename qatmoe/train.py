@@ -219,7 +219,7 @@ def asks_to_compile(args: Sequence[str]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done or stopped by a signal, 1 the run failed, 2 unusable input.
+    """Entry point. Exit codes: 0 done, 1 the run failed, 2 unusable input, 130 or 143 stopped by SIGINT or SIGTERM.
 
     Another process of the run that dies ends this one with 1 or by SIGABRT. With --compile_only: 0 the step fits, 1 it
     does not, 2 unusable input.
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return e.exit_code
     except Interrupted as e:
         print(f"{e}. The same command continues.", file=sys.stderr)
-        return 0
+        return e.exit_code
     print(report.table(summary))
     print(f"{workdir}/summary.json  {workdir}/curves.png  tensorboard --logdir {workdir}/tb")
     return 0

@@ -212,7 +212,7 @@ def test_it_goes_on_after_a_crash_to_the_same_figures(copy, audited, text, monke
 def test_a_signal_ends_it_between_rows(copy, text, monkeypatch, capsys):
     (copy / "audit.json").unlink()
     judged(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert again(copy, text) == 0
+    assert again(copy, text) == 143
     assert "SIGTERM: stopped before row control/q2_0/gptq, 3 of 9. The same command continues." in capsys.readouterr().err  # fmt: skip  # noqa: E501
     assert [row["row"] for row in rows_of(copy)] == NAMES[:2]
     table = (copy / "audit.md").read_text()  # of what there is

@@ -1,7 +1,10 @@
 """SkyPilot tasks and JobSets: what is in them, their shell text run here, and SkyPilot's own reading of them."""
 
 import shlex
+import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -62,13 +65,25 @@ def test_what_a_run_starts_and_learns_from_is_where_runs_are_mounted(run, tmp_pa
     assert cli.parse(["x", *arguments[2:]], "", {"workdir": ""})[0] == run.config  # as it is named at home
 
 
+def test_a_config_file_among_the_runs_is_there_too(tmp_path, monkeypatch):
+    """As an import writes one."""
+    monkeypatch.chdir(tmp_path)
+    for config in ("configs/toy.py", "runs/olmoe/qat.py"):
+        Path(config).parent.mkdir(parents=True)
+        shutil.copy(ROOT / "configs" / "toy.py", config)
+        asked = Sweep("s", config, [{}])
+        (run,) = points.runs_of(asked, Path("runs/s"))
+        script = cloud.sky_task(run, asked, SkyOptions("tpu-v5e-8", "gs://b"))["run"]
+        assert ("ln -s /runs runs" in script) == config.startswith("runs")
+
+
 def test_a_tpu_task(run, tmp_path):
     task = yaml.safe_load(cloud.to_yaml(cloud.sky_task(run, SWEEP, SkyOptions("tpu-v5e-16", "gs://b", infra="gcp"))))
     assert task["resources"] == {
         "accelerators": "tpu-v5e-16",
         "use_spot": True,
         "infra": "gcp",
-        "job_recovery": {"max_restarts_on_errors": 3},
+        "job_recovery": {"max_restarts_on_errors": 3, "recover_on_exit_codes": [130, 143]},
     }
     assert task["file_mounts"] == {"/runs": {"source": "gs://b", "mode": "MOUNT"}}
     assert (task["num_nodes"], task["workdir"]) == (1, ".")
@@ -90,22 +105,22 @@ def test_gpu_nodes_are_told_about_each_other(run, tmp_path):
     assert arguments[-3:] == ["--coordinator=10.0.0.1:8476", "--processes=2", "--process=1"]
 
 
-def test_process_0_fails_where_training_saved_and_stopped(run, tmp_path):
-    """Which makes the launcher start it again: qatmoe.train exits 0 then."""
-    place = tmp_path / "a run"
-    place.mkdir()
-    for script, rank in (
-        (cloud.sky_task(run, SWEEP, SkyOptions("tpu-v5e-16", "gs://b"))["run"], "SKYPILOT_NODE_RANK"),
-        (container(cloud.jobset(run, SWEEP, JobSetOptions("i", "c")))["args"][0], "JOB_COMPLETION_INDEX"),
+def test_a_signal_reaches_training_and_its_exit_code_the_launcher(run, tmp_path):
+    """Of a container the signal goes to its first process alone."""
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\ntrap 'exit 143' TERM\ntouch {tmp_path}/up\nfor i in $(seq 600); do sleep 0.05; done\n")
+    fake.chmod(0o755)
+    for script in (
+        cloud.sky_task(run, SWEEP, SkyOptions("tpu-v5e-16", "gs://b"))["run"],
+        container(cloud.jobset(run, SWEEP, JobSetOptions("i", "c")))["args"][0],
     ):
-        script = script.replace(
-            shlex.quote(f"/runs/My_sweep/{run.name}/summary.json"), shlex.quote(f"{place}/summary.json")
-        )
-        (place / "summary.json").unlink(missing_ok=True)
-        assert executed(script, {rank: "0"}, tmp_path)[0] == 1
-        assert executed(script, {rank: "1"}, tmp_path)[0] == 0
-        (place / "summary.json").write_text("{}")
-        assert executed(script, {rank: "0"}, tmp_path)[0] == 0
+        (tmp_path / "up").unlink(missing_ok=True)
+        process = subprocess.Popen(["bash", "-ec", script], env={"PATH": f"{tmp_path}:/usr/bin:/bin"})
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "up").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
 
 
 def container(spec):
@@ -117,7 +132,10 @@ def test_a_jobset(run, tmp_path):
     options = JobSetOptions("gcr.io/p/q:1", "runs", topology="4x8", slices=2, restarts=7, spot=True)
     spec = yaml.safe_load(cloud.to_yaml(cloud.jobset(run, SWEEP, options)))
     assert (spec["apiVersion"], spec["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert spec["spec"]["failurePolicy"] == {"maxRestarts": 7}
+    assert spec["spec"]["failurePolicy"] == {
+        "maxRestarts": 7,
+        "rules": [{"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}],
+    }
     (job,) = spec["spec"]["replicatedJobs"]
     assert job["replicas"] == 2
     assert {k: job["template"]["spec"][k] for k in ("parallelism", "completions", "backoffLimit")} == {
@@ -125,6 +143,10 @@ def test_a_jobset(run, tmp_path):
         "completions": 8,
         "backoffLimit": 0,
     }
+    codes, disruption = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    own = {"containerName": container(spec)["name"], "operator": "In", "values": [130, 143]}
+    assert codes == {"action": "FailJob", "onExitCodes": own}
+    assert disruption == {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     pod = job["template"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",

@@ -53,11 +53,16 @@ def test_all_are_run_and_one_failure_does_not_stop_the_others(tmp_path):
 
 def test_what_was_stopped_or_killed_goes_on(tmp_path):
     count = f"echo x >> {tmp_path}/n; n=$(wc -l < {tmp_path}/n);"
-    script = f"{count} [ $n = 1 ] && exit 0; [ $n = 2 ] && kill -9 $$; touch {tmp_path}/ok_a"
-    _, outcomes = run([task(tmp_path, "a", script)], restarts=2)
-    assert (outcomes["a"].kind, outcomes["a"].starts) == ("done", 3)
+    script = f"{count} [ $n = 1 ] && exit 143; [ $n = 2 ] && exit 130; [ $n = 3 ] && kill -9 $$"
+    _, outcomes = run([task(tmp_path, "a", f"{script}; touch {tmp_path}/ok_a")], restarts=3)
+    assert (outcomes["a"].kind, outcomes["a"].starts) == ("done", 4)
     log = (tmp_path / "a.log").read_text()
-    assert re.findall(r"--- start (\d), one:", log) == ["1", "2", "3"]
+    assert re.findall(r"--- start (\d), one:", log) == ["1", "2", "3", "4"]
+
+
+def test_what_ends_with_0_and_is_not_finished_would_end_so_again(tmp_path):
+    _, outcomes = run([task(tmp_path, "a", "echo said")])
+    assert (outcomes["a"].kind, outcomes["a"].starts, outcomes["a"].why) == ("failed", 1, "exit code 0: said")
 
 
 def test_restarts_end_and_wait_longer_each_time(tmp_path, capsys):
@@ -68,7 +73,7 @@ def test_restarts_end_and_wait_longer_each_time(tmp_path, capsys):
 
 
 def test_a_restart_does_not_hold_up_the_others(tmp_path):
-    again = task(tmp_path, "again", f"[ -e {tmp_path}/ok_b ] && touch {tmp_path}/ok_again; exit 0")
+    again = task(tmp_path, "again", f"[ -e {tmp_path}/ok_b ] && touch {tmp_path}/ok_again; exit 143")
     _, outcomes = run([again, task(tmp_path, "b", f"touch {tmp_path}/ok_b")], backoff_s=0.5)
     assert [o.kind for o in outcomes.values()] == ["done", "done"]
     assert outcomes["again"].starts == 2
@@ -97,11 +102,11 @@ import functools, pathlib, sys
 from launch import local
 from launch.local import Queue, Slot, Task
 folder = pathlib.Path(sys.argv[1])
-save = "trap 'echo saved; exit 0' TERM; touch {0}/up; while true; do sleep 0.05; done".format(folder)
+save = "trap 'echo saved; exit 143' TERM; touch {0}/up; while true; do sleep 0.05; done".format(folder)
 tasks = [Task(n, ["sh", "-c", save], folder / f"{n}.log", (folder / f"ok_{n}").exists) for n in "ab"]
 queue = Queue(tasks, [Slot("0", {})])
 outcomes = queue.run()
-print([(o.task.name, o.kind) for o in outcomes], queue.stopped)
+print([(o.task.name, o.kind) for o in outcomes], queue.signal)
 """
 
 
@@ -115,7 +120,7 @@ def test_a_signal_is_passed_on_and_waited_for(number, child_env, tmp_path):
     time.sleep(0.1)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert out.splitlines()[-1] == "[('a', 'stopped')] True"  # b was not started
+    assert out.splitlines()[-1] == f"[('a', 'stopped')] {number.value}"  # b was not started
     assert (tmp_path / "a.log").read_text().splitlines()[-1] == "saved"
     assert "once more to stop them at once" in err
 

@@ -45,7 +45,7 @@ if len(starts.read_text()) == 1 and sys.argv[3] == "wait":
         time.sleep(0.01)
     time.sleep(0.5)
     (folder / "saved").write_text(signal.Signals(stopped[0]).name)
-    sys.exit(0)
+    sys.exit(128 + stopped[0])
 rules = {"control": {"absmax": 4.4, "search": 4.3}}
 (folder / "summary.json").write_text(json.dumps({"loss": json.loads(sys.argv[-1]), "ptq_rules": rules}))
 """
@@ -104,12 +104,12 @@ def test_the_text_for_sbatch(tmp_path, monkeypatch):
 
 def test_jobs_run_and_end_as_their_training_does(runs, tmp_path):
     executor = submitit.AutoExecutor(tmp_path / "jobs", cluster="debug")
-    good, bad = runs
-    job = executor.submit(Train(fake(good), str(good.folder), str(ROOT)))
+    good = runs[0]
+    job = executor.submit(Train(fake(good), str(ROOT)))
     assert job.result() == "done"
-    failing = executor.submit(Train([sys.executable, "-c", "raise SystemExit(2)"], str(bad.folder), str(ROOT)))
+    failing = executor.submit(Train([sys.executable, "-c", "raise SystemExit(2)"], str(ROOT)))
     with pytest.raises(RuntimeError, match=r"qatmoe\.train ended with 2"):
-        Train(failing.submission().function.command, str(bad.folder), str(ROOT))()
+        Train(failing.submission().function.command, str(ROOT))()
 
 
 @pytest.mark.parametrize("how", ["submitit's signal", "SIGTERM to the training alone", "both"])
@@ -118,7 +118,7 @@ def test_a_stopped_job_saves_and_goes_on(how, runs, tmp_path):
     (run, _) = runs
     executor = submitit.AutoExecutor(tmp_path / "jobs", cluster="local")
     executor.update_parameters(timeout_min=5)
-    job = executor.submit(Train(fake(run, waits=True), str(run.folder), str(ROOT)))
+    job = executor.submit(Train(fake(run, waits=True), str(ROOT)))
     until((run.folder / "parent").exists)
     until(lambda: (run.folder / "parent").read_text())
     parent = int((run.folder / "parent").read_text())

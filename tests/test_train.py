@@ -171,7 +171,7 @@ def test_killed_anywhere_the_same_command_ends_at_the_same_numbers(curves, kills
     assert summaries[0]["loss"] == summaries[1]["loss"]
 
 
-def test_sigterm_saves_says_how_to_go_on_and_exits_0(whole, quick_env, tmp_path):
+def test_sigterm_saves_says_how_to_go_on_and_exits_143(whole, quick_env, tmp_path):
     workdir = tmp_path / "stopped"
     args = [sys.executable, "-m", "qatmoe.train", *arguments(workdir)]
     process = subprocess.Popen(args, env=quick_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -180,7 +180,7 @@ def test_sigterm_saves_says_how_to_go_on_and_exits_0(whole, quick_env, tmp_path)
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
+    assert process.returncode == 143, err
     assert "SIGTERM" in err
     assert "The same command continues" in err
     reached = len(metrics.read(workdir))
@@ -203,7 +203,7 @@ def test_a_signal_in_the_middle_of_a_validation_loses_nothing(whole, quick_env, 
     )
     code = code.replace("import checkpoint, metrics, phases, train", "import checkpoint, metrics, phases, run, train")
     done = launch(quick_env, "-c", code, "validation", "1", *arguments(workdir))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 143, done.stderr
     assert "SIGTERM: stopped after step 3 of 6 of phase trunk, which is saved" in done.stderr
     done = launch(quick_env, "-m", "qatmoe.train", *arguments(workdir))
     assert done.returncode == 0, done.stderr
@@ -227,7 +227,7 @@ def test_a_run_that_is_stopped_before_its_first_step_keeps_the_checkpoint_it_cam
     closed = []
     monkeypatch.setattr(batches.TrainIterator, "close", lambda iterator: closed.append(iterator))
     monkeypatch.setattr(phases, "loop", stopped)
-    assert train.main(["train", *arguments(tmp_path / "run")]) == 0
+    assert train.main(["train", *arguments(tmp_path / "run")]) == 143
     assert len(closed) == 1  # its thread would go on as long as the process
     assert "stopped after step 4 of 6 of phase trunk, which is saved" in capsys.readouterr().err
     assert kept.stat().st_ino == before
