@@ -29,6 +29,12 @@ from qatmoe.files import check_local
 
 BACKENDS = ("local", "slurm", "skypilot", "jobset")
 RESTARTS = 3  # of a run that was stopped or killed
+# What other backends have for options of the local one.
+INSTEAD = {
+    ("slots", "slurm"): "give --option parallel=N",
+    ("restarts", "skypilot"): "give --option restarts=N",
+    ("restarts", "jobset"): "give --option restarts=N",
+}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -48,7 +54,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--option {args.option[0]}: the local backend has none, but --slots and --restarts")
     for name in ("slots", "restarts"):
         if args.backend != "local" and getattr(args, name) is not None:
-            raise UserError(f"--{name} belongs to the local backend; {args.backend} has --option restarts or parallel")
+            fix = INSTEAD.get((name, args.backend), f"{args.backend} has nothing like it, leave it out")
+            raise UserError(f"--{name} {getattr(args, name)}: belongs to the local backend; {fix}")
     if (args.restarts or 0) < 0:
         raise UserError(f"--restarts {args.restarts}: must be at least 0")
     return args

@@ -236,7 +236,10 @@ def test_a_folder_of_another_sweep_is_refused(file, tmp_path, capsys):
     [
         (["--slots=0"], "--slots 0: at least 1"),
         (["--restarts=-1"], "--restarts -1: must be at least 0"),
-        (["--backend=slurm", "--slots=2"], "--slots belongs to the local backend"),
+        (["--backend=slurm", "--slots=2"], "--slots 2: belongs to the local backend; give --option parallel=N"),
+        (["--backend=slurm", "--restarts=2"], "--restarts 2: belongs to the local backend; slurm has nothing like it"),
+        (["--backend=jobset", "--slots=2"], "--slots 2: belongs to the local backend; jobset has nothing like it"),
+        (["--backend=skypilot", "--restarts=2"], "belongs to the local backend; give --option restarts=N"),
         (["--option=x=1"], "--option x=1: the local backend has none"),
         (["--backend=slurm", "--option=node=2"], "--option node=2: no such option; did you mean nodes?"),
         (["--backend=slurm", "--option=nodes=two"], "--option nodes=two: expected int"),
