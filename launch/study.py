@@ -21,6 +21,7 @@ not be there; `--judge` trains nothing and judges what is finished.
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -188,7 +189,8 @@ def _tokens(run: Run) -> int:
 
 def _train_stages(stages: Sequence[Stage], options: argparse.Namespace, only: str, own: set[Path]) -> int:
     if options.backend != "local":
-        return max((sweep.launch(options, s.sweep, folder_of(s.sweep)) for s in stages), default=0)
+        can_start = functools.partial(_can_start, own=own)
+        return max((sweep.launch(options, s.sweep, folder_of(s.sweep), can_start) for s in stages), default=0)
     places = local.slots(1 if options.slots is None else options.slots)
     for stage in stages:
         points.check_folder(stage.sweep, folder_of(stage.sweep))
@@ -473,7 +475,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--judge", action="store_true", help="train nothing, and judge what is finished")
     parser.add_argument("--only", default="", metavar="PATTERN", help="of the runs, those whose folder it is found in")
     args, rest = parser.parse_known_args(argv)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the runs have the GPU first, then the audits
     try:
         functions = load(args.file)
         options = sweep.parse([args.file, *rest])
@@ -486,6 +487,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.dry_run or (code and not (args.partial and code == 1)):
                 return code
             file = Path(args.file).parent / f"{args.scale}.json"
+            # The audits take what they need; not so the runs, which have the GPU to themselves (launch/local.py).
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
             with Stop() as stop:
                 judge_all(study, file, args.partial or args.judge, stop.check, args.only)
         report(args.file, functions["report"])

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -107,8 +107,10 @@ def enter(sweep: Sweep, runs: Sequence[Run], folder: Path, wanted: Sequence[Run]
     return todo
 
 
-def launch(args: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
-    """Starts what is not finished, with the backend that was asked for."""
+def launch(
+    args: argparse.Namespace, sweep: Sweep, folder: Path, can_start: Callable[[Run], bool] = lambda _: True
+) -> int:
+    """Starts what is not finished and can start, with the backend that was asked for."""
     # Input: everything that can be wrong is found before the folder is made.
     points.check_folder(sweep, folder)
     runs = points.runs_of(sweep, folder)
@@ -126,7 +128,7 @@ def launch(args: argparse.Namespace, sweep: Sweep, folder: Path) -> int:
         jobset_options = options.read(cloud.JobSetOptions, args.option)
         _ = [cloud.jobset(run, sweep, jobset_options) for run in runs]
     # What there is to do.
-    todo = enter(sweep, runs, folder, runs)
+    todo = [run for run in enter(sweep, runs, folder, runs) if can_start(run)]
     if not todo:
         print(f"nothing to start. Results: python -m launch.collect {folder}")
         return 0

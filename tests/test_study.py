@@ -305,6 +305,20 @@ def test_what_starts_from_others_waits_for_them(trunks, tmp_path, monkeypatch, c
     assert "2 runs are not finished. The same command continues." in capsys.readouterr().err
 
 
+def test_another_backend_too_is_given_only_what_can_start(trunks, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "folder_of", lambda asked: tmp_path / asked.name)
+    seed_0 = runs_of(trunks)[0].folder
+    monkeypatch.setattr(points, "finished", lambda folder: folder == seed_0)
+    monkeypatch.setattr(sweep.slurm, "executor", lambda *_: None)
+    submitted = []
+    monkeypatch.setattr(sweep.slurm, "submit", lambda runs, *_: submitted.append(runs) or {})
+    asked = Study([trunks, branches(trunks, "b", BRANCH, values("quant.scale", ["dynamic"]))])
+    assert study.train(asked, sweep.parse(["file", "--backend", "slurm"]), partial=True) == 1
+    queued, branched = submitted
+    assert {run.folder.parent.name for run in queued} == {"trunks"}
+    assert [run.config.init_from for run in branched] == [str(seed_0)]
+
+
 def NOTHING(where):
     """A check that never stops."""
 
@@ -501,6 +515,18 @@ def report(results):
     figure = Figure()
     return Report({"t": str(sorted(results))}, figure)
 """
+
+
+def test_gpus_are_shared_in_pieces_by_the_audits_alone(tmp_path, monkeypatch):
+    """The runs, which inherit the environment, have them for themselves."""
+    (tmp_path / "study.py").write_text(FILE)
+    name, found = "XLA_PYTHON_CLIENT_PREALLOCATE", []
+    monkeypatch.setenv(name, "")  # so that it is as before afterwards
+    monkeypatch.delenv(name)
+    monkeypatch.setattr(study, "train", lambda *_: found.append(study.os.environ.get(name)) or 0)
+    monkeypatch.setattr(study, "judge_all", lambda *_: found.append(study.os.environ.get(name)))
+    assert study.main([str(tmp_path / "study.py")]) == 2  # there is nothing to report on
+    assert found == [None, "false"]
 
 
 def test_the_command(tmp_path, capsys):
