@@ -362,9 +362,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(row.name for row in rows))
             print("\n".join(notes), file=sys.stderr)
             return 0
-        found, calibration_ML = load_domains(audit, args.text, args.tokens, args.text_key)
-        print("\n".join([*notes, *(_described(domain, audit.cfg.data.seq_len) for domain in found)]), flush=True)
         with Stop() as stop:
+            with stop.at_once("while the text was read, before any row"):
+                found, calibration_ML = load_domains(audit, args.text, args.tokens, args.text_key)
+            print("\n".join([*notes, *(_described(domain, audit.cfg.data.seq_len) for domain in found)]), flush=True)
             done = evaluate(audit, rows, found, calibration_ML, args.force, stop.check)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

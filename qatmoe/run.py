@@ -1,5 +1,6 @@
 """A run and what every phase of it shares: devices, data, the plan, and how weights are evaluated."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -57,6 +58,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._at_once = False
         self._asked = 0
         self._passed_on = False
         self._before: dict[int, Any] = {}
@@ -72,7 +74,31 @@ class Stop:
     def _note(self, number: int, _: object) -> None:
         self.signal = number
         signal.signal(number, self._before[number])  # a second one ends the process at once
-        os.write(2, b"\nstopping at the next step; once more to stop at once\n")  # print is not safe in a handler
+        if self._at_once:
+            raise KeyboardInterrupt
+        os.write(2, b"\nstopping where nothing is lost; once more to stop at once\n")  # print is not safe in a handler
+
+    @contextlib.contextmanager
+    def at_once(self, where: str) -> Iterator[None]:
+        """Around work that leaves nothing to save and has no steps: a signal ends it wherever it is in Python's code.
+
+        Not with several processes, which must stop together: the next `check` does it.
+
+        Raises:
+          Interrupted: a signal has come.
+        """
+        if jax.distributed.is_initialized():
+            yield
+            return
+        self._at_once = True
+        try:
+            if self.signal:  # it came before
+                raise KeyboardInterrupt
+            yield
+        except KeyboardInterrupt as e:  # no Exception, so that nothing takes it for an error of its own
+            raise self.interrupted(where) from e
+        finally:
+            self._at_once = False
 
     def reached(self) -> bool:
         """Whether to stop here."""

@@ -72,7 +72,8 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
         mesh = make_mesh(cfg.mesh)
         check_mesh(cfg, mesh)
         plan, table = quant_plan(cfg)
-        data = batches.load_data(cfg.data, cfg.model.vocab_size)
+        with stop.at_once("while the text was read, before anything was trained"):
+            data = batches.load_data(cfg.data, cfg.model.vocab_size)
         iterator = train_iterator(cfg, mesh, data)
         next(valid_batches(cfg, mesh, data, limit=1))
     distributed.require_same("data", data.hash)

@@ -209,6 +209,17 @@ def test_it_goes_on_after_a_crash_to_the_same_figures(copy, audited, text, monke
     assert rows_of(copy) == rows_of(audited)
 
 
+def test_a_signal_while_the_text_is_read_ends_it_there(copy, audited, text, monkeypatch, capsys):
+    def load_data(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(batches, "load_data", load_data)
+    assert again(copy, text) == 130
+    assert "SIGINT: stopped while the text was read, before any row. The same command" in capsys.readouterr().err
+    assert rows_of(copy) == rows_of(audited)
+
+
 def test_a_signal_ends_it_between_rows(copy, text, monkeypatch, capsys):
     (copy / "audit.json").unlink()
     judged(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))

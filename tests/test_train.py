@@ -27,7 +27,7 @@ from qatmoe import loss as losses
 from qatmoe import run as run_lib
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import resolve
-from qatmoe.data import batches
+from qatmoe.data import batches, corpus
 from qatmoe.errors import RunError
 from qatmoe.mesh import make_mesh
 from qatmoe.run import abstract_state, quant_plan, valid_batches
@@ -231,6 +231,32 @@ def test_a_run_that_is_stopped_before_its_first_step_keeps_the_checkpoint_it_cam
     assert len(closed) == 1  # its thread would go on as long as the process
     assert "stopped after step 4 of 6 of phase trunk, which is saved" in capsys.readouterr().err
     assert kept.stat().st_ino == before
+
+
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, 5), (signal.SIGTERM, 165)], ids=["split", "encode"])
+def test_a_signal_while_text_is_read_ends_it_there_and_leaves_nothing(number, at, tmp_path, monkeypatch, capsys):
+    """40 documents are read once to hold some out, once to train a tokenizer, and both again, with what is held out
+    between, to encode them."""
+    lines = [f"{i}: once upon a time there was a whale, and it sang in the cold sea" for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    count, real = 0, corpus.documents
+
+    def documents(*args, **kwargs):
+        nonlocal count
+        for document in real(*args, **kwargs):
+            count += 1
+            if count == at:
+                os.kill(os.getpid(), number)
+            yield document
+
+    monkeypatch.setattr(corpus, "documents", documents)
+    settings = [f"source={tmp_path}/a.jsonl", "tokenizer=train", f"cache_dir={tmp_path}/cache", "valid_fraction=0.2"]
+    job = [f"--config={ROOT}/configs/toy.py", f"--workdir={tmp_path}/run", "--config.model.vocab_size=280"]
+    assert train.main(["train", *job, *(f"--config.data.{setting}" for setting in settings)]) == 128 + number
+    assert count == at
+    assert f"{number.name}: stopped while the text was read, before anything was trained" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert all(p.name.startswith("tokenizer-") for p in (tmp_path / "cache").iterdir())
 
 
 def test_a_finished_run_is_passed_over(whole, quick_env, tmp_path):
