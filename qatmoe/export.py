@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from qatmoe import cli
 from qatmoe.convert import gguf_model, huggingface_model, names
 from qatmoe.convert.verify import Report, verify_gguf, verify_huggingface
 from qatmoe.convert.weights import RESTS, Branch
@@ -122,4 +123,4 @@ def _size(out: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qatmoe import cli
 from qatmoe.convert.hf_import import import_folder
 from qatmoe.errors import UserError
 from qatmoe.files import check_local
@@ -39,4 +40,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from qatmoe import metrics
+from qatmoe import cli, metrics
 from qatmoe.config import leaves
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
@@ -377,4 +377,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))

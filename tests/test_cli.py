@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 PRINTS = "import sys\nfrom qatmoe import cli\ndef main():\n    {}\n    return 3\nsys.exit(cli.run(main))"
 
@@ -17,6 +18,14 @@ def test_a_reader_that_went_away_ends_a_program_quietly(body, child_env):
         program.stdout.close()
         assert program.stderr.read() == b""
     assert program.returncode == 141
+
+
+def test_every_program_ends_so():
+    modules = [*(ROOT / "qatmoe").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]
+    programs = [p for p in modules if "__main__" in p.read_text()]
+    assert len(programs) > 10
+    for program in programs:
+        assert program.read_text().endswith('if __name__ == "__main__":\n    sys.exit(cli.run(main))\n'), program
 
 
 def test_characters_that_the_encoding_lacks(child_env):

@@ -20,6 +20,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from qatmoe import cli
 from qatmoe.config import DataConfig
 from qatmoe.data import corpus
 from qatmoe.errors import UserError
@@ -213,4 +214,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(main))
