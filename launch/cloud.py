@@ -25,6 +25,17 @@ from qatmoe.run import STOPPED
 MOUNT = "/runs"
 PORT = 8476  # of jax.distributed's coordinator, where SkyPilot starts several nodes
 
+# Of a JobSet: what fails a job for the reason PodFailurePolicy, and what the set does about that reason.
+DISRUPTIONS = [
+    {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": list(STOPPED)}},
+    {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+]
+UNCOUNTED = {
+    "name": "stopped",
+    "action": "RestartJobSetAndIgnoreMaxRestarts",
+    "onJobFailureReasons": ["PodFailurePolicy"],
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class SkyOptions:
@@ -121,16 +132,11 @@ def jobset(run: Run, sweep: Sweep, options: JobSetOptions) -> dict[str, Any]:
         "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": options.claim}}],
     }
     hosts = count // options.chips
-    # Fails the job for a reason of its own, PodFailurePolicy, by which the set's rule knows it.
-    stopped = [
-        {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": list(STOPPED)}},
-        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-    ]
     job = {
         "parallelism": hosts,
         "completions": hosts,
         "backoffLimit": 0,
-        "podFailurePolicy": {"rules": stopped},
+        "podFailurePolicy": {"rules": DISRUPTIONS},
         "template": {"spec": pod},
     }
     return {
@@ -144,10 +150,7 @@ def jobset(run: Run, sweep: Sweep, options: JobSetOptions) -> dict[str, Any]:
             },
         },
         "spec": {
-            "failurePolicy": {
-                "maxRestarts": options.restarts,
-                "rules": [{"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}],
-            },
+            "failurePolicy": {"maxRestarts": options.restarts, "rules": [UNCOUNTED]},
             "replicatedJobs": [{"name": "slice", "replicas": options.slices, "template": {"spec": job}}],
         },
     }

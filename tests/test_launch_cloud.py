@@ -132,10 +132,8 @@ def test_a_jobset(run, tmp_path):
     options = JobSetOptions("gcr.io/p/q:1", "runs", topology="4x8", slices=2, restarts=7, spot=True)
     spec = yaml.safe_load(cloud.to_yaml(cloud.jobset(run, SWEEP, options)))
     assert (spec["apiVersion"], spec["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert spec["spec"]["failurePolicy"] == {
-        "maxRestarts": 7,
-        "rules": [{"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}],
-    }
+    rule = {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert spec["spec"]["failurePolicy"] == {"maxRestarts": 7, "rules": [{"name": "stopped"} | rule]}
     (job,) = spec["spec"]["replicatedJobs"]
     assert job["replicas"] == 2
     assert {k: job["template"]["spec"][k] for k in ("parallelism", "completions", "backoffLimit")} == {
