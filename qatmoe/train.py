@@ -9,7 +9,7 @@ A run's folder:
 
     config.json  plan.json          what was asked for; which tensor lies on which grid
     tokenizer.json                  the tokenizer, for exports
-    checkpoints/PHASE/STEP/         weights, optimizer, data position, random key
+    checkpoints/PHASE/STEP/         weights, optimizer, data position
     metrics.jsonl  tb/              every number, as JSON lines and for TensorBoard
     summary.json  curves.png        the comparison
 

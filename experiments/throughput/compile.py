@@ -31,7 +31,7 @@ from jax.sharding import SingleDeviceSharding
 from configs import h100_1b, h100_fine, h100_study
 from qatmoe import step as steps
 from qatmoe.benchmark import model_flops, on_grid
-from qatmoe.config import Config, PhaseConfig, resolve
+from qatmoe.config import Config, resolve
 from qatmoe.report import fill_tables
 from qatmoe.run import quant_plan
 from qatmoe.topology import H100
@@ -42,10 +42,10 @@ HERE = Path(__file__).parent
 def compiled(cfg: Config, quantize: bool, distill: float, device: jax.Device) -> dict[str, Any]:
     """A training step. The state is what it is given: a teacher's weights count in it."""
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention="cudnn"))
-    phase, plan = PhaseConfig(steps=1, quantize=quantize), quant_plan(cfg)[0]
+    plan = quant_plan(cfg)[0]
     shapes = jax.eval_shape(functools.partial(steps.init_state, cfg), jax.random.key(0))
     if quantize:
-        shapes = jax.eval_shape(functools.partial(steps.branch, cfg, phase, plan), shapes)
+        shapes = jax.eval_shape(functools.partial(steps.branch, cfg, plan, quantize=True), shapes)
     state = placed(shapes, device)
     rows = (cfg.train.batch_size, cfg.data.seq_len + 1 + cfg.model.n_mtp)
     batch = placed({"tokens": jax.ShapeDtypeStruct(rows, jnp.int32)}, device)
