@@ -42,6 +42,7 @@ from qatmoe.convert import llama
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.initial import source_of
+from qatmoe.mesh import local_mesh
 from qatmoe.phases import finished as phase_finished
 from qatmoe.report import fill_tables
 from qatmoe.run import Interrupted, Stop
@@ -285,7 +286,7 @@ def _judge_run(study: Study, stage: Stage, run: Run, reference: str, check: Call
             )
     texts, calibration_ML = evaluate.load_domains(found, study.texts, study.tokens)
     print("\n".join([f"{run.folder} against {reference}", *notes]), flush=True)
-    done = evaluate.evaluate(found, wanted, texts, calibration_ML, False, check)
+    done = evaluate.evaluate(found, local_mesh(), wanted, texts, calibration_ML, False, check)
     names = {row.name for row in wanted}
     return [_row(stage, run, reference, row) for row in done if row["row"] in names]
 

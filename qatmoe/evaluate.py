@@ -12,11 +12,14 @@ docs/audit.md defines the figures.
 
 Writes WORKDIR/audit.json row by row, then audit.md and audit.png, also when it is stopped between rows. The same
 command goes on where it was stopped, and computes rows anew when what they depend on has changed: the checkpoints, the
-text, the number of tokens, llama-cpp-python, the dtype or the device.
+text, the number of tokens, llama-cpp-python, the dtype, the kind of device or how many there are.
+
+It takes all devices that it sees, in one process, and splits weights and windows over them.
 """
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -26,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qatmoe import audit_report, cli, fidelity, gptq
 from qatmoe import requantize as rounding
@@ -42,13 +45,14 @@ from qatmoe.errors import UserError
 from qatmoe.fidelity import Outcome
 from qatmoe.files import write_atomically
 from qatmoe.loss import Batch, Params
+from qatmoe.mesh import batch_groups, local_mesh
 from qatmoe.model.cache import CacheType
 from qatmoe.quant.grid import GRIDS
-from qatmoe.run import Interrupted, Stop
+from qatmoe.run import Interrupted, Stop, place
 
 TOKENS = 32768
 CALIBRATION = 16384  # tokens of training text that importance matrices are made from, and that GPTQ sees
-_BATCH_TOKENS = 8192
+_BATCH_TOKENS = 8192  # of each device
 _VERSION = 3  # raise it when a figure's meaning changes
 
 
@@ -98,17 +102,21 @@ def load_domains(
 
 
 class Bench:
-    """The windows of all domains on the device, what the reference makes of them, and the bootstrap's weights."""
+    """The windows of all domains, split over devices, what the reference makes of them, and the bootstrap's weights."""
 
-    def __init__(self, audit: Audit, found: list[Domain], calibration_ML: np.ndarray):
+    def __init__(self, audit: Audit, mesh: Mesh, found: list[Domain], calibration_ML: np.ndarray):
         self.audit, self.domains, self._calibration_ML = audit, found, calibration_ML
+        self._mesh, self._groups = mesh, batch_groups(mesh)
         self._length = length = audit.cfg.data.seq_len
         windows = {k: np.concatenate([d.windows[k] for d in found]) for k in found[0].windows}
         self._size = M = len(windows["tokens"])
-        B = min(M, max(audit.cfg.train.batch_size, _BATCH_TOKENS // length))
+        B = min(M, max(audit.cfg.train.batch_size, self._groups * (_BATCH_TOKENS // length)))
+        B += -B % self._groups
         padded = {k: np.concatenate([a, np.zeros((-M % B, *a.shape[1:]), a.dtype)]) for k, a in windows.items()}
-        self._batches: list[Batch] = [{k: jnp.asarray(a[i : i + B]) for k, a in padded.items()} for i in range(0, M, B)]
-        self._options = {"cfg": audit.model, "chunk": fidelity.chunk_size(B * length, audit.model.vocab_size)}
+        cut = ({k: a[i : i + B] for k, a in padded.items()} for i in range(0, M, B))
+        self._batches: list[Batch] = [place(mesh, B, rows) for rows in cut]
+        chunk = fidelity.chunk_size(B * length // self._groups, audit.model.vocab_size)
+        self._options = {"cfg": audit.model, "chunk": chunk}
         self._tokens = 2 * len(self._batches) * B * length  # of a row: twice through the model, once forced
         self.tokens_per_s = 0.0  # of the last row, its comparison with the reference included
         unit_counts = [int(d.unit_M[-1]) + 1 for d in found]
@@ -127,9 +135,7 @@ class Bench:
     def judge(self, row: Row) -> dict[str, Any]:
         """All figures of a row, as audit.json holds them."""
         if self._reference is None:
-            with self.audit.reference.open() as opened:
-                params = opened.numbers()
-            self._reference = fidelity.head_of(params), self._outcomes(params, self.audit.reference.model)
+            self._reference = self._outcomes_of_reference()
         self._enter(row.branch)
         params, joined = self._params, 1
         if row.rounded:
@@ -157,12 +163,18 @@ class Bench:
             "domains": dict(zip([d.name for d in self.domains], scopes[1:], strict=True)),
         }
 
+    def _outcomes_of_reference(self) -> tuple[Params, list[Outcome]]:
+        """Its head and what it makes of all windows; its other weights are let go of."""
+        with self.audit.reference.open() as opened:
+            params = opened.numbers(self._mesh)
+        return fidelity.head_of(params), self._outcomes(params, self.audit.reference.model)
+
     def _enter(self, branch: str) -> None:
         """Holds the weights of one branch, and of no other."""
         if branch != self._branch:
             self._params, self._own, self._importance = {}, None, None
             with Branch(self.audit.workdir, branch, self.audit.steps[branch], rest="F32") as opened:
-                self._branch, self._params = branch, opened.numbers()
+                self._branch, self._params = branch, opened.numbers(self._mesh)
 
     def _own_outcomes(self) -> tuple[Params, list[jax.Array]]:
         """The head and the hidden states of the branch itself."""
@@ -182,28 +194,31 @@ class Bench:
 
     def _importance_of_branch(self) -> dict[str, np.ndarray]:
         if self._importance is None:
-            self._importance = rounding.importance(
-                self._params, self.audit.model, self._calibration_ML, list(self.audit.plan)
-            )
+            with jax.set_mesh(self._mesh):
+                self._importance = rounding.importance(
+                    self._params, self.audit.model, self._calibration_ML, list(self.audit.plan)
+                )
         return self._importance
 
     def _outcomes(self, params: Params, model: ModelConfig) -> list[Outcome]:
-        return [fidelity.run_model(params, batch, cfg=model) for batch in self._batches]
+        with jax.set_mesh(self._mesh):
+            return [fidelity.run_model(params, batch, cfg=model, groups=self._groups) for batch in self._batches]
 
     def _figures(
         self, params: Params, cache: CacheType | None, own: tuple[Params, list[jax.Array]] | None
     ) -> dict[str, np.ndarray]:
-        """Figures of all tokens, (..., M, L). Nothing waits for the device before the last batch."""
+        """Figures of all tokens, (..., M, L). Nothing waits for a device before the last batch."""
         assert self._reference is not None
-        reference_head, reference = self._reference
+        (reference_head, reference), options = self._reference, self._options
+        run = functools.partial(fidelity.run_model, cfg=self.audit.model, cache=cache, groups=self._groups)
         head, found = fidelity.head_of(params), []
-        for i, (batch, theirs) in enumerate(zip(self._batches, reference, strict=True)):
-            outcome = fidelity.run_model(params, batch, cfg=self.audit.model, cache=cache)
-            forced = fidelity.run_model(params, batch, theirs.indices_NTk, cfg=self.audit.model, cache=cache)
-            figures = fidelity.compare(reference_head, theirs, head, outcome, forced.hidden_BLD, batch, **self._options)
-            if own:
-                figures["kld_own"] = fidelity.kld(own[0], own[1][i], head, outcome.hidden_BLD, **self._options)
-            found.append(figures)
+        with jax.set_mesh(self._mesh):
+            for i, (batch, theirs) in enumerate(zip(self._batches, reference, strict=True)):
+                outcome, forced = run(params, batch), run(params, batch, theirs.indices_NTk)
+                figures = fidelity.compare(reference_head, theirs, head, outcome, forced.hidden_BLD, batch, **options)
+                if own:
+                    figures["kld_own"] = fidelity.kld(own[0], own[1][i], head, outcome.hidden_BLD, **options)
+                found.append(figures)
         held = jax.device_get(found)
         return {k: np.concatenate([f[k] for f in held], axis=-2)[..., : self._size, :] for k in held[0]}
 
@@ -234,8 +249,11 @@ class Bench:
 # ---- the record ------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(audit: Audit, found: list[Domain], calibration_ML: np.ndarray) -> dict[str, Any]:
-    """What rows depend on besides their name: rows of another fingerprint are computed again."""
+def fingerprint(audit: Audit, mesh: Mesh, found: list[Domain], calibration_ML: np.ndarray) -> dict[str, Any]:
+    """What rows depend on besides their name: rows of another fingerprint are computed again.
+
+    Of one device it does not say the number.
+    """
 
     def checkpoint(workdir: Path, phase: str, step: int) -> list[Any]:
         with Checkpoints(workdir, phase) as folder:
@@ -251,6 +269,7 @@ def fingerprint(audit: Audit, found: list[Domain], calibration_ML: np.ndarray) -
         "llama_cpp_python": llama.installed(),
         "dtype": audit.model.dtype,
         "backend": jax.default_backend(),
+        **({"devices": mesh.size} if mesh.size > 1 else {}),
     }
 
 
@@ -273,7 +292,7 @@ class Record:
             return
         if rows:
             known = before if isinstance(before, dict) else {}
-            changed = ", ".join(name for name in mark if known.get(name) != mark[name])
+            changed = ", ".join(name for name in known | mark if known.get(name) != mark.get(name))
             why = f"other than before: {changed}" if changed else "the file is not what an audit writes"
             print(f"{self._file}: every row is computed anew ({why})")
         self._table.unlink(missing_ok=True)
@@ -309,11 +328,18 @@ def _read(file: Path) -> Any:
 
 
 def evaluate(
-    audit: Audit, rows: list[Row], found: list[Domain], calibration_ML: np.ndarray, force: bool, check: Callable
+    audit: Audit,
+    mesh: Mesh,
+    rows: list[Row],
+    found: list[Domain],
+    calibration_ML: np.ndarray,
+    force: bool,
+    check: Callable,
 ) -> list[dict[str, Any]]:
     """Computes the rows that are not on record, and writes the report.
 
     Args:
+      mesh: of this process's devices, which share weights and windows.
       force: computes `rows` again that are on record.
       check: called between rows; may raise to stop.
 
@@ -321,10 +347,10 @@ def evaluate(
       All rows on record.
     """
     names = [row.name for row in rows]
-    record = Record(audit, fingerprint(audit, found, calibration_ML), dropped=names if force else ())
+    record = Record(audit, fingerprint(audit, mesh, found, calibration_ML), dropped=names if force else ())
     done = {r["row"] for r in record.rows}
     missing = [row for row in rows if row.name not in done]
-    bench = Bench(audit, found, calibration_ML)
+    bench = Bench(audit, mesh, found, calibration_ML)
     try:
         for i, row in enumerate(missing, start=1):
             check(f"before row {row.name}, {i} of {len(missing)}")
@@ -356,6 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     workdir = Path(args.run)
     try:
+        mesh = local_mesh()
         audit, notes = open_run(workdir, args.reference)
         rows = choose(audit, args.rows)
         if args.list:
@@ -366,7 +393,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with stop.at_once("while the text was read, before any row"):
                 found, calibration_ML = load_domains(audit, args.text, args.tokens, args.text_key)
             print("\n".join([*notes, *(_described(domain, audit.cfg.data.seq_len) for domain in found)]), flush=True)
-            done = evaluate(audit, rows, found, calibration_ML, args.force, stop.check)
+            done = evaluate(audit, mesh, rows, found, calibration_ML, args.force, stop.check)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code

@@ -23,6 +23,7 @@ import numpy as np
 
 from qatmoe.config import ModelConfig
 from qatmoe.loss import Batch, Params, cross_entropy, kl_divergence, views
+from qatmoe.mesh import constrain, over_rows
 from qatmoe.model import transformer
 from qatmoe.model.cache import CacheType
 
@@ -45,7 +46,7 @@ class Outcome(NamedTuple):
     probs_NTE: jax.Array  # their routers' distributions, f32
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "cache"))
+@functools.partial(jax.jit, static_argnames=("cfg", "cache", "groups"))
 def run_model(
     params: Params,
     batch: Batch,
@@ -53,8 +54,12 @@ def run_model(
     *,
     cfg: ModelConfig,
     cache: CacheType | None = None,
+    groups: int = 1,
 ) -> Outcome:
-    """One forward pass, dropless. With choices_NTk, the trunk's experts are forced and the MTP modules do not run."""
+    """One forward pass, dropless. With choices_NTk, the trunk's experts are forced and the MTP modules do not run.
+
+    groups: into how many parts the active mesh splits the batch; what comes back is split in the same way.
+    """
     v = views(batch, cfg.n_mtp)
     out = transformer.forward(
         params,
@@ -64,12 +69,15 @@ def run_model(
         segments_BL=v.segments_BL,
         mtp_tokens=v.mtp_tokens_MBL if choices_NTk is None else None,
         train=False,
+        groups=groups,
         choices_NTk=choices_NTk,
         return_routing=True,
         cache=cache,
     )
     n_moe = cfg.n_layers - cfg.n_dense_layers
-    return Outcome(out.hidden_BLD, out.mtp_hidden, out.aux["indices_NTk"][:n_moe], out.aux["probs_NTE"][:n_moe])
+    hidden = [constrain(h_BLD, ("batch", None, None)) for h_BLD in (out.hidden_BLD, *out.mtp_hidden)]
+    routing = [constrain(out.aux[name][:n_moe], (None, "batch", None)) for name in ("indices_NTk", "probs_NTE")]
+    return Outcome(hidden[0], tuple(hidden[1:]), *routing)
 
 
 def head_of(params: Params) -> Params:
@@ -139,7 +147,8 @@ def compare(
     """All figures of a batch's tokens, f32.
 
     Args:
-      reference_head, head: from `head_of`; scores are computed again from hidden states, `chunk` tokens at a time.
+      reference_head, head: from `head_of`; scores are computed again from hidden states.
+      chunk: tokens that each device does so for at a time; a divisor of its own.
       forced_BLD: the model's hidden states when its experts are chosen by the reference.
 
     Returns:
@@ -150,25 +159,29 @@ def compare(
     v = views(batch, cfg.n_mtp)
     B, L = v.tokens_BL.shape
 
-    def figures(theirs_TD: jax.Array, ours_TD: jax.Array, forced_TD: jax.Array, targets_T: jax.Array) -> Any:
-        reference_TV = transformer.logits(reference_head, cfg, theirs_TD)
-        logits_TV = transformer.logits(head, cfg, ours_TD)
+    reference_VD, head_VD = transformer.used_head(reference_head, cfg), transformer.used_head(head, cfg)
+
+    def figures(tokens: tuple[jax.Array, ...], heads: tuple[jax.Array, ...]) -> Any:
+        theirs_TD, ours_TD, forced_TD, targets_T = tokens
+        reference_VD, head_VD = heads
+        reference_TV, logits_TV = transformer.score(theirs_TD, reference_VD), transformer.score(ours_TD, head_VD)
         found = token_metrics(reference_TV, logits_TV, targets_T)
-        found["kld_experts"] = kl_divergence(reference_TV, transformer.logits(head, cfg, forced_TD))
+        found["kld_experts"] = kl_divergence(reference_TV, transformer.score(forced_TD, head_VD))
         return found, _best(logits_TV, 1)[:, 0]
 
     flat = [a.reshape(B * L, -1) for a in (reference.hidden_BLD, outcome.hidden_BLD, forced_BLD)]
-    found, best_T = _in_chunks(figures, (*flat, v.targets[0].reshape(-1)), chunk)
+    found, best_T = _in_chunks(figures, (*flat, v.targets[0].reshape(-1)), (reference_VD, head_VD), chunk)
     found["router_kld"] = router_kld(reference.probs_NTE, outcome.probs_NTE)
     found = {name: a_T.reshape(B, L) for name, a_T in found.items()}
     found["count"] = v.weights[0]
     found["agreement"] = same_experts(reference.indices_NTk, outcome.indices_NTk).reshape(-1, B, L)
     if cfg.n_mtp:
 
-        def draft(hidden_TD: jax.Array) -> jax.Array:
-            return _best(transformer.logits(head, cfg, hidden_TD), 1)[:, 0]
+        def draft(hidden_TD: jax.Array, head_VD: jax.Array) -> jax.Array:
+            return _best(transformer.score(hidden_TD, head_VD), 1)[:, 0]
 
-        drafts = [_in_chunks(draft, (h_BLD.reshape(B * L, -1),), chunk).reshape(B, L) for h_BLD in outcome.mtp_hidden]
+        modules = [h_BLD.reshape(B * L, -1) for h_BLD in outcome.mtp_hidden]
+        drafts = [_in_chunks(draft, h_TD, head_VD, chunk).reshape(B, L) for h_TD in modules]
         found["accepted"] = acceptance(best_T.reshape(B, L), jnp.stack(drafts))
         inside_ML = jnp.arange(L) < L - 1 - jnp.arange(cfg.n_mtp)[:, None]
         found["drafted"] = jnp.stack(v.weights[1:]) * inside_ML[:, None]
@@ -187,11 +200,12 @@ def kld(
 ) -> jax.Array:
     """KL(reference || model) in nats from hidden states, (B, L) f32."""
 
-    def of_chunk(theirs_TD: jax.Array, ours_TD: jax.Array) -> jax.Array:
-        return kl_divergence(transformer.logits(reference_head, cfg, theirs_TD), transformer.logits(head, cfg, ours_TD))
+    def of_chunk(tokens: tuple[jax.Array, ...], heads: tuple[jax.Array, ...]) -> jax.Array:
+        return kl_divergence(*(transformer.score(h_TD, w_VD) for h_TD, w_VD in zip(tokens, heads, strict=True)))
 
     flat = tuple(a.reshape(-1, a.shape[-1]) for a in (reference_BLD, hidden_BLD))
-    return _in_chunks(of_chunk, flat, chunk).reshape(hidden_BLD.shape[:2])
+    heads = tuple(transformer.used_head(params, cfg) for params in (reference_head, head))
+    return _in_chunks(of_chunk, flat, heads, chunk).reshape(hidden_BLD.shape[:2])
 
 
 def _best(logits_TV: jax.Array, k: int) -> jax.Array:
@@ -200,17 +214,21 @@ def _best(logits_TV: jax.Array, k: int) -> jax.Array:
     return jax.lax.optimization_barrier(jax.lax.top_k(logits_TV, k)[1])
 
 
-def _in_chunks(f: Callable, arrays: tuple[jax.Array, ...], chunk: int) -> Any:
-    """f over the first axis, `chunk` entries at a time: scores of all tokens at once would not fit."""
-    n = arrays[0].shape[0]
-    if chunk >= n:
-        return f(*arrays)
-    cut = tuple(a.reshape(n // chunk, chunk, *a.shape[1:]) for a in arrays)
-    return jax.tree.map(lambda a: a.reshape(n, *a.shape[2:]), jax.lax.map(lambda c: f(*c), cut))
+def _in_chunks(f: Callable[[Any, Any], Any], tokens: Any, heads: Any, chunk: int) -> Any:
+    """f(tokens, heads) over the tokens, each device's own, `chunk` at a time: scores of all at once would not fit."""
+
+    def own(tokens: Any, heads: Any) -> Any:
+        n = jax.tree.leaves(tokens)[0].shape[0]
+        if chunk >= n:
+            return f(tokens, heads)
+        cut = jax.tree.map(lambda a: a.reshape(n // chunk, chunk, *a.shape[1:]), tokens)
+        return jax.tree.map(lambda a: a.reshape(n, *a.shape[2:]), jax.lax.map(lambda c: f(c, heads), cut))
+
+    return over_rows(own, tokens, heads)
 
 
 def chunk_size(tokens: int, vocab: int) -> int:
-    """Tokens whose scores are held at once: a divisor of `tokens`. 4 MiB of scores suit a CPU's caches."""
+    """How many of a device's tokens have their scores held at once: a divisor. 4 MiB of scores suit a CPU's caches."""
     wanted = max(1, (1 << 20 if jax.default_backend() == "cpu" else 1 << 26) // vocab)
     return max(d for d in range(1, min(tokens, wanted) + 1) if tokens % d == 0)
 

@@ -72,7 +72,7 @@ def token_losses(
 ) -> jax.Array:
     """Cross-entropy per token, (B, L) f32, for evaluation. `chunk` > 0 holds only (chunk, V) logits at a time."""
     parts = _chunks((hidden_BLD, targets_BL), targets_BL.size, chunk, groups)
-    weight_VD = used(transformer.head_weight(params, cfg).astype(jnp.dtype(cfg.dtype)), *transformer.head_layout(cfg))
+    weight_VD = transformer.used_head(params, cfg)
 
     def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
         hidden_GCD, targets_GC = part

@@ -13,6 +13,7 @@ where it is used (gathered over fsdp). `used` goes from the one to the other, an
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -74,6 +75,20 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     inside, across = [shape[0] // slices, *shape[1:]], [slices, 1, 1, 1]
     grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES)
+
+
+def local_mesh() -> Mesh:
+    """The mesh of a program that runs as one process: its devices share batches and parameters alike.
+
+    Raises:
+      UserError: there are several processes.
+    """
+    if (count := jax.process_count()) > 1:
+        raise UserError(
+            f"this command is one process and here are {count}: start it once, on one machine, which has all of its "
+            "devices to itself"
+        )
+    return make_mesh(MeshConfig(data=1, fsdp=-1))
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -151,6 +166,22 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, fitted(mesh, spec(axes), x.shape))
+
+
+def over_rows(f: Callable[[Any, Any], Any], rows: Any, shared: Any = ()) -> Any:
+    """f(rows, shared), on each device for its own part of the rows, as the active mesh splits a batch.
+
+    For what is computed row by row and XLA's partitioner would gather all rows for: top_k, or a loop over them.
+
+    Args:
+      rows: a tree of arrays whose first axis is rows; so is that of what f returns.
+      shared: a tree of arrays that every device has all of.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return f(rows, shared)
+    split = fitted(mesh, spec(("batch",)), jax.tree.leaves(rows)[0].shape[:1])
+    return jax.shard_map(f, in_specs=(split, PartitionSpec()), out_specs=split)(rows, shared)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

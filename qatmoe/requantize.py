@@ -109,14 +109,14 @@ def requantize(
     """A model with some weights rounded to a format. Deterministic.
 
     Args:
-      params: nested dict of arrays.
+      params: nested dict of arrays; they may be split over devices, and each is rounded whole, in the host's memory.
       paths: of the tensors to round, "layers/0/experts/gate_up"; each (..., out, in).
       fmt: of another rule than "gptq", whose function is `gptq.requantize`.
       importance: of every path, broadcast over matrices; needed by rule "imatrix", unused by the others.
 
     Returns:
-      The tree with decoded f32 values on `paths`, all other leaves the same objects; and how many rows were joined to
-      fill a block, the most of any tensor (module docstring).
+      The tree with decoded f32 values on `paths`, where the unrounded ones lie, all other leaves the same objects; and
+      how many rows were joined to fill a block, the most of any tensor (module docstring).
 
     Raises:
       UserError: an unknown path, a tensor that the format cannot hold, a weight that is not finite, no importance of a
@@ -130,7 +130,8 @@ def requantize(
     rounded: dict[str, jax.Array] = {}
     for path, w in wanted.items():
         try:
-            rounded[path] = jnp.asarray(_round(np.asarray(w, np.float32), fmt, (importance or {}).get(path)))
+            values = _round(np.asarray(w, np.float32), fmt, (importance or {}).get(path))
+            rounded[path] = jax.device_put(values, w.sharding)
         except ValueError as e:
             raise UserError(f"{path} as {fmt.name}: {e}") from e
     tree = jax.tree_util.tree_map_with_path(lambda path, leaf: rounded.get(path_of(path), leaf), params)

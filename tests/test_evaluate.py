@@ -254,7 +254,8 @@ def test_rows_join_those_on_record(copy, text, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", ["tokens", "text", "checkpoint", "llama_cpp_python", "dtype", "backend", "junk", "no figures"]
+    "change",
+    ["tokens", "text", "checkpoint", "llama_cpp_python", "dtype", "backend", "devices", "junk", "no figures"],
 )
 def test_what_changed_is_computed_anew(change, copy, text, monkeypatch, capsys):
     names = judged(monkeypatch)
@@ -268,10 +269,10 @@ def test_what_changed_is_computed_anew(change, copy, text, monkeypatch, capsys):
         manifest.write_text(manifest.read_text() + " ")
     if change == "llama_cpp_python":
         monkeypatch.setattr(evaluate.llama, "installed", lambda: "0.0.1")
-    if change in ("dtype", "backend"):
+    if change in ("dtype", "backend", "devices"):
         mark = json.loads((copy / "audit.fingerprint.json").read_text())
         (copy / "audit.fingerprint.json").write_text(json.dumps(mark | {change: "another"}))
-        assert mark["dtype"] == "float32" and mark["backend"] == jax.default_backend()
+        assert mark["dtype"] == "float32" and mark["backend"] == jax.default_backend() and "devices" not in mark
     if change in ("junk", "no figures"):
         (copy / "audit.json").write_text("[1]" if change == "junk" else '[{"row": "qat"}]')
     assert command(copy, *[f"{k}={v}" for k, v in args.items()]) == 0
@@ -450,6 +451,11 @@ def test_a_run_without_a_control(copy, monkeypatch, capsys):
 def test_a_control_that_is_not_trained_yet(copy, monkeypatch, capsys):
     shutil.rmtree(copy / "checkpoints" / "control")
     refused(copy, [], "the reference, phase control, has no checkpoint; train it first", monkeypatch, capsys)
+
+
+def test_several_processes(run, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    refused(run, [], "one process and here are 2: start it once", monkeypatch, capsys)
 
 
 def test_an_empty_text(run, tmp_path, monkeypatch, capsys):

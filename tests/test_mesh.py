@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from qatmoe.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from qatmoe.errors import UserError
-from qatmoe.mesh import AXES, RULES, constrain, fitted, kept, make_mesh, spec
+from qatmoe.mesh import AXES, RULES, constrain, fitted, kept, local_mesh, make_mesh, spec
 from qatmoe.run import check_mesh
 
 
@@ -102,6 +102,13 @@ def test_parameters_are_kept_split_along_fsdp_and_what_their_own_axes_leave():
     parts = kept(("heads", None), 0)
     assert fitted(mesh, parts, (16, 3))[0] == ("tensor", "fsdp", "expert")
     assert fitted(mesh, parts, (12, 3))[0] == ("tensor", "fsdp")  # what does not divide is left out, the last first
+
+
+def test_a_command_of_one_process_refuses_several(monkeypatch):
+    assert dict(local_mesh().shape) == dict.fromkeys(AXES, 1) | {"fsdp": jax.device_count()}
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match="one process and here are 4: start it once, on one machine"):
+        local_mesh()
 
 
 def test_constrain_without_a_mesh_is_the_identity():

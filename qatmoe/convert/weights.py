@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from qatmoe.checkpoint import Checkpoints, DamagedCheckpoint
 from qatmoe.config import Config, ModelConfig, resolve
@@ -25,10 +27,12 @@ from qatmoe.convert.names import Part
 from qatmoe.convert.vocab import NO_ROLES, Roles
 from qatmoe.data import tokenizer
 from qatmoe.errors import UserError
-from qatmoe.model.transformer import STACKED, param_shapes
+from qatmoe.mesh import fitted
+from qatmoe.model.transformer import STACKED, kept_specs, param_shapes
 from qatmoe.quant.grid import GRIDS, Grid
 from qatmoe.quant.plan import KEPT, Plan, family
 from qatmoe.run import quant_plan
+from qatmoe.tree import leaves_by_path
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +62,7 @@ class Value:
 
 
 class _Arrays:
-    """Parameters of a checkpoint as it holds them, in groups; the next group is read while the last one is used."""
+    """Parameters of a checkpoint as it holds them, in the host's memory; groups, the next of which is read ahead."""
 
     GROUP_BYTES = 1 << 29
 
@@ -66,8 +70,8 @@ class _Arrays:
         """`sources`: {path: tensors of the checkpoint that belong to it}."""
         self._checkpoints, self._meta, self._sources = checkpoints, meta, sources
         self._queue: list[str] = []  # paths that will be asked for, in order
-        self._held: dict[str, dict[str, jax.Array]] = {}
-        self._pending: concurrent.futures.Future[dict[str, dict[str, jax.Array]]] | None = None
+        self._held: dict[str, dict[str, np.ndarray]] = {}
+        self._pending: concurrent.futures.Future[dict[str, dict[str, np.ndarray]]] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="weights")
 
     def expect(self, paths: Iterable[str]) -> None:
@@ -75,7 +79,7 @@ class _Arrays:
         self._queue = list(dict.fromkeys(paths))
         self._read_ahead()
 
-    def get(self, path: str) -> dict[str, jax.Array]:
+    def get(self, path: str) -> dict[str, np.ndarray]:
         """{tensor: array} of a path."""
         if path not in self._held:
             self._held = {}  # freed before more is read
@@ -111,7 +115,7 @@ class _Arrays:
         self._queue = rest
         return group
 
-    def _read(self, paths: list[str]) -> dict[str, dict[str, jax.Array]]:
+    def _read(self, paths: list[str]) -> dict[str, dict[str, np.ndarray]]:
         arrays = self._checkpoints.read(self._meta, [n for path in paths for n in self._sources[path]])
         return {path: {n: arrays[n] for n in self._sources[path]} for path in paths}
 
@@ -277,12 +281,10 @@ class Branch:
         return dataclasses.replace(whole, weight=_cut(whole.weight, part), scale=scale)
 
     def _value(self, path: str, part: Part) -> Value:
-        """All of a layer of a parameter."""
-        weight, *scales = self._arrays.get(path).values()
-        scale = scales[0] if scales else None
-        if part.layer is not None and self.cfg.model.scan_layers:
-            weight, scale = weight[part.layer], None if scale is None else scale[part.layer]
-        weight = weight.astype(jnp.float32)
+        """All of a layer of a parameter. No more of it comes to the device: all layers together may not fit."""
+        layer = part.layer if part.layer is not None and self.cfg.model.scan_layers else ...
+        arrays = [jax.device_put(a[layer], may_alias=True) for a in self._arrays.get(path).values()]
+        weight, scale = arrays[0].astype(jnp.float32), arrays[1] if arrays[1:] else None
         kind, grid = self.storage.type_of(part)
         if kind == "F16" and float(jnp.abs(weight).max()) > 65504:
             raise UserError(f"{path} holds numbers beyond 65504, the largest of F16: give --rest BF16 or F32")
@@ -293,9 +295,21 @@ class Branch:
         rule = self.cfg.quant.dynamic_rule if path in self.plan else "absmax"  # of weights that saw no grid in training
         return Value(kind, weight, grid, _scale_of(grid, weight, rule))
 
-    def numbers(self) -> dict[str, Any]:
-        """The whole model as it computes when deployed: f32, in the unrolled layout of `model`."""
+    def numbers(self, mesh: Mesh | None = None) -> dict[str, Any]:
+        """The whole model as it computes when deployed: f32, in the unrolled layout of `model`.
+
+        Args:
+          mesh: each parameter is split over its devices as training keeps it, once it is decoded, so that none holds
+            more than its part and one layer of a parameter. Without, one device holds everything.
+        """
         sizes = names.stack_sizes(self.model)
+        specs = leaves_by_path(kept_specs(dataclasses.replace(self.model, scan_layers=False)))
+
+        def placed(path: str, numbers: jax.Array) -> jax.Array:
+            if mesh is None:
+                return numbers
+            return jax.device_put(numbers, NamedSharding(mesh, fitted(mesh, specs[path], numbers.shape)))
+
         tree: dict[str, Any] = {}
         for path in self._known:
             keys = path.split("/")
@@ -306,7 +320,8 @@ class Branch:
             for layer in layers:
                 if layer is None or layer < sizes[stack]:
                     place = keys if layer is None else [stack, str(layer), *keys[1:]]
-                    _put(tree, place, self.value(Part("/".join(keys), layer)).numbers())
+                    numbers = self.value(Part("/".join(keys), layer)).numbers()
+                    _put(tree, place, placed("/".join(place), numbers))
         return tree
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from qatmoe.config import ModelConfig
-from qatmoe.mesh import fitted, spec
+from qatmoe.mesh import over_rows
 from qatmoe.model.layers import Param, einsum, weighted
 
 
@@ -71,12 +71,7 @@ def route(params: dict, cfg: ModelConfig, x_TD: jax.Array, choices_Tk: jax.Array
 
 def _top_k(scores_TE: jax.Array, k: int) -> jax.Array:
     """The k best experts of each token, best first. On its own device: XLA's partitioner would gather all scores."""
-    best = lambda scores_TE: jax.lax.top_k(scores_TE, k)[1]  # noqa: E731
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return best(scores_TE)
-    rows = fitted(mesh, spec(("batch", None)), scores_TE.shape)
-    return jax.shard_map(best, in_specs=rows, out_specs=rows)(scores_TE)
+    return over_rows(lambda scores_TE, _: jax.lax.top_k(scores_TE, k)[1], scores_TE)
 
 
 def update_bias(bias: jax.Array, load: jax.Array, rate: float) -> jax.Array:

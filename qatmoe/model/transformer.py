@@ -282,6 +282,11 @@ def head_layout(cfg: ModelConfig) -> tuple[tuple[str | None, ...], int]:
     return TABLE if cfg.tie_embeddings else HEAD
 
 
+def used_head(params: dict[str, Any], cfg: ModelConfig) -> jax.Array:
+    """`head_weight` in cfg.dtype as it lies where it is used: gathered once, for all chunks of hidden states."""
+    return used(head_weight(params, cfg).astype(jnp.dtype(cfg.dtype)), *head_layout(cfg))
+
+
 def score(hidden: jax.Array, weight_VD: jax.Array) -> jax.Array:
     """(..., D) -> (..., V) f32, accumulated in f32 from operands in the dtype of hidden."""
     return einsum("...d,vd->...v", hidden, weight_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
