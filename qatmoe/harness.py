@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows
@@ -17,7 +18,9 @@ from lm_eval.utils import get_rolling_token_windows
 from qatmoe.config import ModelConfig
 from qatmoe.data.tokenizer import Tokenizer
 from qatmoe.decode import generate
+from qatmoe.mesh import batch_groups, over_rows
 from qatmoe.model import transformer
+from qatmoe.run import place
 
 _SHORTEST = 32  # tokens that a row is padded to, or a power of two times that
 MAX_NEW_TOKENS = 256  # where a task does not say
@@ -36,6 +39,7 @@ class Model(TemplateLM):
         self,
         params: dict[str, Any],
         cfg: ModelConfig,
+        mesh: Mesh,
         tokenizer: Tokenizer,
         context: int,
         tokens: int = 4096,
@@ -44,14 +48,15 @@ class Model(TemplateLM):
         """Takes a model in.
 
         Args:
-          params: f32, as `convert.weights.Branch.numbers` gives them.
+          params: f32, as `convert.weights.Branch.numbers` gives them on the mesh.
           cfg: with scan_layers off.
+          mesh: its devices share batches; each text that is written takes all of them.
           context: tokens that the model sees at most, at least 2.
-          tokens: of a batch, padding included; a longer sequence is a batch of its own.
+          tokens: of a batch on each device, padding included; a longer sequence is alone there.
           end_ids: tokens that end a text or a turn, besides the tokenizer's.
         """
         super().__init__()
-        self._params, self._cfg, self._tokenizer = params, cfg, tokenizer
+        self._params, self._cfg, self._mesh, self._tokenizer = params, cfg, mesh, tokenizer
         self.max_length = context
         self._tokens = tokens
         self._stop_ids = (tokenizer.end_id, *end_ids)
@@ -82,7 +87,10 @@ class Model(TemplateLM):
             tokens_BL = np.full((self._rows(length), length + 1), self.eot_token_id, np.int32)
             for row_L, (_, tokens, _) in zip(tokens_BL, batch, strict=False):
                 row_L[: len(tokens)] = tokens
-            nats_BL, best_BL = map(np.asarray, _score(self._params, self._cfg, tokens_BL))
+            rows = place(self._mesh, len(tokens_BL), {"tokens": tokens_BL})
+            with jax.set_mesh(self._mesh):
+                scored = _score(self._params, rows["tokens"], self._cfg, batch_groups(self._mesh))
+            nats_BL, best_BL = map(np.asarray, scored)
             for row, (i, tokens, predicted) in enumerate(batch):
                 at = slice(len(tokens) - 1 - predicted, len(tokens) - 1)
                 totals[i] += nats_BL[row, at].sum(dtype=np.float64)
@@ -108,7 +116,7 @@ class Model(TemplateLM):
                 yield length, group[start : start + rows]
 
     def _rows(self, length: int) -> int:
-        return max(1, self._tokens // length)
+        return batch_groups(self._mesh) * max(1, self._tokens // length)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first stop string, which is left out, or the number of tokens the task asks for.
@@ -129,12 +137,13 @@ class Model(TemplateLM):
             sampling = {"temperature": 1.0} | {key: options[key] for key in _SAMPLING if key in options}
         ids: list[int] = []
         text = ""
-        sampling |= {"seed": seed}
-        for token in generate(self._params, self._cfg, prompt, max_tokens=new, stop_ids=self._stop_ids, **sampling):
-            ids.append(token)
-            text = self._tokenizer.decode(ids)
-            if any(stop in text for stop in stops):
-                break
+        options = {"max_tokens": new, "stop_ids": self._stop_ids, "seed": seed, **sampling}
+        with jax.set_mesh(self._mesh):
+            for token in generate(self._params, self._cfg, prompt, **options):
+                ids.append(token)
+                text = self._tokenizer.decode(ids)
+                if any(stop in text for stop in stops):
+                    break
         return text[: min((text.index(stop) for stop in stops if stop in text), default=len(text))]
 
 
@@ -150,19 +159,22 @@ def _padded(length: int, most: int) -> int:
     return min(padded, most)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _score(params: dict[str, Any], cfg: ModelConfig, tokens_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _score(params: dict[str, Any], tokens_BL: jax.Array, cfg: ModelConfig, groups: int) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each token but the first (B, L) f32, and whether it is the likeliest.
 
-    Scores of the vocabulary exist for one row at a time.
+    On each device scores of the vocabulary exist for one row at a time.
     """
-    hidden_BLD = transformer.forward(params, cfg, tokens_BL[:, :-1], train=False).hidden_BLD
+    hidden_BLD = transformer.forward(params, cfg, tokens_BL[:, :-1], train=False, groups=groups).hidden_BLD
 
-    def row(hidden_and_targets: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        hidden_LD, targets_L = hidden_and_targets
-        logits_LV = transformer.logits(params, cfg, hidden_LD)
-        nats_LV = jax.nn.log_softmax(logits_LV, axis=-1)
-        chosen_L = jnp.take_along_axis(nats_LV, targets_L[:, None], axis=-1)[:, 0]
-        return chosen_L, jnp.argmax(logits_LV, axis=-1) == targets_L
+    def rows(hidden_and_targets: tuple[jax.Array, jax.Array], head_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.map(lambda row: _score_row(row[0], row[1], head_VD), hidden_and_targets)
 
-    return jax.lax.map(row, (hidden_BLD, tokens_BL[:, 1:]))
+    return over_rows(rows, (hidden_BLD, tokens_BL[:, 1:]), transformer.used_head(params, cfg))
+
+
+def _score_row(hidden_LD: jax.Array, targets_L: jax.Array, head_VD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits_LV = transformer.score(hidden_LD, head_VD)
+    nats_LV = jax.nn.log_softmax(logits_LV, axis=-1)
+    chosen_L = jnp.take_along_axis(nats_LV, targets_L[:, None], axis=-1)[:, 0]
+    return chosen_L, jnp.argmax(logits_LV, axis=-1) == targets_L

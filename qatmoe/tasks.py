@@ -6,6 +6,7 @@
 Two tasks are made from the bundled held-out novel and need no download: cloze (which of four sentences comes next;
 chance is 25 %) and novel (rolling perplexity). All others are the harness's own, which loads their data sets from the
 Hugging Face hub. Weights are those that are deployed: on the grid if the phase quantizes. Needs the extra `eval`.
+It takes all devices that it sees, in one process, and splits weights and texts over them.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from qatmoe.convert.weights import Branch
 from qatmoe.data import cloze
 from qatmoe.errors import UserError
 from qatmoe.files import check_place, write_atomically
+from qatmoe.mesh import local_mesh
 from qatmoe.model import attention
 from qatmoe.text_table import aligned
 
@@ -167,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         tasks = list(dict.fromkeys(task for task in args.tasks.split(",") if task))
         _check(args, tasks)
+        mesh = local_mesh()
         with opened(tasks) as manager:
             from qatmoe.harness import Model
 
@@ -175,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     # Rows are of other lengths than training's, which its attention kernel may not take.
                     cfg = dataclasses.replace(attention.portable(branch.model), scan_layers=False)
                     context, ends = args.context or branch.context, branch.origin.end_ids
-                    model = Model(branch.numbers(), cfg, branch.tokenizer, context, end_ids=ends)
+                    model = Model(branch.numbers(mesh), cfg, mesh, branch.tokenizer, context, end_ids=ends)
                     branches[branch.phase] = evaluate(model, tasks, manager, args.limit)
                     steps[branch.phase] = branch.step
         print(table(branches))

@@ -11,6 +11,7 @@ from test_gguf_model import GLM, random_weights
 
 from qatmoe import harness, loss
 from qatmoe.data import tokenizer
+from qatmoe.mesh import local_mesh
 from qatmoe.model import transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -18,13 +19,14 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONTEXT = 40
 CFG = dataclasses.replace(GLM, vocab_size=2048, scan_layers=False, n_layers=2)
 PARAMS = jax.tree.map(jnp.asarray, random_weights(CFG, 3))
+MESH = local_mesh()
 TOKENIZER = tokenizer.load()
 TEXT = "She had been looking at him with an expression of great surprise, and now she rose; the room was very still."
 
 
 @pytest.fixture(scope="module")
 def model():
-    return harness.Model(PARAMS, CFG, TOKENIZER, CONTEXT, tokens=160)
+    return harness.Model(PARAMS, CFG, MESH, TOKENIZER, CONTEXT, tokens=160)
 
 
 @jax.jit
@@ -122,7 +124,7 @@ def test_few_programs_are_compiled(model):
 
 
 def test_a_sequence_longer_than_a_batch_is_one_of_its_own(model):
-    small = harness.Model(PARAMS, CFG, TOKENIZER, CONTEXT, tokens=10)
+    small = harness.Model(PARAMS, CFG, MESH, TOKENIZER, CONTEXT, tokens=10)
     assert ask(small, (TEXT, " Anne"))[0][0] == pytest.approx(ask(model, (TEXT, " Anne"))[0][0], abs=1e-4)
 
 
@@ -194,7 +196,7 @@ def test_generation_stops_at_the_first_stop_string(model):
 def test_generation_stops_at_the_end_of_the_text():
     params = dict(PARAMS, head=np.zeros_like(PARAMS["head"]))  # all scores are equal: the first token is said
     assert TOKENIZER.end_id == 0
-    assert generate(harness.Model(params, CFG, TOKENIZER, CONTEXT), "She had been") == ""
+    assert generate(harness.Model(params, CFG, MESH, TOKENIZER, CONTEXT), "She had been") == ""
 
 
 def test_a_prompt_leaves_room_for_what_is_asked(model, monkeypatch):

@@ -15,6 +15,7 @@ from qatmoe.config import QuantConfig
 from qatmoe.convert.weights import Branch
 from qatmoe.data import cloze, corpus, tokenizer
 from qatmoe.harness import Model
+from qatmoe.mesh import local_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -63,7 +64,7 @@ def test_end_to_end_without_a_network(run, offline, tmp_path, capsys):
 def test_accuracies_are_those_of_the_models_own_log_likelihoods(run, report):
     with Branch(run, rest="F32") as branch:
         cfg = dataclasses.replace(branch.model, scan_layers=False)
-        model = Model(branch.numbers(), cfg, branch.tokenizer, 64)
+        model = Model(branch.numbers(), cfg, local_mesh(), branch.tokenizer, 64)
     right, right_by_byte = [], []
     for q in cloze.questions(TEXT)[:LIMIT]:
         pairs = [(("", ""), *model._encode_pair(q["context"], " " + choice)) for choice in q["choices"]]
