@@ -4,7 +4,7 @@
     python -m qatmoe.generate --run runs/moe_2bit --branch control qat --prompt - --cache q8_0 < prompt.txt
 
 The text goes to the standard output, without the prompt; several branches write under headings, from the same seed. It
-ends at the end-of-text token, at a --stop string or after --max_tokens.
+ends at the end-of-text token, at a --stop string or after --max_tokens. One device holds the whole model.
 """
 
 import argparse
