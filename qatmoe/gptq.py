@@ -114,10 +114,10 @@ def _inside(paths: Collection[str], prefix: str) -> list[str]:
 
 
 def _replaced(tree: Params, paths: Collection[str], f: Any) -> Params:
-    """The tree with f(path, leaf) on `paths`."""
+    """The tree with f(path, leaf) on `paths`, lying on the devices as before."""
 
     def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         name = path_of(path)
-        return f(name, leaf) if name in paths else leaf
+        return jax.device_put(f(name, leaf), leaf.sharding) if name in paths else leaf
 
     return jax.tree_util.tree_map_with_path(one, tree)

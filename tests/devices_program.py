@@ -27,7 +27,7 @@ from qatmoe.requantize import Format
 from qatmoe.run import place
 from qatmoe.tree import leaves_by_path
 
-ROWS = "^(control|trunk|qat)$|^qat/q2_0/search$|^control/Q4_0/imatrix$|^qat/kv/q4_0$"
+ROWS = "^(control|trunk|qat)$|^qat/q2_0/search$|^control/(Q4_0/imatrix|q2_0/gptq)$|^qat/kv/q4_0$"
 
 
 def main(run: Path, out: Path) -> None:

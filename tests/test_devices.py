@@ -40,9 +40,9 @@ def computed(tiny_run, quick_env, tmp_path_factory):
 
 
 def test_rows_of_an_audit_are_those_of_one_device(computed):
-    """As deployed, rounded to a grid, with an importance matrix, with a rounded cache."""
+    """As deployed, rounded to a grid, by GPTQ, with an importance matrix, with a rounded cache."""
     one, four = (computed[n]["audit"] for n in (1, 4))
-    names = ["control", "control/Q4_0/imatrix", "trunk", "qat", "qat/q2_0/search", "qat/kv/q4_0"]
+    names = ["control", "control/q2_0/gptq", "control/Q4_0/imatrix", "trunk", "qat", "qat/q2_0/search", "qat/kv/q4_0"]
     assert [row["row"] for row in four] == [row["row"] for row in one] == names
     for expected, row in zip(one, four, strict=True):
         for name, tolerance in FIGURES.items():
