@@ -3,7 +3,7 @@
 The reference is the matching model in full precision. KLD is KL(reference || model) over the whole vocabulary in nats,
 token by token: a model can keep its perplexity and still say other things.
 
-Standard errors are a bootstrap (Efron 1979) over units: documents, or, where a domain has few of them, runs of
+Standard errors are a bootstrap (Efron 1979) over units: documents, or of one that makes much of its domain runs of
 consecutive windows. Units are drawn with replacement within their domain; a resample is a weight per unit, how
 often it was drawn, so means are one matrix product and a quantile is a cumulative sum of weights over sorted tokens.
 A domain of a single unit is the same in every resample: errors over all domains take it as fixed, its own are unknown.

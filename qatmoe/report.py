@@ -137,15 +137,15 @@ def fill_tables(page: Path, tables: Mapping[str, str]) -> None:
         literal = lines.replace("\\", "\\\\")
         text, n = re.subn(pattern, rf"\g<1>\n{literal}\n\n\g<2>", text, flags=re.S)
         if n != 1:
-            raise UserError(f"{page} has no markers for {name!r}")
+            raise UserError(f"{page} has {n} tables `<!-- {name}: command -->` ... `<!-- end -->`; it needs one")
     write_atomically(page, text)
 
 
 def table(summary: Summary) -> str:
-    """The result as a terminal table: one row per phase and PTQ rule."""
+    """The result as a terminal table: one row per phase and PTQ rule. Bits of all weights, and of those on the grid."""
     loss, control = summary["loss"], summary["loss"].get("control")
     bits, size = summary["bits_per_weight"], summary["bytes"]
-    rows = [("", "valid loss", "perplexity", "vs control", "bits/weight", "bytes")]
+    rows = [("", "valid loss", "perplexity", "vs control", "bits/weight", "on the grid", "bytes")]
 
     def add(name: str, value: float | None, quantized: bool) -> None:
         if value is None:
@@ -157,6 +157,7 @@ def table(summary: Summary) -> str:
                 f"{_exp(value) or math.inf:.2f}",
                 "-" if control is None or name == "control" else f"{value - control:+.4f}",
                 _number(bits["overall"] if quantized else 16.0, ".2f"),
+                _number(bits["quantized"], "g") if quantized else "-",
                 _size(size["deployed" if quantized else "bf16"]),
             )
         )

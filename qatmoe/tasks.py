@@ -110,14 +110,14 @@ def _rows(task: str, found: dict[str, Any]) -> list[Row]:
 
 
 def _influence(metric: str, value: float, per_document: Sequence[Any]) -> np.ndarray | None:
-    """Of each document on the value: for a mean (x - mean) / sqrt(n (n - 1)), for a ratio its linearization."""
+    """Of each document on the value: for a mean (x - mean) / sqrt(n (n - 1)), for a ratio its linearization alike."""
     n = len(per_document)
     if n < 2:
         return None
     if metric in _RATIOS:
         nats, size = -np.array([p[0] for p in per_document]), np.array([p[1] for p in per_document], np.float64)
         ratio = nats.sum() / size.sum()
-        return _RATIOS[metric][1](ratio) * (nats - ratio * size) / size.sum()
+        return _RATIOS[metric][1](ratio) * (nats - ratio * size) / size.sum() * math.sqrt(n / (n - 1))
     if all(isinstance(p, bool | int | float) for p in per_document):
         values = np.array(per_document, np.float64)
         if math.isclose(values.mean(), value, abs_tol=1e-12):  # and not some other function of them

@@ -189,7 +189,7 @@ def test_order_is_the_same_everywhere():
     """Recorded once: a change means that runs no longer reproduce."""
     tokens = np.arange(80 * 4 + 1, dtype=np.uint16)
     stream = batches.Stream(tokens, np.array([len(tokens)]), 1)
-    data = batches.Data(DataConfig(seq_len=4), tokenizer.load(), stream, stream, 0, (), "x")
+    data = batches.Data(DataConfig(seq_len=4), tokenizer.load(), stream, stream, 0, "x")
     first = take(make(data, batch_size=8, seed=7, n_mtp=0), 1)[0]["tokens"][:, 0] // 4
     assert first.tolist() == [3, 8, 48, 63, 16, 61, 49, 62]
 

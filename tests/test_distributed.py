@@ -108,15 +108,15 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def job(quick_env, config):
-    """Trains on processes x devices; `killer=(process, signal, before which batch)`."""
+    """Trains on processes x devices; `killer=(process, signal, before which batch)`, not under `slurm`."""
 
-    def job(workdir, count, devices, *more, killer=(-1, 0, 0), pause=0.0):
+    def job(workdir, count, devices, *more, killer=(-1, 0, 0), pause=0.0, slurm=False):
         def args(i):
             number, at = killer[1:] if i == killer[0] else (0, 0)
             job = [f"--config={config}", f"--workdir={workdir}", *more]
-            return ["-c", TRAIN, str(int(number)), str(at), str(pause), *job]
+            return ["-m", "qatmoe.train", *job] if slurm else ["-c", TRAIN, str(int(number)), str(at), str(pause), *job]
 
-        return end(start(quick_env, count, devices, args))
+        return end(start(quick_env, count, devices, args, slurm=slurm))
 
     return job
 
@@ -145,15 +145,16 @@ def whole(finished):
     return losses(finished)
 
 
-def test_two_processes_give_the_numbers_of_one(whole, job, tmp_path):
-    codes, out, err, _ = job(tmp_path / "run", 2, 2)
-    assert codes == [0, 0], err
+@pytest.mark.parametrize(("count", "slurm"), [(2, False), (4, False), (2, True)], ids=["2", "4", "2_under_srun"])
+def test_processes_give_the_numbers_of_one(whole, job, tmp_path, count, slurm):
+    codes, out, err, _ = job(tmp_path / "run", count, 4 // count, slurm=slurm)
+    assert codes == [0] * count, err
     assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
-    assert "4 cpu in 2 processes (mesh data 4" in out[0]
+    assert f"4 cpu in {count} processes (mesh data 4" in out[0]
     assert "valid loss" in out[0]
-    assert "trunk" not in out[1]  # process 0 speaks for all
     assert "trunk 20/20" in err[0]
-    assert "trunk" not in err[1]
+    for i in range(1, count):  # process 0 speaks for all
+        assert "trunk" not in out[i] and "trunk" not in err[i]
 
 
 def test_a_teacher_teaches_the_same_on_two_processes(finished, job, tmp_path):

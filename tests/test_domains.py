@@ -31,7 +31,7 @@ def packed(lengths, cfg=CFG):
     """A run's held-out stream whose tokens are 0, 1, 2, ..."""
     ends = np.cumsum(lengths)
     stream = Stream(np.arange(ends[-1], dtype=np.uint16), ends, text_bytes=int(ends[-1]) * 3)
-    return Data(cfg, TOKENIZER, stream, stream, 0, (), "")
+    return Data(cfg, TOKENIZER, stream, stream, 0, "")
 
 
 def test_no_window_holds_two_documents(tmp_path):
@@ -94,6 +94,15 @@ def test_units_of_few_documents_are_runs_of_windows_of_one_document():
     sizes = np.bincount(units)
     assert sizes.max() == 4 and 60 <= len(sizes) <= 70
     assert all(len(set(found.document_M[units == u])) == 1 for u in range(len(sizes)))
+
+
+def test_one_long_document_among_many_is_cut_into_runs():
+    found = domains.of_run(packed([600, *[12] * 40]), N_MTP, 10**6)
+    sizes, M = np.bincount(found.unit_M), len(found.document_M)
+    assert found.documents == 41 and np.bincount(found.document_M)[0] > M / 2
+    long = found.unit_M[found.document_M == 0]
+    assert np.bincount(long).max() == -(-M // 64) and len(set(long)) == 30
+    assert sizes[long[-1] + 1 :].tolist() == np.bincount(found.document_M)[1:].tolist()
 
 
 def test_a_single_window_is_a_single_unit():

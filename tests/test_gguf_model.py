@@ -198,7 +198,7 @@ def check(report: Report) -> None:
     A rounding of activations that falls the other way on some CPU may swap the two best of these few random tokens.
     """
     assert all(fault.startswith("L2: mean KLD") for fault in report.faults), report.text()
-    assert not report.unchecked
+    assert [what.split(":")[0] for what in report.unchecked] in ([], ["L2 of the MTP modules"])
     for row in report.rows:
         assert row.same_bytes == row.tensors
         assert set(row.max_diff.values()) == {0.0}

@@ -82,7 +82,7 @@ def test_missing_branches_are_null(tmp_path):
     assert summary["loss"] == {"trunk": 3.5, "control": None, "qat": None, "ptq": None}
     assert summary["recovered"] is None
     assert summary["bytes"] == {"deployed": None, "bf16": None}
-    assert report.table(summary).splitlines()[2].split() == ["trunk", "3.5000", "33.12", "-", "16.00", "-"]
+    assert report.table(summary).splitlines()[2].split() == ["trunk", "3.5000", "33.12", "-", "16.00", "-", "-"]
 
 
 def test_a_repeated_final_record_counts_once_and_the_last_wins(tmp_path):
@@ -109,8 +109,8 @@ def test_table(tmp_path):
     assert len({len(line) for line in lines[:7]}) == 1  # aligned
     rows = {line[:24].strip(): line[24:].split() for line in lines[2:7]}
     assert list(rows) == ["trunk", "control", "PTQ of control (absmax)", "PTQ of control (search)", "qat"]
-    assert rows["qat"] == ["3.2000", "24.53", "+0.2000", "3.50", "2.50", "MB"]
-    assert rows["control"] == ["3.0000", "20.09", "-", "16.00", "12.00", "MB"]
+    assert rows["qat"] == ["3.2000", "24.53", "+0.2000", "3.50", "2.25", "2.50", "MB"]
+    assert rows["control"] == ["3.0000", "20.09", "-", "16.00", "-", "12.00", "MB"]
     assert "90.0%" in lines[-1]
 
 
@@ -125,6 +125,7 @@ def test_other_phases_have_rows_of_their_own(tmp_path):
         "22.20",
         "+0.1000",
         "3.50",
+        "2.25",
         "2.50",
         "MB",
     ]

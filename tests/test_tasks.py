@@ -94,7 +94,7 @@ def test_perplexities_are_of_one_sum(report):
 def test_the_error_of_a_ratio_by_hand():
     pairs = [(-10.0, 4), (-9.0, 5), (-30.0, 11)]
     ratio = 49 / 20
-    expected = [(10 - ratio * 4) / 20, (9 - ratio * 5) / 20, (30 - ratio * 11) / 20]
+    expected = [math.sqrt(3 / 2) * part / 20 for part in (10 - ratio * 4, 9 - ratio * 5, 30 - ratio * 11)]
     np.testing.assert_allclose(tasks._influence("bits_per_byte", 0.0, pairs), np.array(expected) / math.log(2))
     np.testing.assert_allclose(tasks._influence("word_perplexity", 0.0, pairs), np.array(expected) * math.exp(ratio))
 

@@ -31,10 +31,9 @@ def run(*args: str) -> None:
 def make() -> None:
     """Trains the seeds, times the step, stores what the tables need."""
     run("launch.sweep", f"{HERE / 'sweep.py'}", "--slots=2")
-    summaries = [json.loads(file.read_text()) for file in RUNS.glob("*/summary.json")]
-    summaries.sort(key=lambda summary: summary["seed"])
-    (first,) = RUNS.glob("seed=0-*")
-    shutil.copy(first / "curves.png", HERE / "curves.png")
+    runs = [RUNS / run["name"] for run in json.loads((RUNS / "sweep.json").read_text())["runs"]]
+    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+    shutil.copy(runs[0] / "curves.png", HERE / "curves.png")
     timing = RUNS / "benchmark.json"
     run("qatmoe.benchmark", f"--config={CONFIG}", f"--json={timing}")
     result = {"runs": summaries, "benchmark": json.loads(timing.read_text())}

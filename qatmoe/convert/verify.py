@@ -1,8 +1,11 @@
-"""Is the file the trained model? Three levels, each against a program that was not written here.
+"""Is the file the trained model? Three levels.
 
 L0  every tensor's bytes are those that the training side packs now
 L1  decoded by PyPI gguf and by libggml, every weight is the number that training computed with: max difference 0.0
 L2  llama.cpp's logits against the forward pass in JAX: as it is, and with llama.cpp's rounding of activations
+
+L1 and L2 are against programs that were not written here. What they cannot see is said: packed weights of Hugging Face
+folders are decoded by this project's own reader, and L2's logits are the trunk's, not those of MTP modules.
 """
 
 import contextlib
@@ -115,6 +118,8 @@ def verify_gguf(branch: Branch, path: Path, arch: str, tokens: int = 4096) -> Re
     elif llama.installed():
         try:
             _logits(branch, path, tokens, report)
+            if branch.model.n_mtp:
+                report.unchecked.append("L2 of the MTP modules: llama.cpp gives the trunk's logits alone")
         except UserError as e:  # llama.cpp refuses the file
             report.faults.append(f"L2: {e}")
     else:
@@ -167,6 +172,8 @@ def verify_huggingface(branch: Branch, folder: Path, arch: str, *, packed: bool)
                 decoded["safetensors"] = library[name].get_tensor(name).astype(np.float32)
             _note(report, row, name, decoded, expected)
     report.rows, report.sha256 = list(rows.values()), sha.hexdigest()
+    if packed:
+        report.unchecked.append("L1 of packed weights by another program: they are decoded by qatmoe's own reader")
     report.unchecked.append("L2: llama.cpp does not read safetensors")
     return report
 

@@ -21,8 +21,8 @@ from qatmoe.data.batches import Batch, Data, Rows, Stream
 from qatmoe.data.tokenizer import Tokenizer
 from qatmoe.errors import UserError
 
-FEW_UNITS = 32  # a domain with fewer documents is cut into runs of windows
-MANY_UNITS = 64  # about so many
+FEW_UNITS = 32  # a document that has a larger part of the windows than one of so many is cut into runs of windows
+MANY_UNITS = 64  # as long as one of so many parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +36,11 @@ class Domain:
 
     @property
     def unit_M(self) -> np.ndarray:
-        """What a bootstrap draws, numbered from 0: documents; runs of consecutive windows of one document if there
-        are fewer than FEW_UNITS documents."""
-        if self.documents >= FEW_UNITS:
-            return self.document_M
-        run = math.ceil(len(self.document_M) / MANY_UNITS)
-        starts_D = np.searchsorted(self.document_M, np.arange(self.documents))
-        run_M = (np.arange(len(self.document_M)) - starts_D[self.document_M]) // run
+        """What a bootstrap draws, numbered from 0: documents, and of a long one runs of consecutive windows."""
+        M, counts_D = len(self.document_M), np.bincount(self.document_M)
+        starts_D = np.cumsum(counts_D) - counts_D
+        run_D = np.where(counts_D * FEW_UNITS > M, math.ceil(M / MANY_UNITS), counts_D)
+        run_M = (np.arange(M) - starts_D[self.document_M]) // run_D[self.document_M]
         first_M = np.concatenate([[True], (np.diff(self.document_M) != 0) | (np.diff(run_M) != 0)])
         return np.cumsum(first_M) - 1
 
