@@ -171,6 +171,20 @@ def test_killed_anywhere_the_same_command_ends_at_the_same_numbers(curves, kills
     assert summaries[0]["loss"] == summaries[1]["loss"]
 
 
+@pytest.mark.slow
+def test_killed_as_users_compile(child_env, tmp_path):
+    """With all of XLA's optimizations, which the other tests do without: every number to the last bit."""
+    env = child_env | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    job = [arguments(tmp_path / name) for name in ("whole", "killed")]
+    for args in (["-m", "qatmoe.train", *job[0]], ["-c", KILLER, "inside a save", "4", *job[1]]):
+        assert launch(env, *args).returncode in (0, -signal.SIGKILL)
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    done = launch(env, "-m", "qatmoe.train", *job[1])
+    assert done.returncode == 0, done.stderr
+    assert by_place(numbers(tmp_path / "killed")) == by_place(numbers(tmp_path / "whole"))
+    assert len(numbers(tmp_path / "whole")) > 20
+
+
 def test_sigterm_saves_says_how_to_go_on_and_exits_143(whole, quick_env, tmp_path):
     workdir = tmp_path / "stopped"
     args = [sys.executable, "-m", "qatmoe.train", *arguments(workdir)]
