@@ -8,7 +8,6 @@ unusable input) would end so again, and is not. Neither stops the other runs.
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import os
 import re
@@ -16,10 +15,11 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from qatmoe.errors import UserError
+from qatmoe.files import alone
 from qatmoe.run import STOPPED
 
 POLL_S = 0.1
@@ -143,15 +143,9 @@ def _tpu_environment(chips: Sequence[str], n: int) -> dict[str, str]:
     }
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Keeps other queues out of a sweep's folder, which must exist. Raises UserError where one is in it."""
-    with open(folder / "lock", "w", encoding="utf-8") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(f"{folder} is in use by another launch.sweep: wait for it, or stop it") from e
-        yield
+    return alone(folder / "lock", f"{folder} is in use by another launch.sweep: wait for it, or stop it")
 
 
 class Queue:

@@ -43,7 +43,7 @@ from qatmoe.data import batches, domains
 from qatmoe.data.domains import Domain
 from qatmoe.errors import UserError
 from qatmoe.fidelity import Outcome
-from qatmoe.files import write_atomically
+from qatmoe.files import alone, write_atomically
 from qatmoe.loss import Batch, Params
 from qatmoe.mesh import batch_groups, local_mesh
 from qatmoe.model.cache import CacheType
@@ -346,7 +346,25 @@ def evaluate(
 
     Returns:
       All rows on record.
+
+    Raises:
+      UserError: another audit of the run is under way.
     """
+    with alone(
+        audit.workdir / "audit.lock", f"{audit.workdir}: another audit of it is running: wait for it, or stop it"
+    ):
+        return _evaluate(audit, mesh, rows, found, calibration_ML, force, check)
+
+
+def _evaluate(
+    audit: Audit,
+    mesh: Mesh,
+    rows: list[Row],
+    found: list[Domain],
+    calibration_ML: np.ndarray,
+    force: bool,
+    check: Callable,
+) -> list[dict[str, Any]]:
     names = [row.name for row in rows]
     record = Record(audit, fingerprint(audit, mesh, found, calibration_ML), dropped=names if force else ())
     done = {r["row"] for r in record.rows}

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from qatmoe import audit_report, cli, evaluate, loss
+from qatmoe import audit_report, cli, evaluate, files, loss
 from qatmoe.audit import open_run
 from qatmoe.convert.weights import Branch, read_config
 from qatmoe.data import batches, corpus
@@ -218,6 +218,14 @@ def test_a_signal_while_the_text_is_read_ends_it_there(copy, audited, text, monk
     assert again(copy, text) == 130
     assert "SIGINT: stopped while the text was read, before any row. The same command" in capsys.readouterr().err
     assert rows_of(copy) == rows_of(audited)
+
+
+def test_a_second_audit_of_the_run_is_refused_and_loses_nothing(copy, text, capsys):
+    before = (copy / "audit.json").read_bytes()
+    with files.alone(copy / "audit.lock", "this one"):
+        assert command(copy, "--rows", ROWS, "--tokens", 64) == 2
+    assert f"{copy}: another audit of it is running: wait for it, or stop it" in capsys.readouterr().err
+    assert (copy / "audit.json").read_bytes() == before
 
 
 def test_a_signal_ends_it_between_rows(copy, text, monkeypatch, capsys):
