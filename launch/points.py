@@ -38,7 +38,7 @@ from qatmoe.run import quant_plan
 
 LONGEST = 150  # characters of a name's readable part
 DIGITS = 10  # of a name's end; two of a thousand runs meet once in two million sweeps
-OF_A_RUN = re.compile(rf"[^/:]*-([0-9a-f]{{{DIGITS}}})(?=[:@]|$)")  # its name, where one is at a path's end
+OF_A_RUN = re.compile(rf"^(runs/[^/]+/)[^/:]*-([0-9a-f]{{{DIGITS}}})(?=[:@]|$)")  # of a sweep: its folder, its digits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,8 +298,14 @@ def _digits(cfg: Config, ignored: set[str]) -> str:
     """Ten hex digits of the keys that have another value than their default."""
     there = leaves(json.loads(to_json(cfg)))
     special = {key: v for key, v in there.items() if key not in ignored and v != default(key)}
-    special |= {k: OF_A_RUN.sub(r"\1", v) for k, v in special.items() if k == "init_from" or k.endswith(".teacher")}
+    special |= {key: by_digits(key, value) for key, value in special.items()}
     return hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:DIGITS]
+
+
+def by_digits(key: str, value: Any) -> Any:
+    """A value, and of one that names another run that run's digits: its name may grow."""
+    named = key == "init_from" or key.endswith(".teacher")
+    return OF_A_RUN.sub(r"\1\2", value) if named and isinstance(value, str) else value
 
 
 # ---- How far a run is ------------------------------------------------------------------------------------------------
@@ -314,7 +320,8 @@ def state(run: Run) -> State:
     file = run.folder / "config.json"
     if not file.exists():
         return State("missing", "missing")
-    differ = differences(_json(file), json.loads(to_json(run.config)))
+    found = differences(_json(file), json.loads(to_json(run.config)))
+    differ = {key: pair for key, pair in found.items() if by_digits(key, pair[0]) != by_digits(key, pair[1])}
     if differ:
         key, (there, here) = min(differ.items())
         raise UserError(

@@ -62,7 +62,11 @@ class Train:
             time.sleep(0.2)  # and not wait(): its lock would still be held in checkpoint(), which a signal calls
         if child.returncode == 0:
             return "done"
-        if child.returncode in STOPPED:  # a signal of Slurm's own made it save and stop
+        if child.returncode in (
+            *STOPPED,
+            -signal.SIGINT,
+            -signal.SIGTERM,
+        ):  # Slurm's own signal: it saved, or had not begun
             signal.raise_signal(requeue)
             return "stopped"  # in the tasks that do not put the job into the queue
         raise RuntimeError(f"qatmoe.train ended with {child.returncode}; what it said stands above")

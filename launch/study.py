@@ -398,10 +398,11 @@ def _enter(
 ) -> None:
     """Puts a run's rows into the results, which have a place for every run of the study, in the study's order.
 
-    That a run is not here to be judged does not replace figures that were found when it was.
+    That a run is not here to be judged does not replace what was found when it was.
     """
     rows = _known(file, every)
-    if own and not (_figures(rows.get(own, ())) and all(row.get("failed") in GONE for row in new)):
+    here = any(row.get("failed") not in GONE for row in new)
+    if own and (here or all(row.get("failed") in GONE for row in rows.get(own, ()))):
         rows[own] = list(new)
     write_results(file, [row for own, run in every.items() for row in rows.get(own) or [run | {"failed": NOT_RUN}]])
 
@@ -409,19 +410,16 @@ def _enter(
 def _known(file: Path, every: Mapping[tuple[str, str], Row]) -> dict[tuple[str, str], list[Row]]:
     """The rows of a file by stage and run, under the names that runs have now: a name may change, its digits do not."""
     now_called = {_digits(own): own for own in every}
-    found = _read(file) if file.exists() else []
-    names = {(row["stage"], row["run"]) for row in found}
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in _read(file) if file.exists() else []:
+        found.setdefault((row["stage"], row["run"]), []).append(row)
     known: dict[tuple[str, str], list[Row]] = {}
     now = {}
-    for row in found:
-        before = (row["stage"], row["run"])
+    # A file that was merged may have a run under two names: what was judged counts, then today's name.
+    for before, rows in sorted(found.items(), key=lambda item: (not _figures(item[1]), item[0] not in every)):
         own = before if before in every else now_called.get(_digits(before), before)
         now[before[1]] = own[1]
-        if own != before and own in names:
-            continue  # the file has the run under its new name too
-        if own in every:
-            row |= {key: every[own][key] for key in IDENTITY}
-        known.setdefault(own, []).append(row)
+        known.setdefault(own, [row | {key: every[own][key] for key in IDENTITY if own in every} for row in rows])
     for row in itertools.chain(*known.values()):
         if "reference" in row:
             folder, _, phase = row["reference"].rpartition(":")

@@ -52,7 +52,7 @@ Json = dict[str, Any]
 
 # Checkpoints that this process found undamaged: the manifest's digest, and size and time of each file. A start asks for
 # some of them several times, and to look at every byte of a large one takes minutes.
-_verified: dict[Path, tuple[str, list[tuple[int, int]]]] = {}
+_verified: dict[Path, tuple[str, list[tuple[int, int, int]]]] = {}
 
 LOCK_TRIES = 10  # a tenth of a second apart
 
@@ -371,7 +371,8 @@ class Checkpoints:
         if not isinstance(files, dict):
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: manifest.json lists no files")
         try:
-            written = [(s.st_size, s.st_mtime_ns) for s in (os.stat(path / name) for name in files)]
+            stats = [os.stat(path / name) for name in files]
+            written = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
             known = (self.digest(step), written)
             if _verified.get(path) == known:
                 return

@@ -53,7 +53,7 @@ from qatmoe.run import Interrupted, Stop, place
 TOKENS = 32768
 CALIBRATION = 16384  # tokens of training text that importance matrices are made from, and that GPTQ sees
 _BATCH_TOKENS = 8192  # of each device
-_VERSION = 3  # raise it when a figure's meaning changes
+_VERSION = 4  # raise it when a figure's meaning changes
 
 
 # ---- the text --------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Bench:
         self._length = length = audit.cfg.data.seq_len
         windows = {k: np.concatenate([d.windows[k] for d in found]) for k in found[0].windows}
         self._size = M = len(windows["tokens"])
-        B = min(M, max(audit.cfg.train.batch_size, self._groups * (_BATCH_TOKENS // length)))
+        B = min(M, self._groups * max(1, _BATCH_TOKENS // length))
         B += -B % self._groups
         padded = {k: np.concatenate([a, np.zeros((-M % B, *a.shape[1:]), a.dtype)]) for k, a in windows.items()}
         cut = ({k: a[i : i + B] for k, a in padded.items()} for i in range(0, M, B))

@@ -53,21 +53,19 @@ def atomic_file(path: str | Path, *, force: bool = False) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def alone(file: Path, message: str) -> Iterator[None]:
-    """Keeps other processes out of what the block does, by a lock on a file. File systems without locks keep none out.
+    """Keeps other processes out of what the block does, by a lock on a file.
 
     Raises:
-      UserError: another process is in it; says `message`.
+      UserError: another process is in it; says `message`. The file cannot be made or locked.
     """
     with _explained(file):
         lock = open(file, "wb")  # noqa: SIM115  closed below
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise UserError(message) from e
-        except OSError as e:
-            if e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
+        with _explained(file):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise UserError(message) from e
         yield
 
 

@@ -6,9 +6,10 @@ this error is least, given the columns that are done (Frantar et al. 2022, "GPTQ
 for Generative Pre-trained Transformers", equations 2 and 3). Scales are those of least squared error of the weights
 (`Grid.search`), chosen before; H gets 1 % of its mean diagonal on the diagonal, as in the paper.
 
-Layers are rounded one after the other too: each sees the inputs that the rounded layers before it make. A routed
-expert has the H of the tokens that choose it. Weights outside of layers (embeddings, head, the projection of an MTP
-module) are rounded to nearest.
+Weights outside of layers (embeddings, head, the projection of an MTP module) are rounded to nearest, first. Then layers
+one after the other: each sees the inputs that what is rounded already makes. A routed expert has the H of the tokens
+that choose it. Besides the weights there are the H of one layer's planned weights, 4 I^2 bytes a matrix, twice while
+they are summed, and a few more of one matrix.
 """
 
 import dataclasses
@@ -22,10 +23,11 @@ import numpy as np
 
 from qatmoe.config import ModelConfig
 from qatmoe.convert.llama_numerics import below, block, exact_kinds, products
+from qatmoe.errors import UserError
 from qatmoe.model.layers import rms_norm
 from qatmoe.model.mtp import mtp_input
 from qatmoe.quant.grid import Grid
-from qatmoe.tree import path_of
+from qatmoe.tree import leaves_by_path, path_of
 
 Params = dict[str, Any]
 
@@ -42,8 +44,13 @@ def requantize(params: Params, cfg: ModelConfig, paths: Collection[str], grid: G
 
     Returns:
       The tree with decoded f32 values on `paths`, all other leaves the same objects.
+
+    Raises:
+      UserError: a weight or an input is not finite.
     """
-    kinds, params = exact_kinds(params), dict(params)
+    rest = [path for path in paths if not path.startswith(("dense_layers/", "layers/")) and "/block/" not in path]
+    params = _replaced(params, rest, lambda path, w: grid.quantize(w, grid.search(w)))
+    kinds = exact_kinds(params)
     states = [params["embed"][jnp.asarray(tokens_L, jnp.int32)] for tokens_L in windows_ML]
     for stack in ("dense_layers", "layers"):
         for i in range(len(params.get(stack, {}))):
@@ -59,14 +66,19 @@ def requantize(params: Params, cfg: ModelConfig, paths: Collection[str], grid: G
         layer, states = _layer(module["block"], below(kinds, "mtp/block"), cfg, own, grid, states)
         hidden = [rms_norm(x_LD, module["norm"], cfg.norm_eps) for x_LD in states]
         params["mtp"] = params["mtp"] | {str(i): module | {"block": layer}}
-    rest = [path for path in paths if not path.startswith(("dense_layers/", "layers/")) and "/block/" not in path]
-    return _replaced(params, rest, lambda path, w: grid.quantize(w, grid.search(w)))
+    return params
 
 
 def solve(grid: Grid, w: jax.Array, h: jax.Array) -> jax.Array:
-    """Weights on the grid, f32, for a matrix (R, I) with the sum of products of its inputs (I, I); or of E of them."""
-    one = functools.partial(_solve, grid)
-    return (jax.vmap(one) if w.ndim == 3 else one)(w, h, grid.search(w))
+    """Weights on the grid, f32, for a matrix (R, I) with the sum of products of its inputs (I, I); or for E of them.
+
+    Raises:
+      UserError: weights or inputs are not finite.
+    """
+    found, finite = (_solve_each if w.ndim == 3 else _solve)(grid, w, h, grid.search(w))
+    if not np.all(finite):
+        raise UserError("GPTQ: weights, or the products of their inputs, are not finite: round such a model otherwise")
+    return found
 
 
 def _layer(
@@ -80,16 +92,32 @@ def _layer(
     """One layer rounded on `paths`, names within it, and what it makes of the states (L, D) of all windows then."""
     if not paths:
         return layer, [block(layer, kinds, cfg, x_LD)[0] for x_LD in states]
-    sums: dict[str, jax.Array] = {}
+    leaves = leaves_by_path(layer)
+    sums = {path: jnp.zeros((*leaves[path].shape[:-2], *[leaves[path].shape[-1]] * 2)) for path in paths}
     for x_LD in states:
-        seen = block(layer, kinds, cfg, x_LD, products)[1]
-        sums = {path: seen[path][0] + sums.get(path, 0.0) for path in paths}
+        sums = _summed(sums, layer, kinds, cfg, x_LD)
     layer = _replaced(layer, paths, lambda path, w: solve(grid, w, sums[path]))
     return layer, [block(layer, kinds, cfg, x_LD)[0] for x_LD in states]
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
+def _summed(
+    sums: dict[str, Any], layer: Params, kinds: tuple[tuple[str, str], ...], cfg: ModelConfig, x_LD: jax.Array
+) -> dict[str, jax.Array]:
+    """The sums with another window's; of other weights than theirs none are made."""
+    seen = block(layer, kinds, cfg, x_LD, products)[1]
+    return {path: h + seen[path][0] for path, h in sums.items()}
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _solve(grid: Grid, w_RI: jax.Array, h_II: jax.Array, scale_RG: jax.Array) -> jax.Array:
+def _solve_each(grid: Grid, w_ERI: jax.Array, h_EII: jax.Array, scale_ERG: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of experts, one at a time: what one takes is held once."""
+    return jax.lax.map(lambda expert: _solve(grid, *expert), (w_ERI, h_EII, scale_ERG))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _solve(grid: Grid, w_RI: jax.Array, h_II: jax.Array, scale_RG: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rounded matrix, and whether all that it was made from is finite."""
     size, mean = len(h_II), jnp.mean(jnp.diag(h_II))
     damping = jnp.where(mean > 0, DAMPING * mean, 1.0)  # without inputs: rounding to nearest
     inverse_II = jnp.linalg.inv(h_II + damping * jnp.eye(size))
@@ -106,7 +134,8 @@ def _solve(grid: Grid, w_RI: jax.Array, h_II: jax.Array, scale_RG: jax.Array) ->
         left_RI -= (target_R1 - rounded_R1) * move_I
         return left_RI, jax.lax.dynamic_update_slice_in_dim(done_RI, rounded_R1, j, axis=1)
 
-    return jax.lax.fori_loop(0, size, step, (w_RI, jnp.zeros_like(w_RI)))[1]
+    found_RI = jax.lax.fori_loop(0, size, step, (w_RI, jnp.zeros_like(w_RI)))[1]
+    return found_RI, jnp.all(jnp.isfinite(w_RI)) & jnp.all(jnp.isfinite(upper_II))
 
 
 def _inside(paths: Collection[str], prefix: str) -> list[str]:

@@ -75,6 +75,7 @@ class Stop:
         self.signal = number
         signal.signal(number, self._before[number])  # a second one ends the process at once
         if self._at_once:
+            self._at_once = False  # what cleans up is not interrupted again
             raise KeyboardInterrupt
         os.write(2, b"\nstopping where nothing is lost; once more to stop at once\n")  # print is not safe in a handler
 
@@ -205,9 +206,11 @@ class Run:
         losses. For the error rows are taken as independent, though neighbours in a document are not quite; of a single
         row it is NaN.
         """
-        nats, count = [], []
+        nats: list[jax.Array] = []
+        count: list[jax.Array] = []
         for batch in valid_batches(self.cfg, self.mesh, self.data, limit):
             if interruptible:
+                jax.block_until_ready(nats[-2:-1])  # what is given to the device is waited for: two batches at most
                 self.stop.check("while evaluating; all training so far is saved")
             sums = self._evaluate_batch(weights, place(self.mesh, self.cfg.train.micro_batch, batch))
             nats.append(sums["nats"])

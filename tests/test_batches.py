@@ -469,7 +469,7 @@ def test_cache_made_by_two_at_once_where_there_are_no_locks(tmp_path, monkeypatc
         cache.entry(str(tmp_path), "k", build)
         return build(directory)
 
-    used = tmp_path / f".k-{socket.gethostname()}-x"
+    used = tmp_path / f".k@{socket.gethostname()}@x"
     used.mkdir()
     assert cache.entry(str(tmp_path), "k", overtaken) == (tmp_path / "k", {"n": 1})
     assert sorted(p.name for p in tmp_path.iterdir()) == [used.name, "k"]

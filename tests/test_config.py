@@ -112,9 +112,11 @@ def test_phase_mistakes_are_named(fields, message):
         resolve(config)
 
 
-@pytest.mark.parametrize(("head_dim", "fraction", "rotated"), [(40, 0.55, 22), (100, 0.58, 58), (32, 0.5, 16)])
+@pytest.mark.parametrize(
+    ("head_dim", "fraction", "rotated"), [(40, 0.55, 22), (100, 0.58, 58), (96, 0.3333333333, 32), (32, 0.5, 16)]
+)
 def test_a_share_of_a_head_may_be_off_by_rounding(head_dim, fraction, rotated):
-    """The first product is a little more than 22 in floating point, the second a little less than 58."""
+    """The first product is a little more than 22 in floating point, the next two a little less than 58 and 32."""
     model = resolve(small(model__head_dim=head_dim, model__rotary_fraction=fraction)).model
     assert rope_angles(jnp.zeros((1, 1), int), head_dim, fraction, 1e4)[0].shape == (1, 1, rotated // 2)
     assert gguf_model.hyper_parameters(model, "glm4moe", "", 8)["glm4moe.rope.dimension_count"].value == rotated

@@ -461,11 +461,6 @@ def test_a_control_that_is_not_trained_yet(copy, monkeypatch, capsys):
     refused(copy, [], "the reference, phase control, has no checkpoint; train it first", monkeypatch, capsys)
 
 
-def test_several_processes(run, monkeypatch, capsys):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    refused(run, [], "one process and here are 2: start it once", monkeypatch, capsys)
-
-
 def test_an_empty_text(run, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").write_text(" \n")
     refused(run, [f"--text=empty={tmp_path / 'empty.txt'}"], "holds no text", monkeypatch, capsys)

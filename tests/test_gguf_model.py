@@ -188,6 +188,8 @@ def export(run: Path, out: Path, *, tokens: int = L, **options) -> tuple[Report,
     with Branch(run, **{"rest": "F32", **options}) as branch:
         arch = gguf_model.write(branch, out, force=False)
         report = verify_gguf(branch, out, arch, tokens)
+        noted = any(what.startswith("L2 of the MTP modules: ") for what in report.unchecked)
+        assert noted == bool(branch.model.n_mtp and report.l2)
     with gguf.File(out) as file:
         return report, file.tensors
 

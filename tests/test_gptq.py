@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from qatmoe import gptq
+from qatmoe.errors import UserError
 from qatmoe.quant.grid import GRIDS
 
 RNG = np.random.default_rng(0)
@@ -54,6 +55,15 @@ def test_without_correlation_it_is_rounding_to_nearest(diagonal):
     grid = GRIDS["q2_0"]
     found = gptq.solve(grid, jnp.asarray(W), jnp.asarray(np.diag(diagonal), jnp.float32))
     np.testing.assert_array_equal(found, grid.quantize(W, grid.search(W)))
+
+
+def test_what_is_not_finite_is_refused():
+    grid, w, h = GRIDS["q2_0"], jnp.asarray(W), jnp.asarray(X.T @ X)
+    for weights, products in ((w.at[1, 2].set(jnp.nan), h), (w, h.at[3, 3].set(jnp.inf)), (w, h.at[3, 3].set(-1e9))):
+        with pytest.raises(UserError, match="GPTQ: weights, or the products of their inputs, are not finite"):
+            gptq.solve(grid, weights, products)
+        with pytest.raises(UserError, match="are not finite"):
+            gptq.solve(grid, jnp.stack([w, weights]), jnp.stack([h, products]))
 
 
 def test_experts_are_matrices_of_their_own():

@@ -431,9 +431,13 @@ def test_gptq_sees_the_inputs_that_rounded_layers_make(model):
     grid = dataclasses.replace(GRIDS["q4_0"], block=8, superblock=8)
     layers = ["dense_layers/0/ffn", "layers/0/shared", "layers/0/experts", "layers/1/experts", "mtp/0/block/experts"]
     paths = [f"{layer}/{matrix}" for layer in layers for matrix in ("gate_up", "down")]
-    new = gptq.requantize(params, cfg, [*paths, "head"], grid, WINDOWS)
-    before, after, mixed = leaves_by_path(params), leaves_by_path(new), params
-    assert {path for path in before if after[path] is not before[path]} == {*paths, "head"}
+    outside = ["embed", "head"]
+    new = gptq.requantize(params, cfg, [*paths, *outside], grid, WINDOWS)
+    before, after = leaves_by_path(params), leaves_by_path(new)
+    assert {path for path in before if after[path] is not before[path]} == {*paths, *outside}
+    for path in outside:
+        np.testing.assert_array_equal(after[path], grid.quantize(before[path], grid.search(before[path])))
+    mixed = _put(params, {path: after[path] for path in outside})
     for layer in ("dense_layers/0", "layers/0", "layers/1", "mtp/0/block"):
         seen = by_hand(mixed, cfg, WINDOWS)  # earlier layers are rounded, this one is not yet
         for path in (p for p in paths if p.startswith(layer)):
@@ -444,7 +448,6 @@ def test_gptq_sees_the_inputs_that_rounded_layers_make(model):
             assert np.mean(np.asarray(after[path]) == np.asarray(expected)) > 0.98, path
             assert np.any(np.asarray(after[path]) != grid.quantize(w, grid.search(w))), path
         mixed = _put(mixed, {p: after[p] for p in paths if p.startswith(layer)})
-    np.testing.assert_array_equal(after["head"], grid.quantize(params["head"], grid.search(params["head"])))
 
 
 def _put(tree, leaves):

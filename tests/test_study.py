@@ -409,7 +409,9 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     ]
     assert all("/label-" in r["run"] and "/label-" in r["reference"] for r in shorter)
     del shorter[0]["overrides"]["train.seed"]  # its default
-    study.write_results(tmp_path / "r.json", [*shorter, old])
+    study.write_results(
+        tmp_path / "r.json", [failed | {"failed": "not run"}, *shorter, shorter[3] | {"run": "x/y-" + old["run"][-10:]}]
+    )
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/t/")
     assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # known by digits, each run once
     study.write_results(tmp_path / "r.json", [*rows[:3], old | {"run": "runs/b/label-0123456789"}])

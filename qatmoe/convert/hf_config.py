@@ -243,5 +243,7 @@ def write(
 
 def _rotary_factor(m: ModelConfig) -> float:
     """What transformers' int(head_dim * factor) makes the model's rotated dims of: it would make 57 of 100 * 0.58."""
-    exact = int(m.head_dim * m.rotary_fraction) == m.rotary_dim
-    return m.rotary_fraction if exact else math.nextafter(m.rotary_fraction, 1)
+    if int(m.head_dim * m.rotary_fraction) == m.rotary_dim:
+        return m.rotary_fraction
+    factor = m.rotary_dim / m.head_dim
+    return factor if int(m.head_dim * factor) == m.rotary_dim else math.nextafter(factor, 1)

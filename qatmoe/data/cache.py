@@ -54,9 +54,12 @@ def entry(cache_dir: str, key: str, build: Callable[[Path], dict[str, Any]]) -> 
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _locked(place) as alone:
-            kept = _intact(place)  # another process may have made it since
-            if kept is None:
-                kept = _make(place, build, alone)
+            if not place.exists():
+                return place, _make(place, build, alone)
+        kept = _intact(place)  # another process has made it; all that waited look through it at once
+        if kept is None:
+            with _locked(place) as alone:
+                kept = _intact(place) or _make(place, build, alone)
     except OSError as e:
         raise UserError(
             f"cannot write the cache in {str(place.parent)!r} ({e.strerror or e}); "
@@ -67,7 +70,7 @@ def entry(cache_dir: str, key: str, build: Callable[[Path], dict[str, Any]]) -> 
 
 def _make(place: Path, build: Callable[[Path], dict[str, Any]], alone: bool) -> dict[str, Any]:
     # The machine's name: where locks do not reach other machines, what lies there may be theirs and in use.
-    prefix = f".{place.name}-{socket.gethostname()}-"
+    prefix = f".{place.name}@{socket.gethostname()}@"
     for leftover in place.parent.iterdir() if alone else ():
         if leftover.name.startswith(prefix):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -105,13 +108,20 @@ def _locked(place: Path) -> Iterator[bool]:
 
 def _lock(file: Path) -> BinaryIO | None:
     """The file, made and locked; None where that cannot be, as on a network file system without locks."""
+    waited = False
     while True:
         try:
             lock = open(file, "ab")  # noqa: SIM115  open as long as it is locked
         except PermissionError:  # another user's
             return None
         try:
-            _wait_for(lock, file)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not waited:
+                    log.warning("waiting for another process that makes the same cache entry (%s)", file)
+                waited = True
+                fcntl.flock(lock, fcntl.LOCK_EX)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), os.stat(file)):
                     return lock
@@ -120,14 +130,6 @@ def _lock(file: Path) -> BinaryIO | None:
             file.unlink(missing_ok=True)
             lock.close()
             return None
-
-
-def _wait_for(lock: BinaryIO, file: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.warning("waiting for another process that makes the same cache entry (%s)", file)
-        fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def _intact(place: Path) -> dict[str, Any] | None:
