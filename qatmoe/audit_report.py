@@ -185,7 +185,7 @@ def _notes(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     """What the columns and marks mean."""
     caches = ", or per cached value where the KV cache is rounded" if _of_group(rows, "kv") else ""
     notes = [f"bits: per weight of the quantized tensors{caches}, scales included", *(_NOTES[name] for name in columns)]
-    notes[-1:] = [notes[-1], "±: one standard error (bootstrap)"]
+    notes.append("±: one standard error (bootstrap)")
     rules = {
         "absmax": "absmax: scale by the largest weight of a block",
         "search": "search: scale of least squared error",

@@ -96,7 +96,7 @@ def estimate(job: Job, needed: int, other: Job) -> float:
     if other.cfg.model.remat != m.remat:
         kept = m.n_layers * _tokens(other) * m.dim * jnp.dtype(m.dtype).itemsize  # what goes into each layer
         rest = rest * 2 / (m.n_layers + 1) + kept
-    sums = other.work_bytes()["gradients"] if other.cfg.train.grad_accum > 1 == job.cfg.train.grad_accum else 0
+    sums = other.work_bytes()["gradients"] if other.cfg.train.grad_accum > 1 and job.cfg.train.grad_accum == 1 else 0
     return _known(other) + rest + sums
 
 
