@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launch.algebra import Point, Points, chain, product, values, zip_
 from launch.points import Sweep
-from launch.study import Stage, Study, branches
+from launch.study import Stage, Study, branches, joined
 from qatmoe.errors import UserError
 
 TEACHER, DISTILL, RATE, QUANTIZE = (f"train.phases.qat.{key}" for key in ("teacher", "distill", "lr", "quantize"))
@@ -71,14 +71,29 @@ class Scale:
     def by_width(self, judged: str) -> list[Stage]:
         """As `trunks` at several widths, and no MTP module: rates searched, then every seed, then less text.
 
-        No stage where there are no widths.
+        With all of the text branches with a teacher too, on q2_0 and in full precision. No stage where there are no
+        widths.
         """
+        if not self.widths:
+            return []
         seeds, best = self._seeds(kept=1), self.best_widths()
         points = chain(product(self.searched_widths(), seeds[:1]), product(best, seeds[1:]))
         shorter = product(best, self.less_text, seeds)
-        stages = {f"{self.name}_width": points, f"{self.name}_width_text": shorter}
+        sweeps = {f"{self.name}_width": points, f"{self.name}_width_text": shorter}
         no_mtp = values("model.n_mtp", [0])
-        return [Stage(Sweep(name, self.config, product(no_mtp, p)), judged) for name, p in stages.items() if p]
+        whole, less = (Stage(Sweep(name, self.config, product(no_mtp, p)), judged) for name, p in sweeps.items())
+        return [whole, less, *(self.taught_widths(whole, grid) for grid in ("q2_0", FULL))]
+
+    def taught_widths(self, trunks: Stage, grid: str) -> Stage:
+        """Branches with a teacher from `by_width`'s trunks at each width's best rate, at twice that rate."""
+        name = taught_name(trunks.sweep.name, grid)
+        where, teacher = in_full_or_on(grid), taught_by(":control", 0.5)
+        return joined(
+            *(
+                branches(trunks, name, self.branch, product(where, teacher, values(RATE, [2 * at[RATE_ALL]])), at=at)
+                for at in self.best_widths()
+            )
+        )
 
     def searched_widths(self) -> Points:
         """Each width at each rate that is searched there."""
@@ -87,7 +102,7 @@ class Scale:
 
     def best_widths(self) -> Points:
         """Each width at its best rate."""
-        return zip_(self.widths, values(RATE_ALL, self.best_rates)) if self.widths else []
+        return zip_(self.widths, values(RATE_ALL, self.best_rates))
 
     def on_grid(self, trunks: Stage, grid: str) -> Stage:
         """QAT of all experts on a grid, from trunks of any size."""
@@ -95,8 +110,7 @@ class Scale:
 
     def with_teacher(self, trunks: Stage, grid: str) -> list[Stage]:
         """As `on_grid` with the size's recipes that have a teacher; no stage where there is none. FULL: on no grid."""
-        where = [{QUANTIZE: False}] if grid == FULL else experts_on(grid)
-        variants = product(where, self.taught.get(grid, []))
+        variants = product(in_full_or_on(grid), self.taught.get(grid, []))
         name = taught_name(trunks.sweep.name, grid)
         return [branches(trunks, name, self.branch, variants)] if variants else []
 
@@ -133,6 +147,11 @@ def experts_on(grid: str, **more: object) -> Points:
     return [point | more for point in zip_(values("quant.experts", [grid]), values("quant.shared", [grid]))]
 
 
+def in_full_or_on(grid: str) -> Points:
+    """One point: no grid for FULL, all experts on the grid otherwise."""
+    return [{QUANTIZE: False}] if grid == FULL else experts_on(grid)
+
+
 def of_width(dim: int) -> Points:
     """One point: configs/moe_2bit.py at another width, in the same proportions, weights drawn with 1 / sqrt(width)."""
     shape = {"dim": dim, "dense_dim": 2 * dim, "expert_dim": dim, "n_heads": dim // 32, "n_kv_heads": dim // 64}
@@ -167,7 +186,10 @@ SMALL = Scale(
     widths=chain(*map(of_width, (64, 128, 192))),
     width_rates=((0.0025, 0.005, 0.01), (0.0025, 0.005, 0.01), (0.00125, 0.0025, 0.005)),
     best_rates=(0.005, 0.005, 0.0025),
-    less_text=of_text(trunk=225, warmup=12, branch=138),  # a quarter
+    less_text=chain(  # a half and a quarter
+        of_text(trunk=450, warmup=25, branch=275),
+        of_text(trunk=225, warmup=12, branch=138),
+    ),
 )
 H100 = Scale(
     name="h100",

@@ -213,7 +213,7 @@ def test_the_law_finds_its_exponents():
 def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():
     """Rates are searched on the first seed, the best is on every seed, and less text is less of every phase."""
     s = scales.SMALL
-    whole, shorter = s.by_width("^qat$")
+    whole, shorter, *taught = s.by_width("^qat$")
     for width, rates, rate in zip(s.widths, s.width_rates, s.best_rates, strict=True):
         assert min(rates) < rate < max(rates)  # no best one at an edge
         own = [p for p in whole.sweep.points if width.items() <= p.items()]
@@ -221,12 +221,27 @@ def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():
         assert searched == {(r, 0) for r in rates} | {(rate, seed) for seed in s.seeds}
         assert len(own) == len(searched)
         less = [p for p in shorter.sweep.points if width.items() <= p.items()]
-        steps = {tuple(p[f"train.phases.{name}.steps"] for name in ("trunk", "control", "qat")) for p in less}
+        phases = ("trunk", "control", "qat")
+        steps = [(*(p[f"train.phases.{n}.steps"] for n in phases), p["train.phases.trunk.warmup"]) for p in less]
         assert {p["optim.lr"] for p in less} == {rate}
-        assert steps == {(225, 138, 138)} and {p["train.phases.trunk.warmup"] for p in less} == {12}
-    phases = points.runs_of(whole.sweep, study.folder_of(whole.sweep))[0].config.train.phases
-    assert [phases[name].steps for name in ("trunk", "control", "qat")] == [900, 550, 550]  # a quarter, rounded
+        assert sorted(steps) == [(225, 138, 138, 12)] * 3 + [(450, 275, 275, 25)] * 3
+    phases = runs_of(whole)[0].config.train.phases
+    assert [phases[name].steps for name in ("trunk", "control", "qat")] == [900, 550, 550]  # of which they are parts
     assert phases["trunk"].warmup == 50
+    assert [stage.sweep.name for stage in taught] == ["small_width_q2_0_taught", "small_width_full_taught"]
+    for stage in taught:
+        starts = {run.config.init_from: run.config for run in runs_of(stage)}
+        best = [run for run in runs_of(whole) if (run.config.model.dim, run.config.optim.lr) in BEST_RATES]
+        assert set(starts) == {str(run.folder) for run in best} and len(starts) == 9
+        for run in best:
+            qat, cfg = starts[str(run.folder)].train.phases["qat"], starts[str(run.folder)]
+            assert (qat.teacher, qat.distill, qat.lr) == (":control", 0.5, 2 * run.config.optim.lr)
+            assert qat.quantize == ("q2_0" in stage.sweep.name) and qat.steps == run.config.train.phases["qat"].steps
+            assert (cfg.model, cfg.train.seed) == (run.config.model, run.config.train.seed)
+        assert stage.references == tuple(f"{run.config.init_from}:control" for run in runs_of(stage))
+
+
+BEST_RATES = {(64, 0.005), (128, 0.005), (192, 0.0025)}
 
 
 def test_a_corpus_must_be_whole(corpus, tmp_path):

@@ -13,16 +13,17 @@ from qatmoe.text_table import markdown
 
 PTQ = {"2 bits, PTQ": "q2_0/search", "3 bits, PTQ": "IQ3_S/imatrix", "4 bits, PTQ": "q4_0/search"}
 CONTROL = "the control's loss"
+FULL_TAUGHT = "full precision, taught"
 JUDGED = "^(control|qat)$|^control/(" + "|".join(PTQ.values()) + ")$"  # rows that trunks are judged by
 NO_LAW = "no law: too few sizes, or a gap that is not above 0"
 COLORS = {"2": "tab:red", "3": "tab:green", "4": "tab:blue"}
 
-Found = dict[str, list[Group]]  # {CONTROL or what is lost: a group for each size}
+Found = dict[str, list[Group]]  # {CONTROL, FULL_TAUGHT or what few bits lose: a group for each size}
 
 
 def gaps_of(found: Found) -> Found:
-    """Without the control's loss, which is no gap."""
-    return {name: groups for name, groups in found.items() if name != CONTROL}
+    """What few bits lose."""
+    return {name: groups for name, groups in found.items() if name not in (CONTROL, FULL_TAUGHT)}
 
 
 def exponents(groups: Sequence[Group], rows: Sequence[Row], *sizes: str) -> list[np.ndarray]:
@@ -37,7 +38,7 @@ def exponents(groups: Sequence[Group], rows: Sequence[Row], *sizes: str) -> list
       For each seed an array with the exponent of each size. Empty where there are too few groups for them, or a gap is
       not above 0: a power law cannot hold it.
     """
-    found = by_seed(*groups)
+    found = by_seed(*groups) if groups else []
     gaps = np.asarray([above_control(Group("", seed), rows) for seed in found])
     if not gaps.size or gaps.min() <= 0:
         return []
@@ -92,20 +93,27 @@ def draw(axes: Axes, found: Found, rows: Sequence[Row]) -> None:
     """Gaps by size, and their laws as lines."""
     lowest = math.inf
     for name, groups in gaps_of(found).items():
-        style = {"color": COLORS[name[0]], "ls": "--" if "PTQ" in name else "-"}
-        x, y = points(axes, groups, rows, "quantized", label=name, color=style["color"], marker=marker(name))
-        lowest = min(lowest, *y)
+        style = line_style(name) | {"color": COLORS[name[0]]}
+        x, y = points(axes, groups, rows, "quantized", label=name, **style | {"ls": "none"})
+        lowest = min([lowest, *y])
         if fits := exponents(groups, rows, "quantized"):
             b = float(np.mean(fits))
             middle = np.exp(np.mean(np.log(y)) - b * np.mean(np.log(x)))
-            axes.plot(x, middle * x**b, lw=1, **style)
+            axes.plot(x, middle * x**b, lw=1, **style | {"marker": ""})
     axes.set_xlabel("quantized parameters")
     finish(axes, lowest)
 
 
-def marker(name: str) -> str:
-    """Squares for rounding, circles for QAT."""
-    return "s" if "PTQ" in name else "o"
+def line_style(name: str) -> dict[str, str]:
+    """Squares for rounding, diamonds for GPTQ, circles for QAT, triangles for QAT with a teacher, open where full
+    precision had one too."""
+    if "GPTQ" in name:
+        return {"marker": "D", "ls": "-."}
+    if "PTQ" in name:
+        return {"marker": "s", "ls": "--"}
+    if "taught" not in name:
+        return {"marker": "o", "ls": "-"}
+    return {"marker": "^", "ls": ":", "fillstyle": "none" if "full precision" in name else "full"}
 
 
 def points(
@@ -117,7 +125,7 @@ def points(
         return np.array([]), np.array([])
     x = np.asarray([g.rows[0][size] for g in groups])
     y, se = zip(*(mean_se(above_control(g, rows)) for g in groups), strict=True)
-    axes.errorbar(x, y, se, capsize=3, **({"ls": "none"} | style))
+    axes.errorbar(x, y, se, capsize=3, **style)
     return x, np.asarray(y)
 
 

@@ -25,7 +25,7 @@ def get_study(scale: str, corpus: str) -> Study:
     s = scales.on(scale, corpus)
     trunks = [s.size(size, JUDGED) for size in s.experts]
     grids = (s.on_grid(t, grid) for t in trunks for grid in grids_of(s))
-    return s.study(*trunks, *grids, *s.by_width(JUDGED))
+    return s.study(*trunks, *grids, *s.by_width(width.JUDGED))
 
 
 def grids_of(s: Scale) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """What few bits cost by width and by the text that a model is trained on: tables and panels of the study."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -7,6 +8,7 @@ from matplotlib.axes import Axes
 
 from experiments.resilience.laws import (
     CONTROL,
+    FULL_TAUGHT,
     NO_LAW,
     PTQ,
     Found,
@@ -19,42 +21,49 @@ from experiments.resilience.laws import (
     interval,
     laws_table,
     left_out,
-    marker,
+    line_style,
     points,
 )
-from experiments.scales import RATE_ALL, Scale
+from experiments.scales import FULL, RATE_ALL, Scale, taught_name
 from launch.algebra import Point, product
 from launch.study import Row
-from launch.study_tables import judged, select
+from launch.study_tables import Group, by_seed, judged, select
 from qatmoe.text_table import markdown
 
-ROWS = {CONTROL: "control"} | {name: f"control/{row}" for name, row in PTQ.items()} | {"2 bits, QAT": "qat"}
+ROUNDINGS = PTQ | {"2 bits, GPTQ": "q2_0/gptq"}
+JUDGED = "^(control|qat)$|^control/(" + "|".join(ROUNDINGS.values()) + ")$"  # rows that trunks are judged by
+ROWS = {CONTROL: "control"} | {name: f"control/{row}" for name, row in ROUNDINGS.items()} | {"2 bits, QAT": "qat"}
+TAUGHT = "2 bits, QAT, taught"
+ALIKE = "2 bits, QAT, taught: above full precision, taught"
 WIDTH_COLORS = ("tab:purple", "tab:orange", "tab:cyan")
 
 
 def tables(s: Scale, rows: Sequence[Row], by_width: Axes, by_text: Axes) -> dict[str, str]:
-    """The search of rates; gaps at every width's best one, and with less text; laws through both, which are drawn."""
+    """The search of rates; gaps at every width's best one, with all of the text and with less; laws through them."""
     stage = f"{s.name}_width"
-    found = groups_at(rows, stage, s.best_widths())
+    whole, less = s.best_widths(), product(s.less_text, s.best_widths())
+    found = groups_at(rows, stage, whole)
     if not found:
         by_width.set_visible(False)
         by_text.set_visible(False)
-        return {f"{stage}_{table}": "No width is complete." for table in ("rates", "gaps", "laws", "text", "planes")}
-    draw(by_width, found, rows)
-    by_width.set_title(f"{s.name}: what few bits cost, by width", fontsize=10)
-    first_seed = {"train.seed": s.seeds[0]}
-    searched = product(s.searched_widths(), [first_seed])
-    less = product(s.best_widths(), s.less_text)
+        names = ("rates", "text", "laws", "planes", "taught", "taught_laws")
+        return {f"{stage}_{table}": "No width is complete." for table in names}
     shorter = groups_at(rows, f"{stage}_text", less)
     cells = {name: [*groups, *shorter.get(name, [])] for name, groups in found.items()}
+    taught = taught_at(rows, stage, [point for point in whole if is_judged(rows, stage, point)])
+    draw(by_width, found | taught, rows)
+    by_width.set_title(f"{s.name}: what few bits cost, by width", fontsize=10)
     draw_text(by_text, cells, rows)
     by_text.set_title(f"{s.name}: what 2 bits cost, by width and text", fontsize=10)
+    searched = product(s.searched_widths(), [{"train.seed": s.seeds[0]}])
+    lost = lacking(rows, stage, whole) + lacking(rows, f"{stage}_text", less)
     return {
         f"{stage}_rates": list_table(groups_at(rows, stage, searched), rows) + left_out(lacking(rows, stage, searched)),
-        f"{stage}_gaps": gaps_table(found, rows) + left_out(lacking(rows, stage, s.best_widths())),
-        f"{stage}_laws": laws_table(found, rows),
-        f"{stage}_text": list_table(cells, rows) + left_out(lacking(rows, f"{stage}_text", less)),
+        f"{stage}_text": list_table(cells, rows) + left_out(lost),
+        f"{stage}_laws": exponents_table(cells, rows),
         f"{stage}_planes": planes_table(cells, rows),
+        f"{stage}_taught": gaps_table({CONTROL: found[CONTROL]} | taught, rows) + left_out(of_fewer_seeds(taught)),
+        f"{stage}_taught_laws": laws_table({CONTROL: found[CONTROL]} | taught, rows),
     }
 
 
@@ -68,6 +77,17 @@ def groups_at(rows: Sequence[Row], stage: str, of: Sequence[Point]) -> Found:
     return found
 
 
+def taught_at(rows: Sequence[Row], stage: str, of: Sequence[Point]) -> Found:
+    """What is trained with a teacher at each point: in full precision, on the grid, and that above the former."""
+    found: Found = {FULL_TAUGHT: [], TAUGHT: [], ALIKE: []}
+    for point in of:
+        full, two = (select(rows, label(point), taught_name(stage, grid), **point) for grid in (FULL, "q2_0"))
+        alike = [q | {"reference": f"{f['run']}:{f['row']}"} for q, f in by_seed(two, full)]
+        for name, group in zip(found, (full, two, Group(label(point), alike)), strict=True):
+            found[name].append(group)
+    return found
+
+
 def is_judged(rows: Sequence[Row], stage: str, point: Point) -> bool:
     """Whether some seed of a point has rows."""
     there = [r for r in judged(rows) if r["stage"] == stage and point.items() <= r["overrides"].items()]
@@ -77,6 +97,11 @@ def is_judged(rows: Sequence[Row], stage: str, point: Point) -> bool:
 def lacking(rows: Sequence[Row], stage: str, of: Sequence[Point]) -> list[str]:
     """The points of which no seed has rows."""
     return [label(point) for point in of if not is_judged(rows, stage, point)]
+
+
+def of_fewer_seeds(cells: Found) -> list[str]:
+    """The cells whose label names runs that are lacking, as `select` does in brackets."""
+    return [f"{name} of {group.label}" for name, groups in cells.items() for group in groups if "(" in group.label]
 
 
 def label(point: Point) -> str:
@@ -95,6 +120,29 @@ def list_table(found: Found, rows: Sequence[Row]) -> str:
     return markdown(lines)
 
 
+def exponents_table(cells: Found, rows: Sequence[Row]) -> str:
+    """The exponent of the quantized parameters for each amount of text, and that of tokens at each width."""
+    texts, widths = classes(cells, "tokens"), classes(cells, "quantized")
+    head = [f"parameters, {tokens:,} tokens" for tokens in texts] + [f"tokens, {n:,} quantized" for n in widths]
+    lines = [["exponent (95 % interval)", *head]]
+    for name, groups in gaps_of(cells).items():
+        fits = [exponents(of_class(groups, "tokens", tokens), rows, "quantized") for tokens in texts]
+        fits += [exponents(of_class(groups, "quantized", n), rows, "tokens") for n in widths]
+        lines.append([name, *("{} ({})".format(*interval([b for (b,) in fit])) if fit else "no law" for fit in fits)])
+    return markdown(lines)
+
+
+def classes(cells: Found, key: str) -> list[int]:
+    """What rows have under a key, from the most."""
+    return sorted({group.rows[0][key] for group in cells[CONTROL]}, reverse=True)
+
+
+def of_class(groups: Sequence[Group], key: str, value: int) -> list[Group]:
+    """The groups whose rows have a value under a key, from the lowest tokens and parameters."""
+    own = [g for g in groups if g.rows and g.rows[0][key] == value]
+    return sorted(own, key=lambda g: (g.rows[0]["tokens"], g.rows[0]["quantized"]))
+
+
 def planes_table(cells: Found, rows: Sequence[Row]) -> str:
     """Laws in quantized parameters and tokens at once; b + c is what holds where text grows as the parameters do."""
     lines = [["", "parameters: b", "95 % interval", "tokens: c", "95 % interval", "b + c", "95 % interval"]]
@@ -111,17 +159,13 @@ def planes_table(cells: Found, rows: Sequence[Row]) -> str:
 
 def draw_text(axes: Axes, cells: Found, rows: Sequence[Row]) -> None:
     """Gaps of 2 bits by tokens, a line for each width."""
-    of_2_bits = {name: groups for name, groups in gaps_of(cells).items() if name.startswith("2")}
-    of_2_bits = {name: [g for g in groups if g.rows] for name, groups in of_2_bits.items()}
-    widths = sorted({g.rows[0]["quantized"] for groups in of_2_bits.values() for g in groups})
     lowest = math.inf
-    for name, groups in of_2_bits.items():
-        for width, color in zip(widths, WIDTH_COLORS, strict=False):
-            own = sorted((g for g in groups if g.rows[0]["quantized"] == width), key=lambda g: g.rows[0]["tokens"])
-            if not own:
-                continue
-            style = {"marker": marker(name), "ls": "--" if "PTQ" in name else "-", "color": color}
+    of_2_bits = ((name, groups) for name, groups in gaps_of(cells).items() if name.startswith("2"))
+    by_color = list(zip(sorted(classes(cells, "quantized")), WIDTH_COLORS, strict=False))
+    for (name, groups), (width, color) in itertools.product(of_2_bits, by_color):
+        if own := of_class(groups, "quantized", width):
+            style = line_style(name) | {"color": color}
             _, gaps = points(axes, own, rows, "tokens", label=f"{own[-1].label}: {name}", **style)
-            lowest = min(lowest, *gaps)
+            lowest = min([lowest, *gaps])
     axes.set_xlabel("tokens trained on")
     finish(axes, lowest)
