@@ -504,8 +504,8 @@ def test_what_a_killed_process_left_of_an_entry_is_removed(tmp_path, child_env):
     folder = tmp_path / "cache"
     done = subprocess.run([sys.executable, "-c", MAKE, str(folder), "dies"], env=child_env, timeout=100, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert len(list(folder.glob(".k-*"))) == 1
-    others = folder / ".k-another.machine-x"  # whose locks may not reach here
+    assert len(list(folder.glob(".k@*"))) == 1
+    others = folder / f".k@{socket.gethostname()}-2@x"  # whose locks may not reach here
     others.mkdir()
     cache.entry(str(folder), "k", lambda directory: {"n": 1})
     assert sorted(p.name for p in folder.iterdir()) == [others.name, "k"]

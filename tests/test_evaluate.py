@@ -172,7 +172,7 @@ def test_the_report_is_written(audited, text, capsys):
     assert again(audited, text) == 0  # nothing is left to compute
     out = capsys.readouterr().out
     assert "tokens/s" not in out
-    assert "documents 1, units" in out and "documents 41, units 41" in out and "audit.json" in out
+    assert "documents 1, units" in out and "documents 41, units 47" in out and "audit.json" in out
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------
