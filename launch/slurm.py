@@ -22,6 +22,9 @@ from qatmoe.run import STOPPED
 REQUEUES = 1000  # after a time limit; preemptions are not counted
 
 
+ENDED = (*STOPPED, -signal.SIGINT, -signal.SIGTERM)  # by a signal of Slurm's own: it saved, or had not begun to listen
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """`--option` of the slurm backend. Several tasks train one run together: qatmoe.train starts jax.distributed."""
@@ -62,11 +65,7 @@ class Train:
             time.sleep(0.2)  # and not wait(): its lock would still be held in checkpoint(), which a signal calls
         if child.returncode == 0:
             return "done"
-        if child.returncode in (
-            *STOPPED,
-            -signal.SIGINT,
-            -signal.SIGTERM,
-        ):  # Slurm's own signal: it saved, or had not begun
+        if child.returncode in ENDED:
             signal.raise_signal(requeue)
             return "stopped"  # in the tasks that do not put the job into the queue
         raise RuntimeError(f"qatmoe.train ended with {child.returncode}; what it said stands above")

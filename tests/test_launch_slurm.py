@@ -112,6 +112,19 @@ def test_jobs_run_and_end_as_their_training_does(runs, tmp_path):
         Train(failing.submission().function.command, str(ROOT))()
 
 
+@pytest.mark.parametrize(("number", "again"), [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGKILL, False)])
+def test_training_that_a_signal_ended_before_it_listened(number, again, monkeypatch):
+    raised = []
+    monkeypatch.setattr(slurm.signal, "raise_signal", raised.append)
+    job = Train(["sh", "-c", f"kill -{int(number)} $$"], str(ROOT))
+    if again:
+        assert job() == "stopped" and raised == [signal.SIGUSR2]
+    else:
+        with pytest.raises(RuntimeError, match="ended with -9"):
+            job()
+        assert not raised
+
+
 @pytest.mark.parametrize("how", ["submitit's signal", "SIGTERM to the training alone", "both"])
 def test_a_stopped_job_saves_and_goes_on(how, runs, tmp_path):
     """Both: as Slurm does, which signals every process of a step. Training must save all the same, and once."""
