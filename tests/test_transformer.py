@@ -186,7 +186,8 @@ def test_of_layers_that_keep_their_dots_nothing_else_is_kept(capsys):
     """Neither the scores of attention nor, where parameters are split over devices, gathered weights."""
     cfg = dataclasses.replace(CFG, n_layers=2, n_dense_layers=0, n_mtp=0, scan_layers=False, remat="dots")
     params, tokens = transformer.abstract_params(cfg), jax.ShapeDtypeStruct((4, L), jnp.int32)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 2, 1, 1), AXES)):
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)  # as a Mesh of devices has them
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 2, 1, 1), AXES, axis_types=auto)):
         jax.ad_checkpoint.print_saved_residuals(
             lambda p, t: jnp.sum(transformer.forward(p, cfg, t, train=True, groups=2).hidden_BLD), params, tokens
         )
