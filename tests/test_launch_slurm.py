@@ -116,7 +116,10 @@ def test_jobs_run_and_end_as_their_training_does(runs, tmp_path):
 def test_training_that_a_signal_ended_before_it_listened(number, again, monkeypatch):
     raised = []
     monkeypatch.setattr(slurm.signal, "raise_signal", raised.append)
-    job = Train(["sh", "-c", f"kill -{int(number)} $$"], str(ROOT))
+    # What a shell runs in the background inherits that SIGINT is ignored.
+    listens = "" if number == signal.SIGKILL else f"signal.signal({int(number)}, signal.SIG_DFL); "
+    ends = f"import os, signal; {listens}os.kill(os.getpid(), {int(number)})"
+    job = Train([sys.executable, "-c", ends], str(ROOT))
     if again:
         assert job() == "stopped" and raised == [signal.SIGUSR2]
     else:
