@@ -187,9 +187,8 @@ class Bench:
         """The branch in another format, and how many rows were joined for it."""
         plan = self.audit.plan
         if fmt.rule == "gptq":
-            with jax.set_mesh(self._mesh):
-                grid, windows_ML = GRIDS[fmt.name], self._calibration_ML
-                return gptq.requantize(self._params, self.audit.model, list(plan), grid, windows_ML), 1
+            grid, windows_ML = GRIDS[fmt.name], self._calibration_ML
+            return gptq.requantize(self._params, self.audit.model, list(plan), grid, windows_ML), 1
         importance = self._importance_of_branch() if fmt.rule == "imatrix" else None
         return rounding.requantize(self._params, plan, fmt, importance)
 

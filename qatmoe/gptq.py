@@ -8,8 +8,8 @@ for Generative Pre-trained Transformers", equations 2 and 3). Scales are those o
 
 Weights outside of layers (embeddings, head, the projection of an MTP module) are rounded to nearest, first. Then layers
 one after the other: each sees the inputs that what is rounded already makes. A routed expert has the H of the tokens
-that choose it. Besides the weights there are the H of one layer's planned weights, 4 I^2 bytes a matrix, twice while
-they are summed, and a few more of one matrix.
+that choose it. Of a model that is split over devices each layer comes to one of them, and goes back rounded. Besides
+it there are the H of its planned weights, 4 I^2 bytes a matrix, twice while they are summed, and a few of one matrix.
 """
 
 import dataclasses
@@ -51,20 +51,22 @@ def requantize(params: Params, cfg: ModelConfig, paths: Collection[str], grid: G
     rest = [path for path in paths if not path.startswith(("dense_layers/", "layers/")) and "/block/" not in path]
     params = _replaced(params, rest, lambda path, w: grid.quantize(w, grid.search(w)))
     kinds = exact_kinds(params)
-    states = [params["embed"][jnp.asarray(tokens_L, jnp.int32)] for tokens_L in windows_ML]
+    embed, norm = _on_one_device((params["embed"], params["norm"]))
+    states = [embed[jnp.asarray(tokens_L, jnp.int32)] for tokens_L in windows_ML]
     for stack in ("dense_layers", "layers"):
         for i in range(len(params.get(stack, {}))):
             own = _inside(paths, f"{stack}/{i}")
             layer, states = _layer(params[stack][str(i)], below(kinds, stack), cfg, own, grid, states)
             params[stack] = params[stack] | {str(i): layer}
-    hidden = [rms_norm(x_LD, params["norm"], cfg.norm_eps) for x_LD in states]
+    hidden = [rms_norm(x_LD, norm, cfg.norm_eps) for x_LD in states]
     for i in range(cfg.n_mtp):
         module = params["mtp"][str(i)]
-        embedded = [params["embed"][jnp.asarray(tokens_L[1 + i :], jnp.int32)] for tokens_L in windows_ML]
-        states = [mtp_input(module, cfg, h[: len(e)], e) for h, e in zip(hidden, embedded, strict=True)]
+        around = _on_one_device({name: leaf for name, leaf in module.items() if name != "block"})
+        embedded = [embed[jnp.asarray(tokens_L[1 + i :], jnp.int32)] for tokens_L in windows_ML]
+        states = [mtp_input(around, cfg, h[: len(e)], e) for h, e in zip(hidden, embedded, strict=True)]
         own = _inside(paths, f"mtp/{i}/block")
         layer, states = _layer(module["block"], below(kinds, "mtp/block"), cfg, own, grid, states)
-        hidden = [rms_norm(x_LD, module["norm"], cfg.norm_eps) for x_LD in states]
+        hidden = [rms_norm(x_LD, around["norm"], cfg.norm_eps) for x_LD in states]
         params["mtp"] = params["mtp"] | {str(i): module | {"block": layer}}
     return params
 
@@ -90,14 +92,20 @@ def _layer(
     states: list[jax.Array],
 ) -> tuple[Params, list[jax.Array]]:
     """One layer rounded on `paths`, names within it, and what it makes of the states (L, D) of all windows then."""
+    here = _on_one_device(layer)
     if not paths:
-        return layer, [block(layer, kinds, cfg, x_LD)[0] for x_LD in states]
-    leaves = leaves_by_path(layer)
+        return layer, [block(here, kinds, cfg, x_LD)[0] for x_LD in states]
+    leaves = leaves_by_path(here)
     sums = {path: jnp.zeros((*leaves[path].shape[:-2], *[leaves[path].shape[-1]] * 2)) for path in paths}
     for x_LD in states:
-        sums = _summed(sums, layer, kinds, cfg, x_LD)
-    layer = _replaced(layer, paths, lambda path, w: solve(grid, w, sums[path]))
-    return layer, [block(layer, kinds, cfg, x_LD)[0] for x_LD in states]
+        sums = _summed(sums, here, kinds, cfg, x_LD)
+    here = _replaced(here, paths, lambda path, w: solve(grid, w, sums[path]))
+    rounded = leaves_by_path(here)
+    return _replaced(layer, paths, lambda path, _: rounded[path]), [block(here, kinds, cfg, x)[0] for x in states]
+
+
+def _on_one_device(tree: Any) -> Any:
+    return jax.device_put(tree, jax.local_devices()[0])
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
