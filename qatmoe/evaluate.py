@@ -352,40 +352,28 @@ def evaluate(
     with alone(
         audit.workdir / "audit.lock", f"{audit.workdir}: another audit of it is running: wait for it, or stop it"
     ):
-        return _evaluate(audit, mesh, rows, found, calibration_ML, force, check)
-
-
-def _evaluate(
-    audit: Audit,
-    mesh: Mesh,
-    rows: list[Row],
-    found: list[Domain],
-    calibration_ML: np.ndarray,
-    force: bool,
-    check: Callable,
-) -> list[dict[str, Any]]:
-    names = [row.name for row in rows]
-    record = Record(audit, fingerprint(audit, mesh, found, calibration_ML), dropped=names if force else ())
-    done = {r["row"] for r in record.rows}
-    missing = [row for row in rows if row.name not in done]
-    bench = Bench(audit, mesh, found, calibration_ML)
-    try:
-        for i, row in enumerate(missing, start=1):
-            check(f"before row {row.name}, {i} of {len(missing)}")
-            started = time.perf_counter()
-            result = bench.judge(row)
-            seconds = time.perf_counter() - started
-            record.add(result)
-            print(
-                f"{i}/{len(missing)} {row.name}: loss {_number(result['loss'])}, KLD {_number(result['kld'])}, "
-                f"same top-1 {_number(result['same_top1'])}, {seconds:.1f} s, {bench.tokens_per_s:,.0f} tokens/s",
-                flush=True,
-            )
-    except (Interrupted, BrokenPipeError):
+        names = [row.name for row in rows]
+        record = Record(audit, fingerprint(audit, mesh, found, calibration_ML), dropped=names if force else ())
+        done = {r["row"] for r in record.rows}
+        missing = [row for row in rows if row.name not in done]
+        bench = Bench(audit, mesh, found, calibration_ML)
+        try:
+            for i, row in enumerate(missing, start=1):
+                check(f"before row {row.name}, {i} of {len(missing)}")
+                started = time.perf_counter()
+                result = bench.judge(row)
+                seconds = time.perf_counter() - started
+                record.add(result)
+                print(
+                    f"{i}/{len(missing)} {row.name}: loss {_number(result['loss'])}, KLD {_number(result['kld'])}, "
+                    f"same top-1 {_number(result['same_top1'])}, {seconds:.1f} s, {bench.tokens_per_s:,.0f} tokens/s",
+                    flush=True,
+                )
+        except (Interrupted, BrokenPipeError):
+            record.report()
+            raise
         record.report()
-        raise
-    record.report()
-    return record.rows
+        return record.rows
 
 
 def _number(x: float | None) -> str:
