@@ -415,8 +415,8 @@ def _known(file: Path, every: Mapping[tuple[str, str], Row]) -> dict[tuple[str, 
         found.setdefault((row["stage"], row["run"]), []).append(row)
     known: dict[tuple[str, str], list[Row]] = {}
     now = {}
-    # A file that was merged may have a run under two names: what was judged counts, then today's name.
-    for before, rows in sorted(found.items(), key=lambda item: (not _figures(item[1]), item[0] not in every)):
+    # A merged file may have a run under two names: what was judged counts, then how it failed, then today's name.
+    for before, rows in sorted(found.items(), key=lambda item: (*_worth(item[1]), item[0] not in every)):
         own = before if before in every else now_called.get(_digits(before), before)
         now[before[1]] = own[1]
         known.setdefault(own, [row | {key: every[own][key] for key in IDENTITY if own in every} for row in rows])
@@ -425,6 +425,11 @@ def _known(file: Path, every: Mapping[tuple[str, str], Row]) -> dict[tuple[str, 
             folder, _, phase = row["reference"].rpartition(":")
             row["reference"] = f"{now.get(folder, folder)}:{phase}"
     return known
+
+
+def _worth(rows: Sequence[Row]) -> tuple[bool, bool]:
+    """Sorts a run's rows: those with figures, then those that say how it failed, then those of one that is not here."""
+    return not _figures(rows), all(row.get("failed") in GONE for row in rows)
 
 
 def _digits(own: tuple[str, str]) -> tuple[str, str]:

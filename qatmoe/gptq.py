@@ -46,7 +46,7 @@ def requantize(params: Params, cfg: ModelConfig, paths: Collection[str], grid: G
       The tree with decoded f32 values on `paths`, all other leaves the same objects.
 
     Raises:
-      UserError: a weight or an input is not finite.
+      UserError: as `solve` raises it.
     """
     rest = [path for path in paths if not path.startswith(("dense_layers/", "layers/")) and "/block/" not in path]
     params = _replaced(params, rest, lambda path, w: grid.quantize(w, grid.search(w)))
@@ -55,8 +55,8 @@ def requantize(params: Params, cfg: ModelConfig, paths: Collection[str], grid: G
     states = [embed[jnp.asarray(tokens_L, jnp.int32)] for tokens_L in windows_ML]
     for stack in ("dense_layers", "layers"):
         for i in range(len(params.get(stack, {}))):
-            own = _inside(paths, f"{stack}/{i}")
-            layer, states = _layer(params[stack][str(i)], below(kinds, stack), cfg, own, grid, states)
+            own = params[stack][str(i)]
+            layer, states = _layer(own, below(kinds, stack), cfg, paths, f"{stack}/{i}/", grid, states)
             params[stack] = params[stack] | {str(i): layer}
     hidden = [rms_norm(x_LD, norm, cfg.norm_eps) for x_LD in states]
     for i in range(cfg.n_mtp):
@@ -64,22 +64,25 @@ def requantize(params: Params, cfg: ModelConfig, paths: Collection[str], grid: G
         around = _on_one_device({name: leaf for name, leaf in module.items() if name != "block"})
         embedded = [embed[jnp.asarray(tokens_L[1 + i :], jnp.int32)] for tokens_L in windows_ML]
         states = [mtp_input(around, cfg, h[: len(e)], e) for h, e in zip(hidden, embedded, strict=True)]
-        own = _inside(paths, f"mtp/{i}/block")
-        layer, states = _layer(module["block"], below(kinds, "mtp/block"), cfg, own, grid, states)
+        own = module["block"]
+        layer, states = _layer(own, below(kinds, "mtp/block"), cfg, paths, f"mtp/{i}/block/", grid, states)
         hidden = [rms_norm(x_LD, around["norm"], cfg.norm_eps) for x_LD in states]
         params["mtp"] = params["mtp"] | {str(i): module | {"block": layer}}
     return params
 
 
-def solve(grid: Grid, w: jax.Array, h: jax.Array) -> jax.Array:
+def solve(grid: Grid, w: jax.Array, h: jax.Array, name: str) -> jax.Array:
     """Weights on the grid, f32, for a matrix (R, I) with the sum of products of its inputs (I, I); or for E of them.
 
     Raises:
-      UserError: weights or inputs are not finite.
+      UserError: weights or inputs are not finite, or the products cannot be inverted in f32; it has the tensor's name.
     """
     found, finite = (_solve_each if w.ndim == 3 else _solve)(grid, w, h, grid.search(w))
     if not np.all(finite):
-        raise UserError("GPTQ: weights, or the products of their inputs, are not finite: round such a model otherwise")
+        raise UserError(
+            f"GPTQ of {name}: weights or inputs are not finite, or the inputs too much alike to invert their products "
+            "in float32; --rows='^(?!.*/gptq$)' leaves out these rows of an audit"
+        )
     return found
 
 
@@ -88,18 +91,20 @@ def _layer(
     kinds: tuple[tuple[str, str], ...],
     cfg: ModelConfig,
     paths: Collection[str],
+    prefix: str,
     grid: Grid,
     states: list[jax.Array],
 ) -> tuple[Params, list[jax.Array]]:
-    """One layer rounded on `paths`, names within it, and what it makes of the states (L, D) of all windows then."""
+    """One layer rounded on the `paths` with its prefix, and what it makes of the states (L, D) of all windows then."""
     here = _on_one_device(layer)
+    paths = [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
     if not paths:
         return layer, [block(here, kinds, cfg, x_LD)[0] for x_LD in states]
     leaves = leaves_by_path(here)
     sums = {path: jnp.zeros((*leaves[path].shape[:-2], *[leaves[path].shape[-1]] * 2)) for path in paths}
     for x_LD in states:
         sums = _summed(sums, here, kinds, cfg, x_LD)
-    here = _replaced(here, paths, lambda path, w: solve(grid, w, sums[path]))
+    here = _replaced(here, paths, lambda path, w: solve(grid, w, sums[path], prefix + path))
     rounded = leaves_by_path(here)
     return _replaced(layer, paths, lambda path, _: rounded[path]), [block(here, kinds, cfg, x)[0] for x in states]
 
@@ -144,10 +149,6 @@ def _solve(grid: Grid, w_RI: jax.Array, h_II: jax.Array, scale_RG: jax.Array) ->
 
     found_RI = jax.lax.fori_loop(0, size, step, (w_RI, jnp.zeros_like(w_RI)))[1]
     return found_RI, jnp.all(jnp.isfinite(w_RI)) & jnp.all(jnp.isfinite(upper_II))
-
-
-def _inside(paths: Collection[str], prefix: str) -> list[str]:
-    return [path.removeprefix(f"{prefix}/") for path in paths if path.startswith(f"{prefix}/")]
 
 
 def _replaced(tree: Params, paths: Collection[str], f: Any) -> Params:

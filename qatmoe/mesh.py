@@ -78,7 +78,16 @@ def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def local_mesh() -> Mesh:
-    """The mesh of a program that runs as one process: its devices share batches and parameters alike."""
+    """The mesh of a program that runs as one process: its devices share batches and parameters alike.
+
+    Raises:
+      UserError: there are several processes, as on a TPU pod, whose hosts find each other unasked.
+    """
+    if (count := jax.process_count()) > 1:
+        raise UserError(
+            f"this command is one process and here are {count}: start it on one machine, which has all of its devices "
+            "to itself"
+        )
     return make_mesh(MeshConfig(data=1, fsdp=-1))
 
 

@@ -1,6 +1,7 @@
 """Batches: every row once per epoch, exact resume, shards that make up the whole, a cache that heals."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import errno
 import itertools
@@ -498,6 +499,32 @@ def test_a_cache_entry_is_made_by_one_process_and_the_others_wait(tmp_path, chil
     assert [process.communicate(timeout=100)[0] for process in both] == ["{'n': 1}\n"] * 2
     assert (tmp_path / "cache.made").read_text() == "x"
     assert [p.name for p in folder.iterdir()] == ["k"]
+
+
+def test_a_damaged_entry_is_made_again_once(tmp_path, monkeypatch):
+    made, looked, intact = [], threading.local(), cache._intact
+
+    def build(directory):
+        (directory / "a").write_text("x")
+        made.append(directory)
+        return {}  # as a tokenizer's entry keeps nothing
+
+    cache.entry(str(tmp_path), "k", build)
+    (tmp_path / "k" / "a").write_text("y")
+    both_have_seen_it = threading.Barrier(2, timeout=60)
+
+    def wait(place):
+        found = intact(place)
+        looked.times = getattr(looked, "times", 0) + 1
+        if looked.times == 2:
+            both_have_seen_it.wait()
+        return found
+
+    monkeypatch.setattr(cache, "_intact", wait)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(cache.entry, str(tmp_path), "k", build) for _ in range(2)]
+    assert [found.result() for found in both] == [(tmp_path / "k", {})] * 2
+    assert len(made) == 2, "when it was new, and once more"
 
 
 def test_what_a_killed_process_left_of_an_entry_is_removed(tmp_path, child_env):

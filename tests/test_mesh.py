@@ -104,8 +104,15 @@ def test_parameters_are_kept_split_along_fsdp_and_what_their_own_axes_leave():
     assert fitted(mesh, parts, (12, 3))[0] == ("tensor", "fsdp")  # what does not divide is left out, the last first
 
 
-def test_a_command_of_one_process_splits_batches_and_parameters_alike():
-    assert dict(local_mesh().shape) == dict.fromkeys(AXES, 1) | {"fsdp": jax.device_count()}
+def test_a_command_of_one_process_splits_batches_and_parameters_alike(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [FakeDevice(i) for i in range(8)])
+    assert dict(local_mesh().shape) == dict.fromkeys(AXES, 1) | {"fsdp": 8}
+
+
+def test_a_command_of_one_process_refuses_to_be_several(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match="is one process and here are 4: start it on one machine"):
+        local_mesh()
 
 
 def test_constrain_without_a_mesh_is_the_identity():

@@ -444,10 +444,18 @@ def test_gptq_sees_the_inputs_that_rounded_layers_make(model):
             w = before[path]
             own = [seen.get(p, np.zeros((1, w.shape[-1]))) for p in _matrices_of(path, w)]
             products = jnp.asarray(np.stack([np.transpose(x) @ np.asarray(x) for x in own]), jnp.float32)
-            expected = gptq.solve(grid, w, products if w.ndim == 3 else products[0])
+            expected = gptq.solve(grid, w, products if w.ndim == 3 else products[0], "w")
             assert np.mean(np.asarray(after[path]) == np.asarray(expected)) > 0.98, path
             assert np.any(np.asarray(after[path]) != grid.quantize(w, grid.search(w))), path
         mixed = _put(mixed, {p: after[p] for p in paths if p.startswith(layer)})
+
+
+def test_gptq_names_what_it_cannot_round(model):
+    params, cfg = model
+    grid, path = dataclasses.replace(GRIDS["q4_0"], block=8, superblock=8), "mtp/0/block/experts/down"
+    broken = _put(params, {path: leaves_by_path(params)[path].at[0, 0, 0].set(np.nan)})
+    with pytest.raises(UserError, match=f"GPTQ of {path}: "):
+        gptq.requantize(broken, cfg, ["layers/0/experts/down", path], grid, WINDOWS)
 
 
 def _put(tree, leaves):

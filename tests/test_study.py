@@ -429,6 +429,10 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     )
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/t/")
     assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # known by digits, each run once
+    before = failed | {"failed": "its loss is not finite", "run": "runs/b/label-" + failed["run"][-10:]}
+    study.write_results(tmp_path / "r.json", [*rows[:3], failed | {"failed": "not run"}, before])
+    study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/t/")
+    assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], before | {"run": failed["run"]}]
     study.write_results(tmp_path / "r.json", [*rows[:3], old | {"run": "runs/b/label-0123456789"}])
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/t/")
     assert "1 runs that the study no longer has are left out: runs/b/label-0123456789" in capsys.readouterr().out

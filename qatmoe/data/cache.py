@@ -59,7 +59,8 @@ def entry(cache_dir: str, key: str, build: Callable[[Path], dict[str, Any]]) -> 
         kept = _intact(place)  # another process has made it; all that waited look through it at once
         if kept is None:
             with _locked(place) as alone:
-                kept = _intact(place) or _make(place, build, alone)
+                kept = _intact(place)
+                kept = _make(place, build, alone) if kept is None else kept
     except OSError as e:
         raise UserError(
             f"cannot write the cache in {str(place.parent)!r} ({e.strerror or e}); "
