@@ -14,7 +14,8 @@ from conftest import ROOT
 from matplotlib.figure import Figure
 
 from experiments import scales
-from experiments.resilience.laws import exponents
+from experiments.resilience.laws import CONTROL, FULL_TAUGHT, exponents
+from experiments.resilience.pairs import growth_table, shares_table, taught_table
 from launch import points, study, study_tables, sweep
 from launch.algebra import chain, values
 from launch.points import Sweep
@@ -208,6 +209,37 @@ def test_the_law_finds_its_exponents():
     assert exponents(groups[:1], controls, "quantized") == []
     groups[0].rows[0]["loss"] = 3.9
     assert exponents(groups, controls, "quantized") == []
+
+
+def test_gaps_are_held_against_each_other_seed_by_seed():
+    """Shares, differences where text grows as parameters do, and a teacher's; a size without rows has empty cells."""
+    sizes = ((100, 1000), (400, 2000), (400, 4000))
+    controls = [row("t", "control", seed, 4.0, run=f"r{n}-{d}-{seed}") for n, d in sizes for seed in (0, 1)]
+
+    def groups(*gaps):
+        return [
+            Group(f"{n}-{d}", [
+                row("t", "x", seed, 4 + gap, quantized=n, tokens=d, reference=f"r{n}-{d}-{seed}:control")
+                for seed, gap in enumerate(of_size)
+            ])
+            for (n, d), of_size in zip(sizes, gaps, strict=True)
+        ]  # fmt: skip
+
+    none = (0.0, 0.0)
+    cells = {CONTROL: groups(none, none, none), "PTQ": groups((0.2, 0.3), none, (0.4, 0.7))}
+    cells["QAT"] = groups((0.05, 0.06), (), (0.1, 0.1))
+    shares = shares_table(cells, controls, ("QAT", "PTQ")).splitlines()
+    half = 2.5 * 12.706  # of two seeds: Student's factor times half of their difference
+    assert shares[2:] == [f"| 100-1000 | +78 % (+{77.5 - half:.0f} .. +{77.5 + half:.0f} %) |", "| 400-2000 |  |",
+                          "| 400-4000 | +80 % (+12 .. +148 %) |"]  # fmt: skip
+    *_, growth = growth_table(cells, controls).splitlines()
+    assert growth.startswith("| 400-4000, beside 100-1000 | x 4 | x 4 | +0.3000 (-0.9706 .. +1.5706) | +0.0450 (")
+    assert len(growth_table(cells, controls).splitlines()) == 3  # twice the text is not as much more as four times
+    taught = {FULL_TAUGHT: groups((-0.1, -0.1), (), ()), "QAT, taught": groups((0.01, 0.03), (), (0.1, 0.2))}
+    lines = taught_table(taught, cells["QAT"], controls).splitlines()[2:]
+    assert [line.split("|")[1].strip() for line in lines] == [*taught, "QAT, taught, minus the gap without a teacher"]
+    assert lines[0] == "| full precision, taught | -0.1000 (-0.1000 .. -0.1000) |  |  |"
+    assert "| -0.0350 (" in lines[2] and "| +0.0500 (" in lines[2]
 
 
 def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():

@@ -49,13 +49,13 @@ def exponents(groups: Sequence[Group], rows: Sequence[Row], *sizes: str) -> list
     return [np.linalg.lstsq(x, np.log(gap), rcond=None)[0][:-1] for gap in gaps]
 
 
-def interval(values: Sequence[float]) -> tuple[str, str]:
+def interval(values: Sequence[float], form: str = "+.2f") -> tuple[str, str]:
     """Mean over seeds and Student's 95 % interval, as two cells of a table."""
     mean, se = mean_se([float(v) for v in values])
     if math.isnan(se):
-        return f"{mean:+.2f}", "-"
+        return f"{mean:{form}}", "-"
     half = se * stats.t.ppf(0.975, len(values) - 1)
-    return f"{mean:+.2f}", f"{mean - half:+.2f} .. {mean + half:+.2f}"
+    return f"{mean:{form}}", f"{mean - half:{form}} .. {mean + half:{form}}"
 
 
 def gaps_table(found: Found, rows: Sequence[Row]) -> str:

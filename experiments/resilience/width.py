@@ -24,17 +24,19 @@ from experiments.resilience.laws import (
     line_style,
     points,
 )
+from experiments.resilience.pairs import growth_table, shares_table, taught_table
 from experiments.scales import FULL, RATE_ALL, Scale, taught_name
 from launch.algebra import Point, product
 from launch.study import Row
 from launch.study_tables import Group, by_seed, judged, select
 from qatmoe.text_table import markdown
 
-ROUNDINGS = PTQ | {"2 bits, GPTQ": "q2_0/gptq"}
+GPTQ, QAT = "2 bits, GPTQ", "2 bits, QAT"
+ROUNDINGS = PTQ | {GPTQ: "q2_0/gptq"}
 JUDGED = "^(control|qat)$|^control/(" + "|".join(ROUNDINGS.values()) + ")$"  # rows that trunks are judged by
-ROWS = {CONTROL: "control"} | {name: f"control/{row}" for name, row in ROUNDINGS.items()} | {"2 bits, QAT": "qat"}
-TAUGHT = "2 bits, QAT, taught"
-ALIKE = "2 bits, QAT, taught: above full precision, taught"
+ROWS = {CONTROL: "control"} | {name: f"control/{row}" for name, row in ROUNDINGS.items()} | {QAT: "qat"}
+TAUGHT = f"{QAT}, taught"
+ALIKE = f"{TAUGHT}: above full precision, taught"
 WIDTH_COLORS = ("tab:purple", "tab:orange", "tab:cyan")
 
 
@@ -46,7 +48,7 @@ def tables(s: Scale, rows: Sequence[Row], by_width: Axes, by_text: Axes) -> dict
     if not found:
         by_width.set_visible(False)
         by_text.set_visible(False)
-        names = ("rates", "text", "laws", "planes", "taught", "taught_laws")
+        names = ("rates", "text", "laws", "planes", "shares", "growth", "taught", "taught_laws", "taught_gains")
         return {f"{stage}_{table}": "No width is complete." for table in names}
     shorter = groups_at(rows, f"{stage}_text", less)
     cells = {name: [*groups, *shorter.get(name, [])] for name, groups in found.items()}
@@ -62,8 +64,11 @@ def tables(s: Scale, rows: Sequence[Row], by_width: Axes, by_text: Axes) -> dict
         f"{stage}_text": list_table(cells, rows) + left_out(lost),
         f"{stage}_laws": exponents_table(cells, rows),
         f"{stage}_planes": planes_table(cells, rows),
+        f"{stage}_shares": shares_table(cells, rows, (GPTQ, "2 bits, PTQ"), (QAT, "2 bits, PTQ"), (QAT, GPTQ)),
+        f"{stage}_growth": growth_table(cells, rows),
         f"{stage}_taught": gaps_table({CONTROL: found[CONTROL]} | taught, rows) + left_out(of_fewer_seeds(taught)),
         f"{stage}_taught_laws": laws_table({CONTROL: found[CONTROL]} | taught, rows),
+        f"{stage}_taught_gains": taught_table(taught, found[QAT], rows),
     }
 
 
