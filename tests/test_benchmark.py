@@ -1,9 +1,12 @@
 import dataclasses
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from configs import h100_1b, moe_2bit, toy
+from experiments.throughput import run as gpu
 from qatmoe import benchmark
 from qatmoe.config import Config, DataConfig, ModelConfig, QuantConfig, TrainConfig, resolve
 from qatmoe.errors import UserError
@@ -110,3 +113,35 @@ def test_what_is_asked_for_is_timed_or_refused(capsys):
     assert benchmark.variants(plain, "", ["learned"]) == {}
     with pytest.raises(UserError, match="puts no tensor on a grid"):
         benchmark.variants(plain, "q2_0", ["learned"])
+
+
+def test_the_gpu_benchmark_that_is_killed_keeps_what_was_measured(tmp_path, monkeypatch):
+    def peer(batch, *flags):
+        if batch == 16:
+            raise KeyboardInterrupt
+        return {"variant": "new", "batch_size": batch, "tokens_per_s": 9.0}
+
+    monkeypatch.setattr(gpu, "peer", peer)
+    old = [{"variant": "old", "batch_size": b, "tokens_per_s": 1.0} for b in (8, 16, 32, 8)]
+    kept = {"config": "h100_1b", "batch_size": 8, "device": "x", "rows": [{"variant": "f", "tokens_per_s": 18.0}]}
+    with pytest.raises(KeyboardInterrupt):
+        gpu.measure({"peer"}, {"peer": old, "bf16": [kept]}, tmp_path)
+    result = json.loads((tmp_path / "h100.json").read_text())
+    assert [(r["variant"], r["batch_size"]) for r in result["rows"]] == [("new", 8), *[("old", b) for b in (16, 32, 8)],
+                                                                         ("f", 8)]  # fmt: skip
+    assert result["ratio_to_peer"] == 2.0
+
+
+def test_rows_of_a_gpu_benchmark_that_failed_are_kept_with_its_reason(tmp_path, monkeypatch):
+    def program(*args):
+        (file,) = (a.partition("=")[2] for a in args if a.startswith("--json="))
+        rows = [{"variant": "full precision", "tokens_per_s": 1.0}]
+        Path(file).write_text(json.dumps({"config": "h100_study", "batch_size": 128, "device": "x", "rows": rows}))
+        return subprocess.CompletedProcess(args, 124, "", "some log\nError: it took more than 540 s")
+
+    monkeypatch.setattr(gpu, "_python", program)
+    gpu.measure({"small"}, {}, tmp_path)
+    done, rest = json.loads((tmp_path / "h100.json").read_text())["rows"]
+    assert (done["variant"], rest["failed"]) == ("full precision", "exit 124: Error: it took more than 540 s")
+    assert done["config"] == rest["config"] == "h100_study"
+    assert [p.name for p in tmp_path.iterdir()] == ["h100.json"]

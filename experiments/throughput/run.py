@@ -2,15 +2,18 @@
 
     python experiments/throughput/run.py            measures, writes h100.json and the table of the README; 25 minutes
     python experiments/throughput/run.py --only peer,bf16      measures these anew, and keeps the rest of h100.json
+    python experiments/throughput/run.py --out FOLDER          h100.json there, and there are earlier results looked for
     python experiments/throughput/run.py --write    writes the table from h100.json
+
+What a program has measured is in FOLDER when it is killed, too: h100.json is written after every program, and the rows
+of the one that runs are in running.json.
 
 Needs an NVIDIA GPU, `pip install -e '.[gpu]'`, and torch and transformers for the peer (peer.py). Both programs are
 timed at several batch sizes, and each program's best counts: `ratio_to_peer` is qatmoe's tokens per second by the
 peer's, `qat_overhead` the cost of Q2_0 with learned scales at batch 16, measured step by step beside the bf16 step.
-What was measured is written after every program. Not the same in both: the peer drops no tokens and keeps bf16
-parameters and moments; qatmoe drops what its capacity does not hold (the column says how much), keeps f32 masters and
-second moments, clips by the gradient's norm and balances its router. GiB: buffers that XLA plans for qatmoe, the
-allocator's peak for the peer.
+Not the same in both: the peer drops no tokens and keeps bf16 parameters and moments; qatmoe drops what its capacity
+does not hold (the column says how much), keeps f32 masters and second moments, clips by the gradient's norm and
+balances its router. GiB: buffers that XLA plans for qatmoe, the allocator's peak for the peer.
 """
 
 import argparse
@@ -20,7 +23,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,10 +30,9 @@ from qatmoe.report import fill_tables
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-RESULT = HERE / "h100.json"
 BATCHES = (8, 16, 32)
-STEPS = ("peer", "bf16", "best", "grids", "parts", "fine", "small")
-GROUPS = ("q2_0,ternary,ternary_256", "q2_k,q3_k,q4_0", "iq4_nl,mxfp4,nvfp4,q8_0")  # of grids: a program each
+GRIDS = {"grids2": "q2_0,ternary,ternary_256", "grids4": "q2_k,q3_k,q4_0", "gridsfp": "iq4_nl,mxfp4,nvfp4,q8_0"}
+STEPS = ("peer", "bf16", "best", *GRIDS, "parts", "fine", "small")
 PROGRAM_S = 540  # that one program may take
 
 
@@ -43,15 +44,14 @@ def peer(batch: int, *flags: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def ours(config: str, batch: int, *flags: str) -> dict:
-    """What `qatmoe.benchmark` measures, as its JSON; a failure is a result too."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        options = [f"--config={ROOT / config}", f"--json={out}", f"--config.train.batch_size={batch}", *flags]
-        done = _python("-m", "qatmoe.benchmark", *options)
-        print(done.stdout, flush=True)
-        found = json.loads(out.read_text()) if out.exists() else {"config": Path(config).stem, "batch_size": batch}
-        return {"rows": []} | found | (_failure(done) if done.returncode else {})
+def ours(running: Path, config: str, batch: int, *flags: str) -> dict:
+    """What `qatmoe.benchmark` measures, as its JSON, which it writes to `running`; a failure is a result too."""
+    running.unlink(missing_ok=True)
+    options = [f"--config={ROOT / config}", f"--json={running}", f"--config.train.batch_size={batch}", *flags]
+    done = _python("-m", "qatmoe.benchmark", *options)
+    print(done.stdout, flush=True)
+    found = json.loads(running.read_text()) if running.exists() else {"config": Path(config).stem, "batch_size": batch}
+    return {"rows": []} | found | (_failure(done) if done.returncode else {})
 
 
 def _python(*args: str) -> subprocess.CompletedProcess:
@@ -74,23 +74,26 @@ def _failure(done: subprocess.CompletedProcess) -> dict[str, str]:
     return {"failed": f"exit {done.returncode}: {said[:200]}", "stderr": done.stderr[-4000:]}
 
 
-def measure(only: set[str], found: dict) -> None:
-    """Measures what is asked for, and writes it and `found` to h100.json after every program."""
-    big = "configs/h100_1b.py"
+def measure(only: set[str], found: dict, out: Path) -> None:
+    """Measures what is asked for, and writes it and `found`, what was measured before, after every program."""
+    big, fine, small = (f"configs/{name}.py" for name in ("h100_1b", "h100_fine", "h100_study"))
+    running = out / "running.json"
+    of = lambda *arguments: functools.partial(ours, running, *arguments)  # noqa: E731
     programs: dict[str, list[Callable[[], dict]]] = {
         "peer": [functools.partial(peer, b) for b in BATCHES] + [lambda: peer(BATCHES[0], "--no-compile")],
-        "bf16": [functools.partial(ours, big, b, "--grids=none") for b in BATCHES],
-        "best": [lambda: ours(big, 16, "--grids=q2_0", "--scales=learned")],
-        "grids": [functools.partial(ours, big, 8, f"--grids={g}", "--scales=learned", "--rounds=10") for g in GROUPS],
-        "parts": [lambda: ours(big, 8, "--grids=q2_0", "--scales=learned", "--parts=yes", "--data=yes")],
-        "fine": [lambda: ours("configs/h100_fine.py", 8, "--grids=none", "--parts=yes")],
-        "small": [lambda: ours("configs/h100_study.py", 128, "--grids=q2_0")],
+        "bf16": [of(big, b, "--grids=none") for b in BATCHES],
+        "best": [of(big, 16, "--grids=q2_0", "--scales=learned")],
+        **{name: [of(big, 8, f"--grids={grids}", "--scales=learned", "--rounds=10")] for name, grids in GRIDS.items()},
+        "parts": [of(big, 8, "--grids=q2_0", "--scales=learned", "--parts=yes", "--data=yes")],
+        "fine": [of(fine, 8, "--grids=none", "--parts=yes")],
+        "small": [of(small, 128, "--grids=q2_0")],
     }
     for name in [n for n in STEPS if n in only]:
-        found[name] = []
-        for program in programs[name]:
-            found[name].append(program())
-            RESULT.write_text(json.dumps(summary(found), indent=1) + "\n")
+        before = found.get(name, [])
+        for n, program in enumerate(programs[name], 1):
+            found[name] = [*found.get(name, [])[: n - 1], program(), *before[n:]]
+            (out / "h100.json").write_text(json.dumps(summary(found), indent=1) + "\n")
+    running.unlink(missing_ok=True)
 
 
 def summary(found: dict) -> dict:
@@ -144,15 +147,18 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(STEPS), help=f"of {', '.join(STEPS)}; all by default")
+    parser.add_argument("--out", type=Path, default=HERE, help="the folder of h100.json; that of this file by default")
     parser.add_argument("--write", action="store_true", help="only write the README's table from h100.json")
     args = parser.parse_args()
     unknown = set(args.only.split(",")) - set(STEPS)
     if unknown:
         parser.error(f"--only: unknown {', '.join(sorted(unknown))}; known: {', '.join(STEPS)}")
+    result = args.out / "h100.json"
     if not args.write:
-        before = json.loads(RESULT.read_text())["results"] if RESULT.exists() else {}
-        measure(set(args.only.split(",")), before)
-    fill_tables(HERE / "README.md", {"gpu": table(json.loads(RESULT.read_text()))})
+        args.out.mkdir(parents=True, exist_ok=True)
+        before = json.loads(result.read_text())["results"] if result.exists() else {}
+        measure(set(args.only.split(",")), before, args.out.absolute())
+    fill_tables(HERE / "README.md", {"gpu": table(json.loads(result.read_text()))})
 
 
 if __name__ == "__main__":
