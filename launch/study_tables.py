@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
+from scipy import stats
 
 from launch.study import Row
 from qatmoe.errors import UserError
@@ -125,6 +126,26 @@ def with_se(values: Sequence[float], form: str = ".4f") -> str:
     return f"{mean:{form}}" if math.isnan(se) else f"{mean:{form}} ±{se:{form}}"
 
 
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of Student's 95 % interval of it; nan for one value. Both nan for none."""
+    mean, se = mean_se(values)
+    return mean, se * float(stats.t.ppf(0.975, len(values) - 1)) if len(values) > 1 else math.nan
+
+
+def with_interval(values: Sequence[float], form: str = "+.4f", unit: str = "") -> str:
+    """ "mean (low .. high)" over seeds, the interval Student's 95 %; a single value alone; "" for none."""
+    if not values:
+        return ""
+    mean, half = student(values)
+    between = "" if math.isnan(half) else f" ({mean - half:{form}} .. {mean + half:{form}}{unit})"
+    return f"{mean:{form}}{unit}{between}"
+
+
+def minus(group: Group, other: Group, key: str = "loss") -> list[float]:
+    """How much higher a figure of the first is, for each seed that both have."""
+    return [row[key] - of_other[key] for row, of_other in by_seed(group, other)]
+
+
 def table(groups: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) -> str:
     """A Markdown table with a line for each group: means over seeds, with standard errors.
 
@@ -162,6 +183,20 @@ def table(groups: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) ->
     if not ptq:
         column = head.index("recovered")
         lines = [line[:column] + line[column + 1 :] for line in lines]
+    return markdown(lines)
+
+
+def differences(groups: Sequence[Group], beside: dict[str, Group], rows: Sequence[Row]) -> str:
+    """A Markdown table: by how much each group's loss is above its control's and above some others', with intervals.
+
+    Args:
+      beside: {head of a column: the group whose losses are taken off}.
+      rows: all rows, the controls' among them.
+    """
+    lines = [["loss (95 % interval)", "minus the control's", *beside]]
+    for group in groups:
+        cells = ["" if group == other else with_interval(minus(group, other)) for other in beside.values()]
+        lines.append([group.label, with_interval(above_control(group, rows)), *cells])
     return markdown(lines)
 
 

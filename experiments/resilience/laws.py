@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from scipy import stats
 
 from launch.study import Row
-from launch.study_tables import Group, above_control, by_seed, mean_se, with_se
+from launch.study_tables import Group, above_control, by_seed, mean_se, student, with_se
 from qatmoe.text_table import markdown
 
 PTQ = {"2 bits, PTQ": "q2_0/search", "3 bits, PTQ": "IQ3_S/imatrix", "4 bits, PTQ": "q4_0/search"}
@@ -49,13 +48,10 @@ def exponents(groups: Sequence[Group], rows: Sequence[Row], *sizes: str) -> list
     return [np.linalg.lstsq(x, np.log(gap), rcond=None)[0][:-1] for gap in gaps]
 
 
-def interval(values: Sequence[float], form: str = "+.2f") -> tuple[str, str]:
+def interval(values: Sequence[float]) -> tuple[str, str]:
     """Mean over seeds and Student's 95 % interval, as two cells of a table."""
-    mean, se = mean_se([float(v) for v in values])
-    if math.isnan(se):
-        return f"{mean:{form}}", "-"
-    half = se * stats.t.ppf(0.975, len(values) - 1)
-    return f"{mean:{form}}", f"{mean - half:{form}} .. {mean + half:{form}}"
+    mean, half = student([float(v) for v in values])
+    return f"{mean:+.2f}", "-" if math.isnan(half) else f"{mean - half:+.2f} .. {mean + half:+.2f}"
 
 
 def gaps_table(found: Found, rows: Sequence[Row]) -> str:

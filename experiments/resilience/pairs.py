@@ -3,9 +3,9 @@
 import itertools
 from collections.abc import Callable, Sequence
 
-from experiments.resilience.laws import CONTROL, FULL_TAUGHT, Found, gaps_of, interval
+from experiments.resilience.laws import CONTROL, FULL_TAUGHT, Found, gaps_of
 from launch.study import Row
-from launch.study_tables import Group, above_control, by_seed
+from launch.study_tables import Group, above_control, by_seed, with_interval
 from qatmoe.text_table import markdown
 
 ALIKE_GROWTH = (0.8, 1.25)  # text grows as the parameters do: the one factor over the other is within these
@@ -31,7 +31,7 @@ def growth_table(cells: Found, rows: Sequence[Row]) -> str:
             found = [compared(groups[j], groups[i], rows, lambda a, b: a - b) for groups in gaps.values()]
             label = f"{cells[CONTROL][j].label}, beside {cells[CONTROL][i].label}"
             growth = (f"x {more_n / n:.3g}", f"x {more_d / d:.3g}")
-            lines.append([label, *growth, *(with_interval(values, "+.4f") for values in found)])
+            lines.append([label, *growth, *(with_interval(values) for values in found)])
     return markdown(lines)
 
 
@@ -39,23 +39,15 @@ def taught_table(taught: Found, untaught: Sequence[Group], rows: Sequence[Row]) 
     """What a teacher leaves of the gaps, and how much less that is than without one: a column for each size."""
     lines = [["(95 % interval)", *(g.label for g in untaught)]]
     for name, groups in taught.items():
-        lines.append([name, *(with_interval(above_control(g, rows), "+.4f") for g in groups)])
+        lines.append([name, *(with_interval(above_control(g, rows)) for g in groups)])
     for name, groups in taught.items():
         if name == FULL_TAUGHT:
             continue
         found = [compared(t, u, rows, lambda a, b: a - b) for t, u in zip(groups, untaught, strict=True)]
-        lines.append([f"{name}, minus the gap without a teacher", *(with_interval(v, "+.4f") for v in found)])
+        lines.append([f"{name}, minus the gap without a teacher", *(with_interval(v) for v in found)])
     return markdown(lines)
 
 
 def compared(first: Group, second: Group, rows: Sequence[Row], how: Callable[[float, float], float]) -> list[float]:
     """`how` of the two gaps of each seed that both have."""
     return [how(*(above_control(Group("", [row]), rows)[0] for row in pair)) for pair in by_seed(first, second)]
-
-
-def with_interval(values: Sequence[float], form: str, unit: str = "") -> str:
-    """ "mean (low .. high)" over seeds, the interval Student's 95 %; "" for none."""
-    if not values:
-        return ""
-    mean, between = interval(values, form)
-    return f"{mean}{unit} ({between}{unit})"
