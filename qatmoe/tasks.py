@@ -1,7 +1,7 @@
 """Scores of a run's branches on tasks of lm-evaluation-harness.
 
     python -m qatmoe.tasks --run runs/moe_2bit --branch control qat
-    python -m qatmoe.tasks --run runs/qwen3_qat --tasks hellaswag,arc_easy --limit 500
+    python -m qatmoe.tasks --run runs/qwen3_qat --tasks hellaswag,arc_easy --limit 500 --num_fewshot 5
 
 Two tasks are made from the bundled held-out novel and need no download: cloze (which of four sentences comes next;
 chance is 25 %) and novel (rolling perplexity). All others are the harness's own, which loads their data sets from the
@@ -65,20 +65,25 @@ def opened(tasks: Sequence[str]) -> Iterator[Any]:
         yield manager
 
 
-def evaluate(model: Any, tasks: Sequence[str], manager: Any, limit: int | None = None) -> list[Row]:
+def evaluate(
+    model: Any, tasks: Sequence[str], manager: Any, limit: int | None = None, num_fewshot: int | None = None
+) -> list[Row]:
     """Runs tasks of an index on a `harness.Model`, on the first `limit` documents of each.
 
+    Args:
+      num_fewshot: solved examples before each question; None leaves it to the tasks. Those that fix it at 0 keep that.
+
     Returns:
-      One row per task and metric: task, metric, value, stderr (None: unknown), documents, influence. The last is the
-      part that each document has in the error of the value, (documents,) f64, so that stderr is the root of the sum of
-      its squares; None for metrics that are no mean or ratio over documents.
+      One row per task and metric: task, metric, value, stderr (None: unknown), documents, shots (None: of a group of
+      tasks), influence. The last is the part that each document has in the error of the value, (documents,) f64, so
+      that stderr is the root of the sum of its squares; None for metrics that are no mean or ratio over documents.
 
     Raises:
       UserError: a data set that cannot be loaded.
     """
     import lm_eval
 
-    options = {"task_manager": manager, "limit": limit, "bootstrap_iters": 0}
+    options = {"task_manager": manager, "limit": limit, "num_fewshot": num_fewshot, "bootstrap_iters": 0}
     try:
         found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), **options)
     except OSError as e:  # what data sets that cannot be reached raise
@@ -104,7 +109,7 @@ def _rows(task: str, found: dict[str, Any]) -> list[Row]:
         documents = len(per_document) or found["n-samples"].get(task, {}).get("effective")
         rows.append(
             {"task": task, "metric": name, "value": float(value), "stderr": number, "documents": documents}
-            | {"influence": influence}
+            | {"shots": found["n-shot"].get(task), "influence": influence}
         )
     return rows
 
@@ -179,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     cfg = dataclasses.replace(attention.portable(branch.model), scan_layers=False)
                     context, ends = args.context or branch.context, branch.origin.end_ids
                     model = Model(branch.numbers(mesh), cfg, mesh, branch.tokenizer, context, end_ids=ends)
-                    branches[branch.phase] = evaluate(model, tasks, manager, args.limit)
+                    branches[branch.phase] = evaluate(model, tasks, manager, args.limit, args.num_fewshot)
                     steps[branch.phase] = branch.step
         print(table(branches))
         out = _out(args)
@@ -201,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tasks", default=",".join(cloze.NAMES), help="names, with commas between them")
     parser.add_argument("--limit", type=int, help="documents of each task; all by default")
+    parser.add_argument("--num_fewshot", type=int, help="solved examples before each question; the task's by default")
     parser.add_argument("--context", type=int, default=0, help="tokens at most; the import's or training's by default")
     parser.add_argument("--json", default="", help="file to write; tasks.json in the run's folder by default")
     return parser
@@ -213,6 +219,8 @@ def _check(args: argparse.Namespace, tasks: Sequence[str]) -> None:
         check_place(_out(args), "--json" if args.json else "--json, by default")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: must be at least 1; leave it out for all documents")
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise UserError(f"--num_fewshot {args.num_fewshot}: must be at least 0; leave it out for the task's own")
     if args.context and args.context < 2:
         raise UserError(f"--context {args.context}: must be at least 2, or 0 for that of training")
 

@@ -61,6 +61,21 @@ def test_end_to_end_without_a_network(run, offline, tmp_path, capsys):
     assert json.loads(out.read_text())["limit"] == 2
 
 
+def test_solved_examples_stand_before_a_question(run, offline, tmp_path, monkeypatch):
+    asked, out = [], tmp_path / "out.json"
+    encode = Model._encode_pair
+    monkeypatch.setattr(Model, "_encode_pair", lambda self, *pair: asked.append(pair) or encode(self, *pair))
+    args = [f"--run={run}", "--tasks=cloze", "--limit=2", f"--json={out}"]
+    assert tasks.main(args) == 0
+    plain, asked[:] = list(asked), []
+    assert {row["shots"] for row in json.loads(out.read_text())["rows"]} == {0}
+    assert tasks.main([*args, "--num_fewshot=1"]) == 0
+    assert {row["shots"] for row in json.loads(out.read_text())["rows"]} == {1}
+    assert len(asked) == len(plain) == 8
+    for (context, choice), (before, same) in zip(asked, plain, strict=True):
+        assert choice == same and context.endswith(before) and len(context) > len(before) + 20
+
+
 def test_accuracies_are_those_of_the_models_own_log_likelihoods(run, report):
     with Branch(run, rest="F32") as branch:
         cfg = dataclasses.replace(branch.model, scan_layers=False)
@@ -182,6 +197,7 @@ def refused(capsys, *args):
     [
         (["--tasks=,"], "--tasks ',': names no task"),
         (["--tasks=cloze", "--limit=0"], "--limit 0: must be at least 1"),
+        (["--tasks=cloze", "--num_fewshot=-1"], "--num_fewshot -1: must be at least 0"),
         (["--tasks=cloze", "--context=1"], "--context 1: must be at least 2"),
         (["--tasks=cloze", "--branch=qat"], "has no such phase; it has only"),
         (["--tasks=cloze,hellaswagg"], "did you mean 'hellaswag'?"),
