@@ -156,6 +156,7 @@ def _mtp(row: Row) -> str:
 # Heading -> the cell of a row. Columns in which no row has a number are left out.
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "loss": lambda r: _with_error(r, "loss"),
+    "above": lambda r: _with_error(r, "loss_above"),
     "KLD": lambda r: _with_error(r, "kld"),
     "KLD p99": lambda r: _with_error(r, "kld_p99"),
     "of it routing": lambda r: _with_error(r, "kld_routing"),
@@ -164,9 +165,10 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "same experts %": lambda r: _with_error(r, "expert_agreement", 100.0),
     "drafts %": _mtp,
 }
-_TERMINAL = ("loss", "KLD", "KLD p99", "KLD to itself", "same top-1 %", "same experts %")
+_TERMINAL = ("loss", "above", "KLD", "KLD p99", "KLD to itself", "same top-1 %", "same experts %")
 _NOTES = {
     "loss": "loss: nats per token",
+    "above": "above: the loss minus the reference's, token by token",
     "KLD": "KLD: KL(reference || row) in nats per token, mean",
     "KLD p99": "KLD p99: the value that 99% of the tokens do not exceed",
     "of it routing": "of it routing: what of the KLD goes away when every token goes to the reference's experts",

@@ -89,6 +89,7 @@ def token_metrics(reference_TV: jax.Array, logits_TV: jax.Array, targets_T: jax.
     """Figures of single tokens, (T,) f32 each.
 
     nats          cross-entropy of the model
+    above         that minus the reference's
     kld           KL(reference || model), nats
     same_top1     1 where both have the same best token
     top5_overlap  share of the reference's five best tokens that are among the model's five best
@@ -96,8 +97,10 @@ def token_metrics(reference_TV: jax.Array, logits_TV: jax.Array, targets_T: jax.
     k = min(5, logits_TV.shape[-1])
     theirs_Tk, ours_Tk = _best(reference_TV, k), _best(logits_TV, k)
     shared_T = jnp.sum(theirs_Tk[:, :, None] == ours_Tk[:, None, :], axis=(1, 2))
+    nats_T = cross_entropy(logits_TV, targets_T)
     return {
-        "nats": cross_entropy(logits_TV, targets_T),
+        "nats": nats_T,
+        "above": nats_T - cross_entropy(reference_TV, targets_T),
         "kld": kl_divergence(reference_TV, logits_TV),
         "same_top1": (theirs_Tk[:, 0] == ours_Tk[:, 0]).astype(jnp.float32),
         "top5_overlap": shared_T.astype(jnp.float32) / k,
@@ -322,6 +325,7 @@ def summarize(tokens: Tokens, units: Units, weights_RU: np.ndarray, length: int)
     ones_T = np.ones(len(units.unit_T))
     columns: dict[Any, tuple[np.ndarray, np.ndarray]] = {
         "loss": (tokens["nats"], ones_T),
+        "loss_above": (tokens["above"], ones_T),
         "bits_per_byte": (tokens["nats"] / math.log(2), tokens["bytes"]),
         "expert_agreement": (tokens["agreement"].mean(axis=0), ones_T),
         "kld_routing": (tokens["kld"] - tokens["kld_experts"], ones_T),

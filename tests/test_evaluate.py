@@ -142,7 +142,7 @@ def test_domains_hold_every_figure_and_add_up(audited):
             assert set(figures) == set(row) - own
         assert row["tokens"] == sum(d["tokens"] for d in domains.values())
         assert (domains["valid"]["documents"], domains["lines"]["documents"], row["documents"]) == (1, 41, 42)
-        for name in ("loss", "kld", "same_top1"):
+        for name in ("loss", "loss_above", "kld", "same_top1"):
             mean = sum(d[name] * d["tokens"] for d in domains.values()) / row["tokens"]
             assert row[name] == pytest.approx(mean, rel=1e-6, abs=1e-9)
 
@@ -156,7 +156,10 @@ def test_losses_are_those_of_validation(audited):
     sums = jax.jit(loss.evaluation_sums, static_argnums=1)
     parts = [sums(params, model, b) for b in batches.valid_batches(data, batch_size=8, n_mtp=1)]
     nats, count = (sum(float(jnp.sum(p[k][0])) for p in parts) for k in ("nats", "count"))
-    found = next(row for row in rows_of(audited) if row["row"] == "qat")["domains"]["valid"]
+    by_name = {row["row"]: row["domains"]["valid"] for row in rows_of(audited)}
+    found, control = by_name["qat"], by_name["control"]
+    assert found["loss_above"] == pytest.approx(found["loss"] - control["loss"], abs=1e-6) != 0
+    assert found["loss_above_se"] < found["loss_se"] and (control["loss_above"], control["loss_above_se"]) == (0, 0)
     assert found["tokens"] == count == len(data.valid.tokens) - 1
     assert found["loss"] == pytest.approx(nats / count, rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(nats / count / np.log(2) / data.valid.bytes_per_token, rel=1e-5)

@@ -43,6 +43,7 @@ def test_token_metrics_by_hand():
     }
     p, q = log_softmax(reference), log_softmax(model)
     np.testing.assert_allclose(found["nats"], [-q[0, 0], -q[1, 3]], rtol=1e-6)
+    np.testing.assert_allclose(found["above"], [p[0, 0] - q[0, 0], 0.0], rtol=1e-6)
     np.testing.assert_allclose(found["kld"], np.sum(np.exp(p) * (p - q), axis=-1), rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(found["same_top1"], [0.0, 1.0])
     # Best five 0 1 2 3 4 and 1 0 2 3 6: four in common, in whatever order.
@@ -268,6 +269,7 @@ def tokens_by_hand():
     """Two units of two tokens in windows of two positions."""
     return {
         "nats": np.asarray([1.0, 2.0, 3.0, 6.0]),
+        "above": np.asarray([0.1, -0.1, 0.2, 0.6]),
         "kld": np.asarray([0.1, 0.2, 0.3, 0.8]),
         "kld_experts": np.asarray([0.1, 0.1, 0.2, 0.4]),
         "router_kld": np.asarray([0.0, 0.0, 0.2, 0.2]),
@@ -285,9 +287,9 @@ def test_a_summary_by_hand():
     units = Units(np.asarray([0, 0, 1, 1]), np.asarray([0, 0]))
     found = fidelity.summarize(tokens_by_hand(), units, np.asarray([[1, 1], [2, 0], [0, 2]], np.float32), 2)
     expected = dict(
-        tokens=4, loss=3.0, perplexity=np.exp(3.0), bits_per_byte=3 / np.log(2) / 4, kld=0.35, kld_median=0.2,
-        kld_p99=0.8, kld_p999=0.8, same_top1=0.75, top5_overlap=0.7, expert_agreement=0.625, router_kld=0.1,
-        kld_experts=0.2, kld_routing=0.15,
+        tokens=4, loss=3.0, loss_above=0.2, perplexity=np.exp(3.0), bits_per_byte=3 / np.log(2) / 4, kld=0.35,
+        kld_median=0.2, kld_p99=0.8, kld_p999=0.8, same_top1=0.75, top5_overlap=0.7, expert_agreement=0.625,
+        router_kld=0.1, kld_experts=0.2, kld_routing=0.15,
     )  # fmt: skip
     assert {k: found[k] for k in expected} == pytest.approx(expected, rel=1e-6)
     assert found["kld_own"] is None
@@ -295,6 +297,7 @@ def test_a_summary_by_hand():
     assert found["mtp_acceptance"] == pytest.approx([2 / 3])
     # Resamples: both units, the first twice, the second twice.
     assert found["loss_se"] == pytest.approx(np.std([3.0, 1.5, 4.5], ddof=1))
+    assert found["loss_above_se"] == pytest.approx(np.std([0.2, 0.0, 0.4], ddof=1))
     assert found["perplexity_se"] == pytest.approx(np.std(np.exp([3.0, 1.5, 4.5]), ddof=1))
     assert found["kld_routing_se"] == pytest.approx(np.std([0.15, 0.05, 0.25], ddof=1), rel=1e-5)
     assert found["kld_median_se"] == pytest.approx(np.std([0.2, 0.1, 0.3], ddof=1), rel=1e-6)
