@@ -14,6 +14,7 @@ from conftest import ROOT
 from matplotlib.figure import Figure
 
 from experiments import scales
+from experiments.iso_memory.study import FIRST, grids_table, pairs_table, same_size_table
 from experiments.resilience.laws import CONTROL, FULL_TAUGHT, exponents
 from experiments.resilience.pairs import growth_table, shares_table, taught_table
 from launch import points, study, study_tables, sweep
@@ -240,6 +241,41 @@ def test_gaps_are_held_against_each_other_seed_by_seed():
     assert [line.split("|")[1].strip() for line in lines] == [*taught, "QAT, taught, minus the gap without a teacher"]
     assert lines[0] == "| full precision, taught | -0.1000 (-0.1000 .. -0.1000) |  |  |"
     assert "| -0.0350 (" in lines[2] and "| +0.0500 (" in lines[2]
+
+
+def seeds_of(label, *losses, **more):
+    """A group of the same trunks' seeds."""
+    return Group(label, [row("t", "x", seed, loss, **more) for seed, loss in enumerate(losses)])
+
+
+def test_models_of_one_size_and_pairs_of_equal_bytes():
+    """Differences with intervals, what two kinds gain beside what two others do, and what learned scales did."""
+    taught = "taught, rate 0.02"
+    of = {"bf16": (4.0, 4.0), "Q4_0": (4.1, 4.1), "Q2_0": (4.2, 4.3), f"Q4_0 {taught}": (4.05, 4.07)}
+    of |= {f"Q2_0 {taught}": (4.12, 4.16), f"Q4_0 dynamic {FIRST}": (4.0, 4.2)}
+    found = {(16, kind): seeds_of(f"16 experts, {kind}", *losses, bytes=1_000) for kind, losses in of.items()}
+    found[32, "bf16"] = seeds_of("32 experts, bf16", 3.9, 4.0, bytes=1_500)
+    found[32, "Q2_0"] = seeds_of("32 experts, Q2_0", 4.09, 4.15, bytes=990)
+    lines = same_size_table(scales.SMALL, found).splitlines()
+    assert lines[0] == "| loss (95 % interval) | 8 experts | 16 experts | 32 experts |"
+    half = 12.706 / 2  # of two seeds: Student's factor times half of their difference
+    assert f"| Q2_0 minus Q4_0 |  | +0.1500 ({0.15 - half * 0.1:+.4f} .. +{0.15 + half * 0.1:.4f}) |  |" in lines
+    gains = f"(Q2_0 {taught} minus Q2_0) minus (Q4_0 {taught} minus Q4_0)"
+    assert f"| {gains} |  | -0.0700 (-0.5782 .. +0.4382) |  |" in lines  # -0.08 and -0.14, less -0.05 and -0.03
+    assert sum("minus" in line for line in lines) == 11 and not any("ternary" in line for line in lines)
+    pairs = pairs_table(scales.SMALL, found).splitlines()
+    late = f"{0.02 - half * 0.06:+.4f} .. +{0.02 + half * 0.06:.4f}"
+    assert f"| 16 experts, Q4_0; 32 experts, Q2_0 | 0.990 | +0.0200 ({late}) | 1 of 2 seeds |" in pairs
+    assert any(line.startswith("| 16 experts, bf16; 32 experts, bf16 | 1.500 | -0.0500 (") for line in pairs)
+    health = [{"weight_error": error, "scale_drift": 0.1} for error in (0.7, 0.8)]
+    found[16, f"Q4_0 {FIRST}"] = Group("16 experts, learned", [
+        row("t", "x", seed, 4.0, health=of, kld=0.2) for seed, of in enumerate(health)
+    ])  # fmt: skip
+    found[16, f"Q4_0 dynamic {FIRST}"] = seeds_of("16 experts, dynamic", 4.0, 4.0, health={"weight_error": 0.1})
+    scales_of = grids_table(found).splitlines()
+    assert "| 16 experts, learned | 0.2000 (0.2000 .. 0.2000) | 0.750 ±0.050 | 0.100 ±0.000 |" in scales_of
+    assert "| 16 experts, dynamic | 0.1000 (0.1000 .. 0.1000) | 0.100 ±0.000 |  |" in scales_of
+    assert not any("bf16 |" in line for line in scales_of[2:])
 
 
 def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():

@@ -18,11 +18,12 @@ from matplotlib.figure import Figure
 from experiments import scales
 from experiments.scales import Scale, experts_on, grid_name, taught_name
 from launch.study import Report, Results, Row, Stage, Study, beside
-from launch.study_tables import Group, by_seed, mean_se, select, with_se
+from launch.study_tables import Group, by_seed, mean_se, minus, select, with_interval, with_se
 from qatmoe.text_table import markdown
 
 FIRST = "from the first step"
 PAIRS = [
+    ("bf16", "bf16"),  # not of equal bytes: what twice the experts are worth in full precision
     ("Q4_0", "Q2_0"),
     ("Q4_0", f"Q2_0 {FIRST}"),
     ("Q4_0", f"ternary {FIRST}"),
@@ -37,6 +38,16 @@ FROM_FIRST_STEP = {  # of models that are on a grid from the first step: the gri
     "Q2_0": ("q2_0", {}),
     "ternary": ("ternary", {}),
 }
+SAME_SIZE = [  # what is compared beside the same number of experts: the first minus the second
+    ("Q4_0", "bf16"),
+    ("Q2_0", "bf16"),
+    ("Q2_0", "Q4_0"),
+    *((f"{kind} {FIRST}", "bf16") for kind in FROM_FIRST_STEP),
+    *((f"{kind} {FIRST}", kind) for kind in ("Q4_0", "Q2_0")),
+    (f"Q4_0 dynamic {FIRST}", "Q4_0"),
+    (f"Q4_0 dynamic {FIRST}", f"Q4_0 {FIRST}"),
+    (f"ternary {FIRST}", f"Q2_0 {FIRST}"),
+]
 COLORS = {"bf16": "black", "Q4_0": "tab:blue", "Q2_0": "tab:red", "ternary": "tab:green"}
 
 
@@ -77,8 +88,21 @@ def pairs_of(s: Scale) -> list[tuple[str, str]]:
     return [*PAIRS, *itertools.product(four, [*two, f"Q2_0 {FIRST}", f"ternary {FIRST}"])]
 
 
+def same_size_of(s: Scale) -> list[tuple[str, ...]]:
+    """What is compared beside the same number of experts: two kinds, or two and from their difference that of two."""
+    found: list[tuple[str, ...]] = [*SAME_SIZE]
+    for grid in ("Q4_0", "Q2_0"):
+        kinds = [f"{grid} {kind}" for kind in s.taught_kinds(grid.lower())]
+        found += [(kind, other) for kind in kinds for other in ("bf16", grid)]
+        found += [(later, kind) for kind, later in itertools.pairwise(kinds)]
+    for kind in filter(s.taught_kinds("q4_0").__contains__, s.taught_kinds("q2_0")):
+        two, four = f"Q2_0 {kind}", f"Q4_0 {kind}"
+        found += [(two, four), (two, "Q2_0", four, "Q4_0")]
+    return found
+
+
 def report(results: Results) -> Report:
-    """For each size: the models by bytes, and each pair seed by seed."""
+    """For each size: the models by bytes, each pair seed by seed, and models of the same size beside each other."""
     tables = {}
     figure = Figure(figsize=(9, 0.8 + 6 * len(results)), layout="constrained")
     for (scale, rows), axes in zip(results.items(), figure.subplots(len(results), squeeze=False)[:, 0], strict=True):
@@ -86,6 +110,8 @@ def report(results: Results) -> Report:
         found = models(s, rows)
         tables[f"{scale}_models"] = models_table(found)
         tables[f"{scale}_pairs"] = pairs_table(s, found)
+        tables[f"{scale}_same_size"] = same_size_table(s, found)
+        tables[f"{scale}_grids"] = grids_table(found)
         draw(axes, found)
         axes.set_title(f"{scale}: loss of models by bytes, {len(s.seeds)} seeds", fontsize=10)
     return Report(tables, figure)
@@ -160,25 +186,50 @@ def models_table(found: dict[tuple[int, str], Group]) -> str:
 
 
 def pairs_table(s: Scale, found: dict[tuple[int, str], Group]) -> str:
-    """Each pair: how much higher the loss of the larger model in fewer bits is, seed by seed."""
-    lines = [["pair", "bytes of the second / first", "loss of the second minus the first", "wins of the second"]]
+    """Each pair: how much higher the loss of the larger model in fewer bits is, and in how many seeds it is lower."""
+    head = ["pair", "bytes, second / first", "loss of the second minus the first (95 % interval)", "second lower in"]
+    lines = [head]
     _, n, middle, large = s.experts
     for small, big in ((n, middle), (middle, large)):
         for first, second in pairs_of(s):
             if not {(small, first), (big, second)} <= found.keys():
                 continue
             a, b = found[small, first], found[big, second]
-            pairs = by_seed(a, b)
-            if not pairs:
-                lines.append([f"{a.label}; {b.label}", "", "no seed has both", ""])
+            label, more = f"{a.label}; {b.label}", minus(b, a)
+            if not more:
+                lines.append([label, "", "no seed has both", ""])
                 continue
-            gains = [y["loss"] - x["loss"] for x, y in pairs]
-            lines.append(
-                [
-                    f"{a.label}; {b.label}",
-                    f"{pairs[0][1]['bytes'] / pairs[0][0]['bytes']:.3f}",
-                    with_se(gains),
-                    f"{sum(g < 0 for g in gains)} of {len(gains)} seeds",
-                ]
-            )
+            ratio = b.rows[0]["bytes"] / a.rows[0]["bytes"]
+            lower = f"{sum(m < 0 for m in more)} of {len(more)} seeds"
+            lines.append([label, f"{ratio:.3f}", with_interval(more), lower])
+    return markdown(lines)
+
+
+def same_size_table(s: Scale, found: dict[tuple[int, str], Group]) -> str:
+    """How much higher one kind's loss is than another's of the same size, a column for each; kinds of no size not."""
+    sizes = s.experts[1:]
+    lines = [["loss (95 % interval)", *(f"{size} experts" for size in sizes)]]
+    for kinds in same_size_of(s):
+        here = [size for size in sizes if all((size, kind) in found for kind in kinds)]
+        if here:
+            of = {size: with_interval(between([found[size, kind] for kind in kinds])) for size in here}
+            label = " minus ".join(kinds[:2]) if len(kinds) == 2 else "({} minus {}) minus ({} minus {})".format(*kinds)
+            lines.append([label, *(of.get(size, "") for size in sizes)])
+    return markdown(lines)
+
+
+def between(groups: Sequence[Group]) -> list[float]:
+    """Loss of the first minus the second, and from that the third's minus the fourth's: for each seed of all."""
+    signs = (1, -1, -1, 1)
+    return [sum(sign * row["loss"] for sign, row in zip(signs, rows, strict=False)) for rows in by_seed(*groups)]
+
+
+def grids_table(found: dict[tuple[int, str], Group]) -> str:
+    """How far a model is from the control of its size, its grid from its weights, its scales from where they began."""
+    lines = [["model", "KLD to bf16 (95 % interval)", "weight error", "change of learned scales"]]
+    for (_, kind), group in found.items():
+        if kind != "bf16" and group.rows:
+            health = [[r["health"].get(key) for r in group.rows] for key in ("weight_error", "scale_drift")]
+            cells = [with_se([v for v in values if v is not None], ".3f") for values in health]
+            lines.append([group.label, with_interval([r["kld"] for r in group.rows], ".4f"), *cells])
     return markdown(lines)
