@@ -14,6 +14,7 @@ from conftest import ROOT
 from matplotlib.figure import Figure
 
 from experiments import scales
+from experiments.fp4_experts.pairs import UNTAUGHT, differences_table, formats_table, goals_table, roundings_table
 from experiments.iso_memory.study import FIRST, grids_table, pairs_table, same_size_table
 from experiments.resilience.laws import CONTROL, FULL_TAUGHT, exponents
 from experiments.resilience.pairs import growth_table, shares_table, taught_table
@@ -276,6 +277,50 @@ def test_models_of_one_size_and_pairs_of_equal_bytes():
     assert "| 16 experts, learned | 0.2000 (0.2000 .. 0.2000) | 0.750 ±0.050 | 0.100 ±0.000 |" in scales_of
     assert "| 16 experts, dynamic | 0.1000 (0.1000 .. 0.1000) | 0.100 ±0.000 |  |" in scales_of
     assert not any("bf16 |" in line for line in scales_of[2:])
+
+
+def test_fp4_is_held_against_what_is_trained_alike_and_the_best_rounding():
+    """A goal is settled where an interval is on one side of it; roundings of longer name or more bits count where
+    they may, GPTQ's too; a teacher's gain is beside the same grid."""
+    taught, twice = "taught", "taught, rate 0.02"
+    of = {
+        "full": {UNTAUGHT: seeds_of("control", 4.0, 4.0), taught: seeds_of("full, taught", 3.9, 3.9),
+                 twice: seeds_of("full, twice", 3.8, 3.9)},
+        "mxfp4": {UNTAUGHT: seeds_of("mxfp4", 4.02, 4.02, kld=0.3, bits_per_weight=4.25),
+                  taught: seeds_of("mxfp4, taught", 3.9, 3.92, bits_per_weight=4.25),
+                  twice: seeds_of("mxfp4, twice", 3.88, 3.92, kld=0.4, bits_per_weight=4.25)},
+        "q4_0": {UNTAUGHT: seeds_of("q4_0", 4.01, 4.01, bits_per_weight=4.5),
+                 taught: seeds_of("q4_0, taught", 3.9, 3.9), twice: Group("q4_0, twice (not run)", [])},
+    }  # fmt: skip
+    lines = goals_table(of).splitlines()
+    assert lines[2] == "| mxfp4 | control | +0.50 (+0.50 .. +0.50) | not met | yes |"
+    assert lines[3].startswith("| mxfp4, taught | full, taught | +0.26 (-3.00 .. +3.51) | met | no, holds 0.3")
+    assert lines[5] == "| q4_0 | control | +0.25 (+0.25 .. +0.25) | met | yes |"
+    assert lines[7] == "| q4_0, twice (not run) | full, twice |  |  |  |"
+    clamped = seeds_of("clamped", 4.0, 4.01)
+    found = differences_table(of, [(clamped, of["mxfp4"][UNTAUGHT])]).splitlines()
+    changed = "-0.0100 (-0.1371 .. +0.1171) | +0.3000 (+0.3000 .. +0.3000)"
+    assert f"| mxfp4, twice | -0.1000 (-0.3541 .. +0.1541) | -0.1200 (-0.3741 .. +0.1341) | {changed} |" in found
+    assert "| mxfp4 | +0.0200 (+0.0200 .. +0.0200) |  |  |  |" in found
+    assert "| full, taught | -0.1000 (-0.1000 .. -0.1000) |  |  |  |" in found
+    assert found[-1].startswith("| clamped | +0.0050 (-0.0585 .. +0.0685) | -0.0150 (")
+    formats = formats_table(of).splitlines()
+    assert formats[0].endswith("| mxfp4 minus q4_0 |") and formats[2] == "| untaught | +0.0100 (+0.0100 .. +0.0100) |"
+    assert formats[4] == f"| {twice} |  |"
+    rounded = [
+        Group(f"PTQ: {name.replace('/', ', ')}", [
+            row("t", f"control/{name}", seed, loss, kld=kld, bits_per_weight=bits) for seed in (0, 1)
+        ])
+        for name, bits, loss, kld in (("mxfp4/search", 4.25, 4.05, 0.2), ("MXFP4/stock", 4.25, 4.04, 0.25),
+                                      ("IQ4_XS/imatrix", 4.25, 4.03, 0.15), ("iq4_nl/gptq", 4.5, 3.99, 0.05))
+    ]  # fmt: skip
+    best = roundings_table(of, rounded).splitlines()
+    none = "+0.1000 (+0.1000 .. +0.1000)"
+    onto = f"MXFP4, stock | -0.0200 (-0.0200 .. -0.0200) | mxfp4, search | {none} |"
+    assert best[2] == f"| mxfp4 | onto mxfp4 | {onto}"
+    assert best[3].startswith("| mxfp4 | in 4.25 bits | IQ4_XS, imatrix | -0.0100 (")
+    gptq = "iq4_nl, gptq | +0.0200 (+0.0200 .. +0.0200) | iq4_nl, gptq | +0.0500 (+0.0500 .. +0.0500)"
+    assert [line for line in best if line.startswith("| q4_0 |")] == [f"| q4_0 | in 4.5 bits | {gptq} |"]
 
 
 def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():

@@ -11,10 +11,16 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 
 from experiments import scales
+from experiments.fp4_experts.pairs import (
+    UNTAUGHT,
+    differences_table,
+    formats_table,
+    goals_table,
+    roundings_table,
+)
 from experiments.scales import FULL, experts_on, grid_name, taught_name
-from launch.study import Report, Results, Study, branches
-from launch.study_tables import Group, by_seed, dots, mean_se, roundings, select, table, with_se
-from qatmoe.text_table import markdown
+from launch.study import Report, Results, Row, Study, branches
+from launch.study_tables import Group, dots, roundings, select, table
 
 PTQ = r"^control/(mxfp4|nvfp4|q4_0|iq4_nl|MXFP4|NVFP4|Q4_0|IQ4_NL|IQ4_XS|Q4_K)/"
 GRIDS = ("mxfp4", "nvfp4", "q4_0")
@@ -37,41 +43,40 @@ def get_study(scale: str, corpus: str) -> Study:
 
 
 def report(results: Results) -> Report:
-    """For each size: QAT and rounding beside the control."""
+    """For each size: QAT and rounding beside the control, and what of it is told apart."""
     tables = {}
     figure = Figure(figsize=(8, 0.8 + 5 * len(results)), layout="constrained")
     for (scale, rows), axes in zip(results.items(), figure.subplots(len(results), squeeze=False)[:, 0], strict=True):
-        trunks = f"{scale}_trunks"
+        trunks, clamped = f"{scale}_trunks", f"{scale}_mxfp4_clamped"
         control = select(rows, "control", trunks, row="control")
+        clamped_control = select(rows, "control, SwiGLU clamped at 10", clamped, row="control")
         rounded = roundings(rows, trunks, PTQ)
-        grids = [select(rows, NAMES[grid], grid_name(trunks, grid)) for grid in GRIDS]
-        taught = {
-            (grid, kind): select(rows, f"{NAMES[grid]}, {kind}", taught_name(trunks, grid), **at)
-            for grid in (FULL, *GRIDS)
-            for kind, at in scales.get(scale).taught_kinds(grid).items()
-        }
-        clamped = f"{scale}_mxfp4_clamped"
+        plain = {grid: select(rows, NAMES[grid], grid_name(trunks, grid)) for grid in GRIDS}
+        taught = {grid: taught_of(scale, rows, grid) for grid in (FULL, *GRIDS)}
         more = [
             select(rows, "mxfp4, learned scales, routed down projection on q8_0", f"{scale}_mxfp4_down"),
             select(rows, "mxfp4, learned scales, SwiGLU clamped at 10", clamped),
         ]
-        controls = [control, select(rows, "control, SwiGLU clamped at 10", clamped, row="control")]
-        tables[f"{scale}_fp4"] = table([*controls, *rounded, *grids, *more, *taught.values()], [], rows)
-        alike = [(g, taught[FULL, kind]) for (grid, kind), g in taught.items() if grid != FULL]
-        tables[f"{scale}_goals"] = goals([*((g, control) for g in grids), *alike])
-        colors = ["tab:blue" if grid == FULL else "tab:purple" for grid, _ in taught]
-        drawn = [*((g, "black") for g in rounded), *((g, "tab:red") for g in (*grids, *more))]
-        dots(axes, [*drawn, *zip(taught.values(), colors, strict=True)], rows)
+        made = [*plain.values(), *more, *(g for kinds in taught.values() for g in kinds.values())]
+        tables[f"{scale}_fp4"] = table([control, clamped_control, *rounded, *made], [], rows)
+        of = {grid: {UNTAUGHT: {FULL: control, **plain}[grid]} | taught[grid] for grid in taught}
+        tables[f"{scale}_goals"] = goals_table(of)
+        others = [*((g, plain["mxfp4"]) for g in more), (clamped_control, control)]
+        tables[f"{scale}_differences"] = differences_table(of, others)
+        tables[f"{scale}_formats"] = formats_table(of)
+        tables[f"{scale}_roundings"] = roundings_table(of, rounded)
+        colors = dict.fromkeys((g.label for g in taught[FULL].values()), "tab:blue")
+        colors |= {g.label: "tab:purple" for grid in GRIDS for g in taught[grid].values()}
+        drawn = [*((g, "black") for g in rounded), *((g, colors.get(g.label, "tab:red")) for g in made)]
+        dots(axes, drawn, rows)
         what = "rounding (black), QAT (red), taught (purple; full precision blue)"
         axes.set_title(f"{scale}: {what}; {len(control.rows)} seeds", fontsize=8)
     return Report(tables, figure)
 
 
-def goals(pairs: Sequence[tuple[Group, Group]]) -> str:
-    """How far the loss of each FP4 QAT is from that of full precision, in percent of it; asked were 0.3."""
-    lines = [["goal: within 0.3 % of full precision's loss", "beside", "found"]]
-    for group, full in pairs:
-        percent = [100 * (qat["loss"] / control["loss"] - 1) for qat, control in by_seed(group, full)]
-        met = " %: met" if mean_se(percent)[0] <= 0.3 else " %: not met"
-        lines.append([group.label, full.label, with_se(percent, ".2f") + met if percent else ""])
-    return markdown(lines)
+def taught_of(scale: str, rows: Sequence[Row], grid: str) -> dict[str, Group]:
+    """{what a recipe with a teacher is called: its branches}."""
+    return {
+        kind: select(rows, f"{NAMES[grid]}, {kind}", taught_name(f"{scale}_trunks", grid), **at)
+        for kind, at in scales.get(scale).taught_kinds(grid).items()
+    }
