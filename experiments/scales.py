@@ -36,6 +36,7 @@ class Scale:
     scale_rates: Sequence[float]  # searched for learned scales, besides the config's
     followed: Points  # the best of both searches and one rate beyond, on every seed, with and without a teacher
     taught: dict[str, Points]  # {grid: what is set in late QAT with a teacher, where studies compare formats}
+    longer: Points  # control and QAT of twice the steps
     k_quants: bool  # rows are whole blocks of the K formats
     tokens: int
     widths: Points = dataclasses.field(default_factory=list)  # the study of width: models of other widths
@@ -181,6 +182,7 @@ SMALL = Scale(
         "q2_0": product(taught_by(":control", 0.5), values(RATE, [0.02])),
         **dict.fromkeys((FULL, "mxfp4", "nvfp4", "q4_0"), product(taught_by(":control", 0.5), [{}, {RATE: 0.02}])),
     },
+    longer=[{f"train.phases.{phase}.{key}": 1100 for phase in ("control", "qat") for key in ("steps", "decay")}],
     k_quants=False,
     tokens=32_768,
     widths=chain(*map(of_width, (64, 128, 192))),
@@ -203,6 +205,7 @@ H100 = Scale(
     scale_rates=(1e-5, 1e-4, 1e-3),
     followed=[],  # not searched yet
     taught={},
+    longer=[],  # of the best recipe
     k_quants=True,
     tokens=65_536,
 )

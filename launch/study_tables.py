@@ -195,7 +195,7 @@ def differences(groups: Sequence[Group], beside: dict[str, Group], rows: Sequenc
     """
     lines = [["loss (95 % interval)", "minus the control's", *beside]]
     for group in groups:
-        cells = ["" if group == other else with_interval(minus(group, other)) for other in beside.values()]
+        cells = ["" if group.rows == other.rows else with_interval(minus(group, other)) for other in beside.values()]
         lines.append([group.label, with_interval(above_control(group, rows)), *cells])
     return markdown(lines)
 

@@ -4,36 +4,49 @@
 
 Recipes branch from whole trunks, shares from earlier steps of the same trunks. Rates are searched at the first seed;
 the best ones, and one beyond, run on all, with and without a teacher. What the teacher does without a grid: the same
-branch in full precision.
+branch in full precision. What is in the way of less: the best recipe with an average of the weights, and for twice as
+long; and how far two controls of one trunk are apart, that of other batches and that of another rate.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments import scales
-from experiments.scales import DISTILL, FULL, RATE, TEACHER, Scale, experts_on, taught_by, taught_name
+from experiments.scales import DISTILL, FULL, QUANTIZE, RATE, TEACHER, Scale, experts_on, taught_by, taught_name
 from launch.algebra import Points, chain, product, values
-from launch.study import Report, Results, Row, Study, branches
+from launch.study import Report, Results, Row, Stage, Study, branches, joined
 from launch.study_tables import (
     Group,
     above_control,
     by_seed,
+    differences,
     dots,
     judged,
     mean_se,
+    minus,
     recovered,
     roundings,
     select,
     table,
+    with_interval,
     with_se,
 )
 from qatmoe.text_table import markdown
 
+EARLIER = Path(__file__).parent / "earlier" / "small.json"  # results of the study on another machine
 PTQ = r"^control/(q2_0|ternary|q2_k|Q2_0|Q2_K|IQ2_XXS|IQ2_XS|IQ2_S)/"
 
 CLIP, SIGNED = "quant.clip_gradient", "quant.signed"
+COLORS = "rounding (black), QAT, other rates (purple), no grid (blue)"
+BEST = "the best recipe"
+LONG = ", twice as long"
+OTHER = "full precision, on other batches"
+OTHER_ORDER = 10  # added to a seed where batches come in another order
 TAUGHT: dict[str, Points] = {
     "no teacher": [{}],
     "half KL to the control": taught_by(":control", 0.5),
@@ -82,10 +95,67 @@ def get_study(scale: str, corpus: str) -> Study:
         branches(trunks, f"{s.name}_scale_rates", s.branch, scale_rates, at=first_seed),
         *([branches(trunks, f"{s.name}_followed", s.branch, followed)] if followed else []),
         *s.with_teacher(trunks, FULL),
+        *in_the_way(s, trunks),
     )
 
 
+def in_the_way(s: Scale, trunks: Stage) -> list[Stage]:
+    """How far full precision ends from itself, on the same text in another order; and what the best recipe's distance
+    may come of, where there is one: noise of its last steps, its rate, and too few steps for it and its control."""
+    of_seed = ({QUANTIZE: False, "train.seed": OTHER_ORDER + seed} for seed in s.seeds)
+    at = ({"train.seed": seed} for seed in s.seeds)
+    other = f"{s.name}_other_batches"
+    found = [joined(*(branches(trunks, other, s.branch, [p], at=a) for p, a in zip(of_seed, at, strict=True)))]
+    if s.longer:
+        (best,) = s.taught["q2_0"]
+        twice = product(s.longer, [best | {TEACHER: "control"}])
+        found += [
+            branches(trunks, f"{s.name}_in_the_way", s.branch, chain(*obstacles(s).values())),
+            branches(trunks, f"{s.name}_longer", s.config, twice, judged="^(control|qat)$|^control/q2_0/search$"),
+        ]
+    return found
+
+
+def obstacles(s: Scale) -> dict[str, Points]:
+    """What is changed of the best recipe to see what its distance comes of, in as many steps."""
+    (best,) = s.taught["q2_0"]
+    return {
+        f"{BEST}, average of the weights": product([best], values("optim.ema", [0.99])),
+        f"full precision, rate {best[RATE]:g}, no teacher": [{QUANTIZE: False, RATE: best[RATE]}],
+    }
+
+
 # ---- Tables and figure -----------------------------------------------------------------------------------------------
+
+
+class Groups(NamedTuple):
+    """What a size's tables are made of."""
+
+    control: Group
+    trunk: Group
+    rounded: list[Group]
+    config: Group  # QAT as the config has it
+    recipes: dict[str, Group]
+    followed: list[Group]
+    in_full: list[Group]  # no grid, taught
+
+
+def groups_of(s: Scale, rows: Sequence[Row]) -> Groups:
+    """The rows of a size by branch."""
+    trunks = f"{s.name}_trunks"
+    taught = (
+        (kind.replace("taught", "full precision, half KL to the control"), at)
+        for kind, at in s.taught_kinds(FULL).items()
+    )
+    return Groups(
+        control=select(rows, "control", trunks, row="control"),
+        trunk=select(rows, "trunk", trunks, row="trunk"),
+        rounded=roundings(rows, trunks, PTQ),
+        config=select(rows, "**q2_0, learned scales** (the config)", trunks),
+        recipes={name: select(rows, name, f"{s.name}_recipes", **p) for name, (p,) in recipes_of(s).items()},
+        followed=followed_of(s, rows),
+        in_full=[select(rows, label, taught_name(trunks, FULL), **at) for label, at in taught],
+    )
 
 
 def report(results: Results) -> Report:
@@ -95,38 +165,56 @@ def report(results: Results) -> Report:
     panels = figure.subplots(len(results), 2, squeeze=False)
     for (scale, rows), (left, right) in zip(results.items(), panels, strict=True):
         s = scales.get(scale)
-        trunks = f"{scale}_trunks"
-        controls = [select(rows, name, trunks, row=name) for name in ("trunk", "control")]
-        rounded = roundings(rows, trunks, PTQ)
-        best = select(rows, "**q2_0, learned scales** (the config)", trunks)
-        made = {name: select(rows, name, f"{scale}_recipes", **p) for name, (p,) in recipes_of(s).items()}
-        ptq = [g for g in rounded if g.rows[0]["bits_per_weight"] <= 2.7]
-        tables[f"{scale}_recipes"] = table([*controls, *rounded, best, *made.values()], ptq, rows)
-        tables[f"{scale}_domains"] = domains_table([controls[1], *rounded, best, *made.values()])
-        tables[f"{scale}_shares"] = shares_table(shares_of(s, rows), rows)
-        tables[f"{scale}_rates"] = table(rates_of(s, rows, best, controls[1]), [], rows)
-        followed = followed_of(s, rows)
-        in_full = [
-            select(
-                rows, kind.replace("taught", "full precision, half KL to the control"), taught_name(trunks, FULL), **at
-            )
-            for kind, at in s.taught_kinds(FULL).items()
-        ]
-        if followed or in_full:
-            tables[f"{scale}_followed"] = table([best, made[HALF], made[ALL], *followed, *in_full], ptq, rows)
-        tables[f"{scale}_goals"] = goals([best, made[HALF], made[ALL], *followed], ptq, rows)
-        drawn = [*((g, "black") for g in rounded), (best, "tab:red"), *((g, "tab:orange") for g in made.values())]
-        drawn += [*((g, "tab:purple") for g in followed), *((g, "tab:blue") for g in in_full)]
-        dots(left, drawn, rows)
-        left.set_xscale("symlog", linthresh=0.1)  # recipes differ by hundredths, roundings by tenths
-        left.set_xlim(left=-0.02)
-        ticks = [0, 0.02, 0.05, 0.1, 0.3, 1]
-        left.set_xticks(ticks, [f"{x:g}" for x in ticks])
-        colors = "rounding (black), QAT, other rates (purple), no grid (blue)"
-        left.set_title(f"{scale}: {colors}; {len(best.rows)} seeds", fontsize=10)
-        draw_shares(right, shares_of(s, rows), rows)
+        found, shares = groups_of(s, rows), shares_of(s, rows)
+        made = tables_of(s, found, shares, rows)
+        if s is scales.SMALL:
+            made |= machines_tables(s, found, rows)
+        tables |= {f"{scale}_{name}": text for name, text in made.items()}
+        draw_recipes(left, found, rows)
+        left.set_title(f"{scale}: {COLORS}; {len(found.config.rows)} seeds", fontsize=10)
+        draw_shares(right, shares, rows)
         right.set_title(f"{scale}: QAT in the last steps of equal training", fontsize=10)
     return Report(tables, figure)
+
+
+def tables_of(
+    s: Scale, found: Groups, shares: Sequence[tuple[float, Group, Group]], rows: Sequence[Row]
+) -> dict[str, str]:
+    """A size's tables by name."""
+    ptq = small_roundings(found)
+    made = found.recipes
+    recipes = [*found.rounded, found.config, *made.values()]
+    beside = {"minus the config's": found.config}
+    way = in_the_way_of(s, rows)
+    beside |= {f"minus {BEST}'s": way[BEST]} if s.longer else {}
+    compared = [found.config, *made.values(), *found.followed, *found.in_full]
+    compared += [group for name, group in way.items() if name != BEST and not name.endswith(LONG)]  # it is among them
+    tables = {
+        "recipes": table([found.trunk, found.control, *recipes], ptq, rows),
+        "domains": domains_table([found.control, *recipes]),
+        "shares": shares_table(shares, rows),
+        "rates": table(rates_of(s, rows, found.config, found.control), [], rows),
+        "differences": differences(compared, beside, rows),
+        "in_the_way": table([found.config, *way.values()], [*ptq, *(g for n, g in way.items() if "PTQ" in n)], rows),
+        "goals": goals_of(found, rows),
+    }
+    if s.followed:
+        followed = [found.config, made[HALF], made[ALL], *found.followed, *found.in_full]
+        tables["followed"] = table(followed, ptq, rows)
+    if s.longer:
+        tables["alike"] = alike_table(found, way[BEST])
+    return tables
+
+
+def draw_recipes(axes: Axes, found: Groups, rows: Sequence[Row]) -> None:
+    """What every branch loses: hundredths for recipes, tenths for roundings."""
+    colored = {"black": found.rounded, "tab:red": [found.config], "tab:orange": found.recipes.values()}
+    colored |= {"tab:purple": found.followed, "tab:blue": found.in_full}
+    dots(axes, [(group, color) for color, groups in colored.items() for group in groups], rows)
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.set_xlim(left=-0.02)
+    ticks = [0, 0.02, 0.05, 0.1, 0.3, 1]
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
 
 
 def domains_table(groups: Sequence[Group]) -> str:
@@ -214,6 +302,85 @@ def followed_of(s: Scale, rows: Sequence[Row]) -> list[Group]:
             chosen = {TEACHER: None, DISTILL: None} | given | point  # None: not set
             groups.append(select(rows, label, f"{s.name}_followed", **chosen))
     return groups
+
+
+def in_the_way_of(s: Scale, rows: Sequence[Row]) -> dict[str, Group]:
+    """The best recipe, and what shows where its distance comes from."""
+    found = {OTHER: select(rows, OTHER, f"{s.name}_other_batches")}
+    if not s.longer:
+        return found
+    unset = dict.fromkeys((TEACHER, DISTILL, QUANTIZE))  # None: not set
+    best = select(rows, BEST, f"{s.name}_followed", **unset | s.taught["q2_0"][0])
+    named = ((name, unset | point) for name, (point,) in obstacles(s).items())
+    longer = (("control", "control"), ("PTQ: q2_0, search", "control/q2_0/search"), (BEST, "qat"))
+    return (
+        {BEST: best}
+        | found
+        | {name: select(rows, name, f"{s.name}_in_the_way", **at) for name, at in named}
+        | {f"{name}{LONG}": select(rows, f"{name}{LONG}", f"{s.name}_longer", row=row) for name, row in longer}
+    )
+
+
+def alike_table(found: Groups, best: Group) -> str:
+    """What 2 bits cost beside full precision that has the same teacher and rate."""
+    lines = [["2 bits (95 % interval)", "minus", "loss", "KLD to the control"]]
+    half, rate = found.in_full
+    for two, full in ((found.recipes[HALF], half), (best, rate)):
+        lines.append([two.label, full.label, *(with_interval(minus(two, full, key)) for key in ("loss", "kld"))])
+    return markdown(lines)
+
+
+def machines_tables(s: Scale, found: Groups, rows: Sequence[Row]) -> dict[str, str]:
+    """What branches lose here and on the machine that the study was run on before, over both, and the goals there."""
+    rows_before = json.loads(EARLIER.read_text())
+    before = groups_of(s, rows_before)
+    here, there = ([g.config, *g.recipes.values(), *g.followed, *g.in_full] for g in (found, before))
+    best = next(i for i, group in enumerate(here) if group.rows == in_the_way_of(s, rows)[BEST].rows)
+    head = ["loss minus the control's", "here", "earlier", "both (95 % interval)"]
+    lines = [[*head, "both, minus the config's", f"both, minus {BEST}'s"]]
+    for now, then in zip(here, there, strict=True):
+        gaps, gaps_before = above_control(now, rows), above_control(then, rows_before)
+        cells = [with_se(gaps), with_se(gaps_before), with_interval([*gaps, *gaps_before])]
+        for i in (0, best):
+            own = now.rows == here[i].rows
+            cells.append("" if own else with_interval([*minus(now, here[i]), *minus(then, there[i])]))
+        lines.append([now.label, *cells])
+    return {
+        "machines": markdown(lines),
+        "goals_earlier": goals_of(before, rows_before),
+        "shares_machines": shares_of_both(s, rows, rows_before),
+    }
+
+
+def shares_of_both(s: Scale, rows: Sequence[Row], rows_before: Sequence[Row]) -> str:
+    """QAT's distance to its own control by share, here and before, and beside that of the last share but one."""
+    shares = [share for share, _, _ in shares_of(s, rows)]
+    gaps = [  # by machine, share and seed
+        [
+            {row["seed"]: gap for row, gap in zip(qat.rows, above_control(qat, own), strict=True)}
+            for _, qat, _ in shares_of(s, own)
+        ]
+        for own in (rows, rows_before)
+    ]
+    head = ["QAT in the last", "loss minus its control's, here", "earlier", "both (95 % interval)"]
+    lines = [[*head, f"both, minus that of {100 * shares[-2]:g} %"]]
+    for i, share in enumerate(shares):
+        here, there = ([*of[i].values()] for of in gaps)
+        beside = [of[i][seed] - of[-2][seed] for of in gaps for seed in of[i].keys() & of[-2].keys()]
+        cells = [with_se(here), with_se(there), with_interval([*here, *there])]
+        lines.append([f"{100 * share:g} %", *cells, "" if i == len(shares) - 2 else with_interval(beside)])
+    return markdown(lines)
+
+
+def goals_of(found: Groups, rows: Sequence[Row]) -> str:
+    """What the recipes reach of what was asked."""
+    recipes = [found.config, found.recipes[HALF], found.recipes[ALL], *found.followed]
+    return goals(recipes, small_roundings(found), rows)
+
+
+def small_roundings(found: Groups) -> list[Group]:
+    """Those in at most 2.7 bits."""
+    return [g for g in found.rounded if g.rows[0]["bits_per_weight"] <= 2.7]
 
 
 def goals(recipes: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) -> str:
