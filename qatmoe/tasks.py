@@ -74,9 +74,10 @@ def evaluate(
       num_fewshot: solved examples before each question; None leaves it to the tasks. Those that fix it at 0 keep that.
 
     Returns:
-      One row per task and metric: task, metric, value, stderr (None: unknown), documents, shots (None: of a group of
-      tasks), influence. The last is the part that each document has in the error of the value, (documents,) f64, so
-      that stderr is the root of the sum of its squares; None for metrics that are no mean or ratio over documents.
+      One row per task and metric: task, metric, value, stderr (None: unknown), documents, shots (None where it is not
+      known, as of a group whose tasks differ), influence. The last is the part that each document has in the error of
+      the value, (documents,) f64, so that stderr is the root of the sum of its squares; None for metrics that are no
+      mean or ratio over documents.
 
     Raises:
       UserError: a data set that cannot be loaded.

@@ -12,10 +12,19 @@ from matplotlib.figure import Figure
 from study_rows import row, runs_of
 
 from experiments import scales
-from experiments.fp4_experts.pairs import UNTAUGHT, differences_table, formats_table, goals_table, roundings_table
+from experiments.fp4_experts.pairs import (
+    UNTAUGHT,
+    differences_table,
+    formats_table,
+    goals_table,
+    machines_table,
+    roundings_table,
+)
 from experiments.iso_memory.study import FIRST, grids_table, pairs_table, same_size_table
+from experiments.late_qat_2bit import study as late
 from experiments.resilience.laws import CONTROL, FULL_TAUGHT, exponents
 from experiments.resilience.pairs import growth_table, shares_table, taught_table
+from experiments.scales import FULL
 from launch import study
 from launch.study_tables import Group
 from qatmoe.errors import UserError
@@ -283,6 +292,36 @@ def test_fp4_is_held_against_what_is_trained_alike_and_the_best_rounding():
     assert best[3].startswith("| mxfp4 | in 4.25 bits | IQ4_XS, imatrix | -0.0100 (")
     gptq = "iq4_nl, gptq | +0.0200 (+0.0200 .. +0.0200) | iq4_nl, gptq | +0.0500 (+0.0500 .. +0.0500)"
     assert [line for line in best if line.startswith("| q4_0 |")] == [f"| q4_0 | in 4.5 bits | {gptq} |"]
+
+
+def test_what_two_machines_say_is_pooled_run_by_run():
+    """Rows of one machine as those of both: its means, differences of the same runs, and intervals of six."""
+    rows = json.loads(late.EARLIER.read_text())
+    s = scales.SMALL
+    tables = late.machines_tables(s, late.groups_of(s, rows), rows)
+    lines = {line.split(" | ")[0].strip("|* "): line for line in tables["machines"].splitlines()}
+    assert (
+        "| 0.0475 ±0.0014 | 0.0475 ±0.0014 | +0.0475 (+0.0453 .. +0.0497) |  | +0.0230 ("
+        in lines["q2_0, learned scales** (the config)"]
+    )
+    best = lines["rate 0.02, half KL to the control"]
+    assert "| 0.0245 ±0.0032 | 0.0245 ±0.0032 | +0.0245 (" in best and "| -0.0230 (" in best
+    assert best.endswith(") |  | 0.0853 ±0.0015 | 0.0853 ±0.0015 |")
+    shares = tables["shares_machines"].splitlines()
+    assert shares[2].startswith("| 5 % | 0.0519 ±0.0047 | 0.0519 ±0.0047 | +0.0519 (") and "| +0.0149 (" in shares[2]
+    assert shares[4].startswith("| 20 % | 0.0370 ±0.0052 | 0.0370") and shares[4].endswith(") |  |")
+
+
+def test_fp4_on_two_machines():
+    def kinds(*losses):
+        control = seeds_of("c", 4.0, 4.0, 4.0)
+        return {FULL: {UNTAUGHT: control}, "mxfp4": {UNTAUGHT: seeds_of("m", *losses)}}
+
+    (line,) = machines_table(kinds(4.01, 4.02, 4.0), kinds(4.02, 4.02, 4.02)).splitlines()[2:]
+    assert line.startswith(
+        "| m | +0.25 (-0.37 .. +0.87) | +0.50 (+0.50 .. +0.50) | +0.37 (+0.16 .. +0.59) | not met | "
+    )
+    assert line.endswith("| no, holds 0.3 |")
 
 
 def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():

@@ -76,6 +76,23 @@ def test_solved_examples_stand_before_a_question(run, offline, tmp_path, monkeyp
         assert choice == same and context.endswith(before) and len(context) > len(before) + 20
 
 
+def test_no_question_is_among_its_own_solved_examples(run, offline, tmp_path, monkeypatch):
+    asked, out, questions = [], tmp_path / "out.json", cloze.questions
+    encode = Model._encode_pair
+    monkeypatch.setattr(Model, "_encode_pair", lambda self, *pair: asked.append(pair) or encode(self, *pair))
+    monkeypatch.setattr(cloze, "questions", lambda text: questions(text)[:4])
+    monkeypatch.setattr(cloze, "chapters", lambda text: [text[1000:1600]])
+    assert tasks.main([f"--run={run}", "--num_fewshot=3", f"--json={out}"]) == 0
+    contexts = {context for context, _ in asked if context}
+    assert len(contexts) == 4
+    own = [q["context"] for q in questions(TEXT)[:4]]
+    for context in contexts:
+        assert sorted(context.count(question) for question in own) == [1] * 4  # three others, and the one that is asked
+        assert sum(context.endswith(question) for question in own) == 1
+    shots = {row["task"]: row["shots"] for row in json.loads(out.read_text())["rows"]}
+    assert shots == {"cloze": 3, "novel": 0}
+
+
 def test_accuracies_are_those_of_the_models_own_log_likelihoods(run, report):
     with Branch(run, rest="F32") as branch:
         cfg = dataclasses.replace(branch.model, scan_layers=False)

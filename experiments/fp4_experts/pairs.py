@@ -20,9 +20,23 @@ def goals_table(of: Kinds) -> str:
     for grid, kinds in of.items():
         for kind, group in kinds.items() if grid != FULL else ():
             full = of[FULL][kind]
-            percent = [100 * (qat["loss"] / own["loss"] - 1) for qat, own in by_seed(group, full)]
-            lines.append([group.label, full.label, *reached(percent)])
+            lines.append([group.label, full.label, *reached(percent_above(group, full))])
     return markdown(lines)
+
+
+def machines_table(here: Kinds, before: Kinds) -> str:
+    """How far the loss of each untaught QAT is from the control's, in percent of it: on two machines, and over both."""
+    lines = [["% of the control's loss (95 % interval)", "here", "earlier", "both", "by the mean", "settled"]]
+    for grid in [grid for grid in here if grid != FULL]:
+        found = [percent_above(of[grid][UNTAUGHT], of[FULL][UNTAUGHT]) for of in (here, before)]
+        both = reached([percent for of_machine in found for percent in of_machine])
+        lines.append([here[grid][UNTAUGHT].label, *(with_interval(percent, "+.2f") for percent in found), *both])
+    return markdown(lines)
+
+
+def percent_above(group: Group, full: Group) -> list[float]:
+    """How much higher a loss is than that of full precision, in percent of it, seed by seed."""
+    return [100 * (qat["loss"] / own["loss"] - 1) for qat, own in by_seed(group, full)]
 
 
 def reached(percent: Sequence[float]) -> list[str]:

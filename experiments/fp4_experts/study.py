@@ -6,22 +6,27 @@ The trunks are those of late_qat_2bit. "Taught": half of the loss is the KL to t
 and beside it stands full precision that is taught alike.
 """
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from experiments import scales
 from experiments.fp4_experts.pairs import (
     UNTAUGHT,
+    Kinds,
     differences_table,
     formats_table,
     goals_table,
+    machines_table,
     roundings_table,
 )
 from experiments.scales import FULL, experts_on, grid_name, taught_name
 from launch.study import Report, Results, Row, Study, branches
 from launch.study_tables import Group, dots, roundings, select, table
 
+EARLIER = Path(__file__).parent / "earlier" / "small.json"  # results of the study on another machine
 PTQ = r"^control/(mxfp4|nvfp4|q4_0|iq4_nl|MXFP4|NVFP4|Q4_0|IQ4_NL|IQ4_XS|Q4_K)/"
 GRIDS = ("mxfp4", "nvfp4", "q4_0")
 NAMES = {FULL: "full precision"} | {grid: f"{grid}, learned scales" for grid in GRIDS}
@@ -61,6 +66,8 @@ def report(results: Results) -> Report:
         tables[f"{scale}_fp4"] = table([control, clamped_control, *rounded, *made], [], rows)
         of = {grid: {UNTAUGHT: {FULL: control, **plain}[grid]} | taught[grid] for grid in taught}
         tables[f"{scale}_goals"] = goals_table(of)
+        if scale == "small":
+            tables["small_machines"] = machines_table(of, untaught_before())
         others = [*((g, plain["mxfp4"]) for g in more), (clamped_control, control)]
         tables[f"{scale}_differences"] = differences_table(of, others)
         tables[f"{scale}_formats"] = formats_table(of)
@@ -72,6 +79,14 @@ def report(results: Results) -> Report:
         what = "rounding (black), QAT (red), taught (purple; full precision blue)"
         axes.set_title(f"{scale}: {what}; {len(control.rows)} seeds", fontsize=8)
     return Report(tables, figure)
+
+
+def untaught_before() -> Kinds:
+    """Full precision and untaught QAT on the machine that the study was run on before."""
+    rows = json.loads(EARLIER.read_text())
+    control = select(rows, "control", "small_trunks", row="control")
+    grids = {grid: {UNTAUGHT: select(rows, NAMES[grid], grid_name("small_trunks", grid))} for grid in GRIDS}
+    return {FULL: {UNTAUGHT: control}} | grids
 
 
 def taught_of(scale: str, rows: Sequence[Row], grid: str) -> dict[str, Group]:

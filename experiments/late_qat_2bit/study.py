@@ -202,7 +202,7 @@ def tables_of(
         followed = [found.config, made[HALF], made[ALL], *found.followed, *found.in_full]
         tables["followed"] = table(followed, ptq, rows)
     if s.longer:
-        tables["alike"] = alike_table(found, way[BEST])
+        tables["alike"] = alike_table(found, way)
     return tables
 
 
@@ -306,7 +306,11 @@ def followed_of(s: Scale, rows: Sequence[Row]) -> list[Group]:
 
 def in_the_way_of(s: Scale, rows: Sequence[Row]) -> dict[str, Group]:
     """The best recipe, and what shows where its distance comes from."""
-    found = {OTHER: select(rows, OTHER, f"{s.name}_other_batches")}
+    other = select(rows, OTHER, f"{s.name}_other_batches")
+    of_seed = [
+        row | {"seed": row["seed"] - OTHER_ORDER} for row in other.rows
+    ]  # as the control's that it stands beside
+    found = {OTHER: Group(other.label, of_seed)}
     if not s.longer:
         return found
     unset = dict.fromkeys((TEACHER, DISTILL, QUANTIZE))  # None: not set
@@ -321,12 +325,14 @@ def in_the_way_of(s: Scale, rows: Sequence[Row]) -> dict[str, Group]:
     )
 
 
-def alike_table(found: Groups, best: Group) -> str:
-    """What 2 bits cost beside full precision that has the same teacher and rate."""
-    lines = [["2 bits (95 % interval)", "minus", "loss", "KLD to the control"]]
+def alike_table(found: Groups, way: dict[str, Group]) -> str:
+    """2 bits beside full precision that has the same teacher and rate, and untaught beside that of other batches."""
+    lines = [["2 bits (95 % interval)", "minus", "loss", "KLD to the control", "same experts, points"]]
     half, rate = found.in_full
-    for two, full in ((found.recipes[HALF], half), (best, rate)):
-        lines.append([two.label, full.label, *(with_interval(minus(two, full, key)) for key in ("loss", "kld"))])
+    for two, full in ((found.recipes[HALF], half), (way[BEST], rate), (found.config, way[OTHER])):
+        cells = [with_interval(minus(two, full, key)) for key in ("loss", "kld")]
+        points = [100 * share for share in minus(two, full, "expert_agreement")]
+        lines.append([two.label, full.label, *cells, with_interval(points, "+.1f")])
     return markdown(lines)
 
 
@@ -335,19 +341,21 @@ def machines_tables(s: Scale, found: Groups, rows: Sequence[Row]) -> dict[str, s
     rows_before = json.loads(EARLIER.read_text())
     before = groups_of(s, rows_before)
     here, there = ([g.config, *g.recipes.values(), *g.followed, *g.in_full] for g in (found, before))
-    best = next(i for i, group in enumerate(here) if group.rows == in_the_way_of(s, rows)[BEST].rows)
-    head = ["loss minus the control's", "here", "earlier", "both (95 % interval)"]
-    lines = [[*head, "both, minus the config's", f"both, minus {BEST}'s"]]
+    labels = [group.label.partition(" (")[0] for group in here]
+    best = labels.index(f"rate {s.taught['q2_0'][0][RATE]:g}, half KL to the control")
+    head = ["loss minus the control's", "here", "earlier", "both (95 % interval)", "both, minus the config's"]
+    lines = [[*head, f"both, minus {BEST}'s", "KLD here", "KLD earlier"]]
     for now, then in zip(here, there, strict=True):
         gaps, gaps_before = above_control(now, rows), above_control(then, rows_before)
         cells = [with_se(gaps), with_se(gaps_before), with_interval([*gaps, *gaps_before])]
         for i in (0, best):
-            own = now.rows == here[i].rows
-            cells.append("" if own else with_interval([*minus(now, here[i]), *minus(then, there[i])]))
-        lines.append([now.label, *cells])
+            both = [*minus(now, here[i]), *minus(then, there[i])]
+            cells.append("" if now is here[i] else with_interval(both))
+        lines.append([now.label, *cells, *(with_se([r["kld"] for r in group.rows]) for group in (now, then))])
     return {
         "machines": markdown(lines),
         "goals_earlier": goals_of(before, rows_before),
+        "rates_earlier": table(rates_of(s, rows_before, before.config, before.control), [], rows_before),
         "shares_machines": shares_of_both(s, rows, rows_before),
     }
 

@@ -47,6 +47,7 @@ def write(folder: Path) -> None:
     novel = [{"text": chapter} for chapter in chapters(text)]
     _write(folder, "cloze", questions(text), {
         "output_type": "multiple_choice",
+        "fewshot_split": "test",  # named, so that a question is not among its own solved examples
         "doc_to_text": "{{context}}",
         "doc_to_choice": "choices",
         "doc_to_target": "label",
@@ -54,6 +55,7 @@ def write(folder: Path) -> None:
     })  # fmt: skip
     _write(folder, "novel", novel, {
         "output_type": "loglikelihood_rolling",
+        "num_fewshot": 0,
         "doc_to_text": "",
         "doc_to_target": "{{text}}",
         "metric_list": [
