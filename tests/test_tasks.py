@@ -162,8 +162,10 @@ def test_metrics_that_are_no_mean_keep_the_harness_own_error():
         },
         "samples": {"t": [{"filter": "strict", "f1": (1, 0)}, {"filter": "strict", "f1": (0, 1)}]},
         "n-samples": {"t": {"effective": 7}},
+        "n-shot": {"t": 5},
     }
     strict, exact = tasks._rows("t", found)
+    assert (strict["shots"], exact["shots"]) == (5, 5)
     assert (strict["metric"], strict["stderr"], strict["documents"], strict["influence"]) == (
         "f1 (strict)",
         0.1,
