@@ -188,7 +188,8 @@ def tables_of(
     way = in_the_way_of(s, rows)
     beside |= {f"minus {BEST}'s": way[BEST]} if s.longer else {}
     compared = [found.config, *made.values(), *found.followed, *found.in_full]
-    compared += [group for name, group in way.items() if name != BEST and not name.endswith(LONG)]  # it is among them
+    # The best recipe is among those that followed; what is twice as long has another control.
+    compared += [group for name, group in way.items() if name != BEST and not name.endswith(LONG)]
     tables = {
         "recipes": table([found.trunk, found.control, *recipes], ptq, rows),
         "domains": domains_table([found.control, *recipes]),
