@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,6 +144,11 @@ def with_interval(values: Sequence[float], form: str = "+.4f", unit: str = "") -
 def minus(group: Group, other: Group, key: str = "loss") -> list[float]:
     """How much higher a figure of the first is, for each seed that both have."""
     return [row[key] - of_other[key] for row, of_other in by_seed(group, other)]
+
+
+def compared(first: Group, second: Group, rows: Sequence[Row], how: Callable[[float, float], float]) -> list[float]:
+    """`how` of what the two lose against their controls, for each seed that both have."""
+    return [how(*(above_control(Group("", [row]), rows)[0] for row in pair)) for pair in by_seed(first, second)]
 
 
 def table(groups: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) -> str:

@@ -9,6 +9,7 @@ long; and how far two controls of one trunk are apart, that of other batches and
 """
 
 import json
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from launch.study_tables import (
     Group,
     above_control,
     by_seed,
+    compared,
     differences,
     dots,
     judged,
@@ -181,21 +183,21 @@ def tables_of(
     s: Scale, found: Groups, shares: Sequence[tuple[float, Group, Group]], rows: Sequence[Row]
 ) -> dict[str, str]:
     """A size's tables by name."""
-    ptq = small_roundings(found)
+    ptq = tight_roundings(found)
     made = found.recipes
     recipes = [*found.rounded, found.config, *made.values()]
     beside = {"minus the config's": found.config}
     way = in_the_way_of(s, rows)
     beside |= {f"minus {BEST}'s": way[BEST]} if s.longer else {}
-    compared = [found.config, *made.values(), *found.followed, *found.in_full]
+    branched = [found.config, *made.values(), *found.followed, *found.in_full]
     # The best recipe is among those that followed; what is twice as long has another control.
-    compared += [group for name, group in way.items() if name != BEST and not name.endswith(LONG)]
+    branched += [group for name, group in way.items() if name != BEST and not name.endswith(LONG)]
     tables = {
         "recipes": table([found.trunk, found.control, *recipes], ptq, rows),
         "domains": domains_table([found.control, *recipes]),
         "shares": shares_table(shares, rows),
         "rates": table(rates_of(s, rows, found.config, found.control), [], rows),
-        "differences": differences(compared, beside, rows),
+        "differences": differences(branched, beside, rows),
         "in_the_way": table([found.config, *way.values()], [*ptq, *(g for n, g in way.items() if "PTQ" in n)], rows),
         "goals": goals_of(found, rows),
     }
@@ -363,31 +365,25 @@ def machines_tables(s: Scale, found: Groups, rows: Sequence[Row]) -> dict[str, s
 
 def shares_of_both(s: Scale, rows: Sequence[Row], rows_before: Sequence[Row]) -> str:
     """QAT's distance to its own control by share, here and before, and beside that of the last share but one."""
+    here, there = ([qat for _, qat, _ in shares_of(s, own)] for own in (rows, rows_before))
     shares = [share for share, _, _ in shares_of(s, rows)]
-    gaps = [  # by machine, share and seed
-        [
-            {row["seed"]: gap for row, gap in zip(qat.rows, above_control(qat, own), strict=True)}
-            for _, qat, _ in shares_of(s, own)
-        ]
-        for own in (rows, rows_before)
-    ]
     head = ["QAT in the last", "loss minus its control's, here", "earlier", "both (95 % interval)"]
     lines = [[*head, f"both, minus that of {100 * shares[-2]:g} %"]]
-    for i, share in enumerate(shares):
-        here, there = ([*of[i].values()] for of in gaps)
-        beside = [of[i][seed] - of[-2][seed] for of in gaps for seed in of[i].keys() & of[-2].keys()]
-        cells = [with_se(here), with_se(there), with_interval([*here, *there])]
-        lines.append([f"{100 * share:g} %", *cells, "" if i == len(shares) - 2 else with_interval(beside)])
+    for share, now, then in zip(shares, here, there, strict=True):
+        gaps, gaps_before = above_control(now, rows), above_control(then, rows_before)
+        beside = compared(now, here[-2], rows, operator.sub) + compared(then, there[-2], rows_before, operator.sub)
+        cells = [with_se(gaps), with_se(gaps_before), with_interval([*gaps, *gaps_before])]
+        lines.append([f"{100 * share:g} %", *cells, "" if now is here[-2] else with_interval(beside)])
     return markdown(lines)
 
 
 def goals_of(found: Groups, rows: Sequence[Row]) -> str:
     """What the recipes reach of what was asked."""
     recipes = [found.config, found.recipes[HALF], found.recipes[ALL], *found.followed]
-    return goals(recipes, small_roundings(found), rows)
+    return goals(recipes, tight_roundings(found), rows)
 
 
-def small_roundings(found: Groups) -> list[Group]:
+def tight_roundings(found: Groups) -> list[Group]:
     """Those in at most 2.7 bits."""
     return [g for g in found.rounded if g.rows[0]["bits_per_weight"] <= 2.7]
 

@@ -1,11 +1,11 @@
 """Gaps of the same seeds held against each other: differences and shares between them, with Student's intervals."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from experiments.resilience.laws import CONTROL, FULL_TAUGHT, Found, gaps_of
 from launch.study import Row
-from launch.study_tables import Group, above_control, by_seed, with_interval
+from launch.study_tables import Group, above_control, compared, with_interval
 from qatmoe.text_table import markdown
 
 ALIKE_GROWTH = (0.8, 1.25)  # text grows as the parameters do: the one factor over the other is within these
@@ -46,8 +46,3 @@ def taught_table(taught: Found, untaught: Sequence[Group], rows: Sequence[Row]) 
         found = [compared(t, u, rows, lambda a, b: a - b) for t, u in zip(groups, untaught, strict=True)]
         lines.append([f"{name}, minus the gap without a teacher", *(with_interval(v) for v in found)])
     return markdown(lines)
-
-
-def compared(first: Group, second: Group, rows: Sequence[Row], how: Callable[[float, float], float]) -> list[float]:
-    """`how` of the two gaps of each seed that both have."""
-    return [how(*(above_control(Group("", [row]), rows)[0] for row in pair)) for pair in by_seed(first, second)]
