@@ -148,30 +148,29 @@ def joined(*stages: Stage) -> Stage:
 
 
 def train(study: Study, options: argparse.Namespace, only: str = "", partial: bool = False) -> int:
-    """Trains what is not finished: first what starts from random weights, then what starts from that.
+    """Trains what is not finished: first what needs no other run, then what starts or learns from that, ...
 
-    On this machine the runs of either kind stand in one queue. Another backend is given sweep after sweep, and what
+    On this machine the runs of each round stand in one queue. Another backend is given sweep after sweep, and what
     starts from runs that are not finished yet is left for the next time.
 
     Args:
       options: of launch.sweep.
       only: a regular expression that is found in the folders of the runs that are wanted; another backend takes "".
-      partial: where runs from random weights fail, what starts from the others is trained all the same.
+      partial: where runs fail, what starts from the others is trained all the same.
 
     Returns:
       The exit code: 0 all done, 1 some runs failed or are not finished, 130 or 143 stopped by SIGINT or SIGTERM.
     """
-    first = [stage for stage in study.stages if not any("init_from" in point for point in stage.sweep.points)]
-    later = [stage for stage in study.stages if stage not in first]
+    rounds = _rounds(study.stages)
     if options.dry_run:
-        for stage in (*first, *later):
+        for stage in itertools.chain(*rounds):
             print(f"{stage.sweep.name}\n{sweep.describe(_runs(stage, only))}")
         runs = [run for stage in study.stages for run in _runs(stage, only)]
         print(f"{len(runs)} runs, {sum(map(_tokens, runs)):,} tokens")
         return 0
     worst = 0
     own = {run.folder for stage in study.stages for run in _runs(stage)}
-    for stages in (first, later):
+    for stages in rounds:
         code = _train_stages(stages, options, only, own)
         unfinished = [run for stage in stages for run in _runs(stage, only) if not points.finished(run.folder)]
         if code or unfinished:
@@ -205,14 +204,39 @@ def _train_stages(stages: Sequence[Stage], options: argparse.Namespace, only: st
     return sweep.run_locally(todo, places, restarts) if todo else 0
 
 
+def _rounds(stages: Sequence[Stage]) -> list[list[Stage]]:
+    """Stages in the order of training: those of a round start and learn from runs of earlier rounds alone.
+
+    Raises:
+      UserError: stages wait for each other, or one for itself.
+    """
+    folders = [{run.folder for run in _runs(stage)} for stage in stages]
+    needed = [set().union(*(_needed(run) for run in _runs(stage))) for stage in stages]
+    found: list[list[Stage]] = []
+    left = list(range(len(stages)))
+    while left:
+        ahead = set().union(*(folders[i] for i in left))
+        now = [i for i in left if not needed[i] & ahead]
+        if not now:
+            names = ", ".join(stages[i].sweep.name for i in left)
+            raise UserError(f"{names}: each waits for runs of these; give a stage of its own to what others start from")
+        found.append([stages[i] for i in now])
+        left = [i for i in left if i not in now]
+    return found
+
+
+def _needed(run: Run) -> set[Path]:
+    """The folders of the runs that it starts and learns from."""
+    teachers = [phase.teacher.rpartition(":")[0] for phase in run.config.train.phases.values()]
+    return {Path(folder) for folder in (source_of(run.config)[0], *teachers) if folder}
+
+
 def _can_start(run: Run, own: set[Path]) -> bool:
     """Whether the runs that it starts and learns from are finished, those of the study's own, whose folders are given.
 
     What is not, such as an imported model, is there or is refused when the run is started.
     """
-    teachers = [phase.teacher.rpartition(":")[0] for phase in run.config.train.phases.values()]
-    needed = {Path(folder) for folder in (source_of(run.config)[0], *teachers) if folder}
-    return all(points.finished(folder) for folder in needed & own)
+    return all(points.finished(folder) for folder in _needed(run) & own)
 
 
 def _runs(stage: Stage, only: str = "") -> list[Run]:

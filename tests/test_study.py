@@ -89,8 +89,19 @@ def test_what_starts_from_others_waits_for_them(trunks, tmp_path, monkeypatch, c
     elsewhere = Sweep("d", BRANCH, [{"init_from": "an/import", "train.seed": 0}])  # not the study's to wait for
     started[:] = []
     assert study.train(Study([trunks, Stage(elsewhere)]), options) == 0
-    assert started[-1][0] == ["d"]
+    assert started[-1][0] == ["trunks"] * 2 + ["d"]
     teacher = {"train.phases.qat.distill": 0.5, "train.phases.qat.teacher": f"{runs_of(trunks)[0].folder}:control"}
+    taught_by_b = teacher | {"train.phases.qat.teacher": f"{runs_of(some[0])[0].folder}:qat"}
+    finished.clear()
+    started[:] = []
+    third = Stage(Sweep("f", BRANCH, [elsewhere.points[0] | taught_by_b]))
+    assert study.train(Study([third, *asked.stages]), options) == 0
+    assert [names for names, *_ in started] == [["trunks"] * 2, ["b"] * 2 + ["c"] * 2, ["f"]]
+    own = runs_of(third)[0].folder
+    own.mkdir(parents=True)  # so that it keeps its name
+    third.sweep.points.append({"init_from": str(own)})
+    with pytest.raises(UserError, match="^f: each waits for runs of these"):
+        study.train(Study([third, *asked.stages]), options)
     taught = Sweep("e", BRANCH, [elsewhere.points[0], elsewhere.points[0] | teacher])
     for known in (False, True):
         monkeypatch.setattr(points, "finished", lambda folder, known=known: known and folder.parent.name == "trunks")
