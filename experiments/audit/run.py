@@ -50,7 +50,9 @@ def make(runs: Path) -> None:
     run("qatmoe.tasks", f"--run={main}", "--branch", *BRANCHES)
     for name in ("audit.json", "audit.png", "tasks.json"):
         shutil.copy(main / name, HERE / name)
-    (HERE / "cost.json").write_text(json.dumps({"seconds": seconds, "cores": os.cpu_count()}) + "\n")
+    cached = "JAX_COMPILATION_CACHE_DIR" in os.environ
+    cost = {"seconds": seconds, "cores": os.cpu_count(), "compilation_cache": cached}
+    (HERE / "cost.json").write_text(json.dumps(cost) + "\n")
     run("qatmoe.train", CONFIG, f"--workdir={cache}", *(f"--config.{key}={value}" for key, value in CACHED.items()))
     run("qatmoe.evaluate", f"--run={cache}", "--rows=^(control|qat)$|/kv/")
     for name in ("audit.json", "audit.png"):
@@ -84,6 +86,7 @@ def write() -> None:
     """Writes the tables of the main README and of docs/audit.md."""
     rows, cost = json.loads((HERE / "audit.json").read_text()), json.loads((HERE / "cost.json").read_text())
     minutes = f"{cost['seconds'] / 60:.1f} minutes on {cost['cores']} cores"
+    minutes += ", with a compilation cache" if cost["compilation_cache"] else ""
     spent = f"{len(rows)} rows of {rows[0]['tokens']:,} tokens in {minutes}."
     fill_tables(ROOT / "README.md", {"audit": f"{markdown(rows, chosen(rows))}\n\n{spent}"})
     fill_tables(ROOT / "docs" / "audit.md", {
