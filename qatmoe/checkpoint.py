@@ -421,7 +421,8 @@ class Checkpoints:
         for name in names:
             dtype, shape = meta["tensors"][name]
             folder = self.path(meta["step"]) / meta.get("parts", {}).get(name, "state")
-            kvstore = {"driver": "ocdbt", "base": f"file://{folder}", "path": name}
+            base = {"driver": "file", "path": f"{folder}/"}  # not an address, in which "%", "#" and "?" mean more
+            kvstore = {"driver": "ocdbt", "base": base, "path": name}
             source = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, open=True, context=_MAPPED).result()
             out = _empty(tuple(shape), jnp.dtype(dtype))
             ts.array(out, copy=False, write=True).write(source).result()

@@ -10,6 +10,7 @@ Formats:
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -85,7 +86,7 @@ def _check(args: argparse.Namespace) -> None:
     check_local(args.out, "--out")
     if args.context < 0:
         raise UserError(f"--context {args.context}: must be a number of tokens, or 0 for that of training")
-    if args.format == "gguf" and Path(args.out).is_dir():
+    if args.format == "gguf" and os.path.isdir(args.out):
         raise UserError(f"--out {args.out}: is a folder, and gguf is one file: name the file")
     if args.verify_tokens < 0:
         raise UserError(f"--verify_tokens {args.verify_tokens}: must be a number of tokens, or 0 for none")

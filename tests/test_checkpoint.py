@@ -147,6 +147,19 @@ def test_arrays_read_without_orbax_are_those_it_restores(saved):
         np.testing.assert_array_equal(np.asarray(array), np.asarray(restored[name]))
 
 
+def test_a_folders_name_is_taken_as_it_is(saved, tmp_path):
+    """Also where it would mean another folder in an address, which is there too."""
+    shutil.copytree(saved, tmp_path / "50 x")
+    for file in (tmp_path / "50 x").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    for name in ("50%20x", "a#b", "a?b|c%"):
+        shutil.copytree(saved, tmp_path / name)
+        with Checkpoints(tmp_path / name, "trunk") as checkpoints:
+            read = checkpoints.read(checkpoints.meta(2), ["params/model/embed"])["params/model/embed"]
+        np.testing.assert_array_equal(np.asarray(read), np.asarray(make_state(2).params["model"]["embed"]))
+
+
 def test_arrays_that_were_read_outlive_their_files(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     with Checkpoints(tmp_path / "run", "trunk") as checkpoints:

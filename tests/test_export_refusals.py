@@ -22,7 +22,10 @@ def run(tiny_run):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--run=/no/such/run"], "--run /no/such/run: no qatmoe run there"),
+        (["--run=/no/such/run"], "--run /no/such/run: no qatmoe run there (config.json: No such file or directory)"),
+        (["--run=/dev/null/x"], "--run /dev/null/x: no qatmoe run there (config.json: Not a directory)"),
+        ([f"--run=/{'r' * 300}"], "no qatmoe run there (config.json: File name too long)"),
+        ([f"--out=/tmp/{'r' * 300}"], "File name too long"),
         (["--branch=nope"], "--branch 'nope'"),
         (["--branch=../qat"], "--branch '../qat'"),
         (["--step=99"], "no such checkpoint; steps of phase 'qat' there: 1, 2"),

@@ -388,8 +388,8 @@ def read_config(workdir: Path) -> Config:
     """The configuration of a run. Raises UserError where there is none, or one that cannot be used."""
     try:
         return resolve(json.loads((workdir / "config.json").read_text()))
-    except FileNotFoundError as e:
-        raise UserError(f"--run {workdir}: no qatmoe run there (it has no config.json)") from e
+    except OSError as e:
+        raise UserError(f"--run {workdir}: no qatmoe run there (config.json: {e.strerror})") from e
     except ValueError as e:
         raise UserError(f"{workdir}/config.json cannot be used: {e}") from e
 
