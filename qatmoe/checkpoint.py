@@ -109,7 +109,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Saved steps, ascending. Each was written completely; whether it still is so is for `restore` to find out."""
-        if not self.directory.is_dir():
+        if not os.path.isdir(self.directory):
             return []
         return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir())
 

@@ -224,6 +224,7 @@ CHOICES = {
 
 _INF = float("inf")
 _TINY = 1e-300  # more than 0
+_F32 = 3.4e38  # more is inf in float32
 _SIZES = ("vocab_size", "dim", "n_layers", "dense_dim", "n_heads", "n_kv_heads", "head_dim", "n_experts", "top_k")
 _WEIGHTS = ("mtp_weight", "balance_weight", "bias_rate", "z_weight")
 RANGES: dict[str, tuple[float, float]] = {
@@ -233,7 +234,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "data.seq_len": (1, _INF),
     "data.prefetch": (0, _INF),
     "data.valid_fraction": (_TINY, 0.9),
-    **{f"optim.{name}": (_TINY, _INF) for name in ("lr", "scale_lr")},
+    "model.rotary_fraction": (_TINY, 1),
+    "model.routed_scale": (0, _F32),
+    **{f"optim.{name}": (_TINY, _F32) for name in ("lr", "scale_lr")},
     "optim.eps": (1.2e-38, _INF),  # in float32 less is 0
     **{f"optim.{name}": (0, _INF) for name in ("weight_decay", "clip")},
     "optim.final_lr": (0, 1),
@@ -247,6 +250,8 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def _range(low: float, high: float) -> str:
+    if low == _TINY and high < _INF:
+        return f"more than 0 and at most {high:g}"
     if high < _INF:
         return f"from {low:.10g} to {high:.10g}"
     return "more than 0" if low == _TINY else f"at least {low:g}"
@@ -327,6 +332,13 @@ def default(key: str) -> Any:
     return _defaults().get(key)
 
 
+def _float(value: int | float, path: str) -> float:
+    try:
+        return float(value)
+    except OverflowError as e:
+        raise UserError(f"{path}: a number of {len(str(value))} digits is more than any float") from e
+
+
 @functools.cache
 def _defaults() -> dict[str, Any]:
     return leaves(json.loads(json.dumps(dataclasses.asdict(Config()))))
@@ -382,13 +394,15 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         item = typing.get_args(hint)[1]
         if not isinstance(value, Mapping | ml_collections.ConfigDict):
             raise UserError(f"{path}={value!r}: expected named groups of keys")
+        if nameless := [name for name in value if not isinstance(name, str)]:
+            raise UserError(f"{path}: {nameless[0]!r} is no name; give a string")
         return {name: _convert(item, value[name], f"{path}.{name}") for name in value}
     if origin is tuple:
         if not isinstance(value, list | tuple) or not all(isinstance(v, int | float) for v in value):
             raise UserError(f"{path}={value!r}: expected numbers in parentheses")
-        return tuple(float(v) for v in value)
+        return tuple(_float(v, path) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return _float(value, path)
     if isinstance(hint, types.UnionType) or type(value) is not hint:
         raise UserError(f"{path}={value!r}: expected {getattr(hint, '__name__', hint)}, got {type(value).__name__}")
     return value
@@ -412,7 +426,7 @@ def _check_model(m: ModelConfig) -> None:
     rotary = m.head_dim * m.rotary_fraction
     near = math.isclose(rotary, m.rotary_dim, rel_tol=1e-9)  # 0.55 * 40 is 22.000000000000004
     _require(
-        0 < m.rotary_fraction <= 1 and near and m.rotary_dim % 2 == 0,
+        near and m.rotary_dim % 2 == 0,
         f"config.model.rotary_fraction={m.rotary_fraction} of head_dim={m.head_dim} gives {rotary:g} rotated dims; "
         "it must be an even number",
     )
@@ -441,7 +455,7 @@ def _check_training(cfg: Config) -> None:
             min(p.warmup, p.decay) >= 0 and p.warmup + p.decay <= p.steps,
             f"{where}: warmup={p.warmup} + decay={p.decay} must fit in steps={p.steps}",
         )
-        _require(p.lr >= 0, f"{where}.lr={p.lr}: must not be negative (0 takes optim.lr)")
+        _require(0 <= p.lr <= _F32, f"{where}.lr={p.lr}: must be {_range(_TINY, _F32)}, or 0, which takes optim.lr")
         _require(
             not p.decay or cfg.optim.schedule == "wsd",
             f"{where}.decay={p.decay} belongs to optim.schedule='wsd'; cosine falls over the whole phase: set it to 0",

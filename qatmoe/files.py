@@ -120,12 +120,20 @@ def check_place(path: str | Path, option: str) -> None:
     """Raises UserError where no file can be written to the `path` that an option gives; before anything is computed."""
     path = Path(path)
     check_free(path, force=True)
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UserError(f"{option} {path}: there is no such folder to write into")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{option} {path}: is a folder; give a file")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{option} {path}: its folder cannot be written into; choose another")
+
+
+def expanded(path: str, option: str) -> Path:
+    """A path whose "~" or "~user" is that home directory. Raises UserError where it is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as e:
+        raise UserError(f"{option}={path!r}: no such home directory is known; give a path without '~'") from e
 
 
 def check_local(path: str, option: str) -> None:

@@ -128,7 +128,7 @@ class Model(TemplateLM):
 
     def _continue(self, seed: int, context: str, options: dict[str, Any]) -> str:
         until = options.get("until") or []
-        stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         wanted = next((options[k] for k in _LENGTHS if options.get(k)), MAX_NEW_TOKENS)
         new = min(int(wanted), self.max_length - self.max_length // 2)
         prompt = (self.tok_encode(context) or [self.eot_token_id])[-(self.max_length - new) :]

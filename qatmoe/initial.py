@@ -5,7 +5,7 @@ model's, weights alone.
 """
 
 import functools
-from pathlib import Path
+import os
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ def import_source(cfg: Config) -> tuple[str, str, int]:
     where = f"config.init_from={cfg.init_from!r}"
     folder, phase, step = source_of(cfg)
     phase = phase or next(iter(cfg.train.phases))
-    if step and not step.isdigit():
+    if step and not step.isdecimal():
         raise UserError(f"{where}: what follows '@' must be a step number")
     with Checkpoints(folder, phase) as checkpoints:
         known = checkpoints.steps()
@@ -57,7 +57,7 @@ def source_of(cfg: Config) -> tuple[str, str, str]:
 def _split(text: str, mark: str) -> tuple[str, str]:
     """What is before and after the last mark; all of it before, where it is a folder's name or has no mark."""
     before, found, after = text.rpartition(mark)
-    return (before, after) if found and not Path(text).is_dir() else (text, "")
+    return (before, after) if found and not os.path.isdir(text) else (text, "")
 
 
 def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:

@@ -200,7 +200,7 @@ def curves(workdir: str | Path, path: str | Path) -> None:
     ptq = [(r["phase"], r["loss"]) for r in records if r["phase"].startswith("ptq:") and r["split"] == "final"]
 
     figure = Figure(figsize=(13, 9), layout="constrained")
-    figure.suptitle(str(config.get("name", workdir.name)))
+    figure.suptitle(str(config.get("name", workdir.name)), parse_math=False)  # a name is not TeX
     (whole, close), (quantizer, experts) = figure.subplots(2, 2)
     for phase in phases:
         x, y = _series(records, phase, ("train",), "ce")

@@ -24,6 +24,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,7 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
         next(valid_batches(cfg, mesh, data, limit=1))
     distributed.require_same("data", data.hash)
     stop.check("before anything was trained")
-    new = distributed.from_first(not (workdir / "checkpoints").exists())
+    new = distributed.from_first(not os.path.exists(workdir / "checkpoints"))
     with distributed.together():
         if cfg.init_from and new:
             check_import(cfg, mesh, plan, data)

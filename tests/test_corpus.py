@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 import sys
 import types
 
@@ -61,6 +62,38 @@ def test_order_is_by_path_and_directories_are_recursive(tmp_path):
     assert texts(tmp_path) == expected
     assert texts(f"{tmp_path}/**/*.txt") == [t for t in expected]
     assert texts(f"{tmp_path}/a/*.txt") == expected[:2]
+
+
+def test_a_folder_hides_no_text(tmp_path):
+    """Linked folders are read, each once; what cannot be read is an error, not a shorter text."""
+    (tmp_path / "shard" / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "shard" / "b.txt").write_text("linked")
+    (tmp_path / "shard" / ".ipynb_checkpoints" / "b.txt").write_text("an editor's copy")
+    source = tmp_path / "texts"
+    source.mkdir()
+    (source / "a.txt").write_text("own")
+    for name in ("linked", "linked_again"):
+        (source / name).symlink_to(tmp_path / "shard")
+    (source / "round").symlink_to(source)
+    assert texts(source) == ["own", "linked"]
+    (source / "gone.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"cannot read '.*gone.txt': No such file"):
+        texts(source)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "private").mkdir()
+    real = os.scandir
+
+    def scandir(place):
+        if str(place).endswith("private"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return real(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)  # root may read everything
+    with pytest.raises(UserError, match="data.source: cannot read '.*private': Permission denied"):
+        texts(tmp_path)
 
 
 def test_documents_are_named(tmp_path):
@@ -137,6 +170,12 @@ def test_hugging_face_errors(monkeypatch):
 def test_missing_paths(tmp_path):
     with pytest.raises(UserError, match="data.valid='/no/such/place': no such file"):
         texts("/no/such/place", field="data.valid")
+    with pytest.raises(UserError, match=f"data.source='/{'n' * 300}': File name too long"):
+        texts(f"/{'n' * 300}")
+    with pytest.raises(UserError, match="data.source='~nobody_here/x': no such home directory is known"):
+        texts("~nobody_here/x")
+    with pytest.raises(UserError, match="data.source='/dev/null': neither a file nor a directory"):
+        texts("/dev/null")
     with pytest.raises(UserError, match="matches no file"):
         texts(f"{tmp_path}/*.txt")
     with pytest.raises(UserError, match="has no .txt"):
@@ -183,6 +222,17 @@ def test_bad_jsonl_lines_are_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(UserError, match=rf"a\.jsonl:2: {message}|a\.jsonl:2: .*{message}"):
         texts(tmp_path)
+
+
+def test_zst_of_a_long_window(tmp_path):
+    """As `zstd --long=28` makes it; zstandard alone takes 27."""
+    text = "a long window\n" * 1000
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=28, write_content_size=False)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.txt.zst").write_bytes(compressor.compress(text.encode()) + compressor.flush())
+    with pytest.raises(zstandard.ZstdError, match="too much memory"):
+        zstandard.ZstdDecompressor().decompressobj().decompress((tmp_path / "a.txt.zst").read_bytes())
+    assert texts(tmp_path / "a.txt.zst") == [text]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
@@ -274,6 +324,10 @@ def test_few_documents_give_up_the_tail_of_the_longest(tmp_path):
     assert len(valid) == 1 and long.endswith(valid[0])
     assert [t for t in train if t.startswith("short")] == ["short one", "short two"]
     assert not any(valid[0] in t for t in train), "a copy of the cut document must lose its tail too"
+    (tmp_path / "e.txt").write_text(long + "\n" * 50)  # a share of its own length would be cut off elsewhere
+    _, train, valid = sides(source=str(tmp_path), valid_fraction=0.01)
+    first = valid[0].partition("\n")[0]
+    assert long.endswith(valid[0]) and not any(first in t for t in train)
 
 
 def test_explicit_validation_source_wins_and_is_dropped_from_training(tmp_path):

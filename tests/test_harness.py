@@ -191,6 +191,7 @@ def test_generation_stops_at_the_first_stop_string(model):
     assert generate(model, "She had been", max_gen_toks=12, until=[later, stop]) == text[: text.index(stop)]
     assert generate(model, "She had been", max_gen_toks=12, until=stop) == text[: text.index(stop)]
     assert generate(model, "She had been", max_gen_toks=12, until=["", "no such thing"]) == text
+    assert generate(model, "She had been", max_gen_toks=12, until="") == text
 
 
 def test_generation_stops_at_the_end_of_the_text():

@@ -133,6 +133,8 @@ def test_other_phases_have_rows_of_their_own(tmp_path):
 
 def test_curves_is_a_picture_even_of_a_run_just_begun(tmp_path):
     run = make_run(tmp_path, [record("trunk", 1, "train", loss=8.0)])
+    config = json.loads((run / "config.json").read_text()) | {"name": "cost $5_$"}  # no formula, nor a faulty one
+    (run / "config.json").write_text(json.dumps(config))
     report.curves(run, run / "curves.png")
     assert matplotlib.image.imread(run / "curves.png").shape[2] == 4
 

@@ -402,6 +402,12 @@ def cache(quick_env, monkeypatch):
         ("--config.quant.gate_up=q2_k", "layers/experts/gate_up"),
         ("--config.mesh.expert=3", "expert"),
         ("--config.init_from=/no/run", "/no/run"),
+        (f"--config.init_from=/no/{'r' * 300}", "no such checkpoint"),
+        (f"--config.init_from=/no/run:{'p' * 300}", "no such checkpoint"),
+        ("--config.init_from=/no/run@²", "what follows '@' must be a step number"),
+        ("--config.data.cache_dir=~nobody_here/x", "no such home directory is known"),
+        ("--config.data.tokenizer=~nobody_here/x", "no such home directory is known"),
+        ("--config.train.phases.qat.lr=inf", "qat.lr=inf: must be more than 0 and at most 3.4e+38, or 0"),
         ("--config.train.loss_chunk=100", "loss_chunk=100"),
         ("--config.data.seq_len=2000000", "seq_len"),
         ("--config.quant.experts=none", "puts nothing on a grid"),
@@ -613,3 +619,5 @@ def test_unwritable_folder(capsys, tmp_path, cache):
     assert code == 2
     assert "file" in line
     assert os.path.getsize(tmp_path / "file") == 0
+    code, line = fails(capsys, *arguments(tmp_path / ("n" * 300)))
+    assert code == 2 and "File name too long" in line

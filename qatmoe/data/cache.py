@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qatmoe.errors import UserError
+from qatmoe.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +27,15 @@ _MANIFEST = "manifest.json"
 
 
 def root(cache_dir: str) -> Path:
-    """The cache directory of `data.cache_dir`; "" is $XDG_CACHE_HOME/qatmoe, else ~/.cache/qatmoe."""
+    """The cache directory of `data.cache_dir`; "" is $XDG_CACHE_HOME/qatmoe, else ~/.cache/qatmoe.
+
+    Raises:
+      UserError: it is in a home directory that is not known.
+    """
     if cache_dir:
-        return Path(cache_dir).expanduser()
+        return expanded(cache_dir, "--config.data.cache_dir")
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "qatmoe"
+    return expanded(base or "~/.cache", "without --config.data.cache_dir and $XDG_CACHE_HOME the cache") / "qatmoe"
 
 
 def entry(cache_dir: str, key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:

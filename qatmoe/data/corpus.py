@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from importlib import resources
@@ -23,6 +24,7 @@ import zstandard
 
 from qatmoe.config import DataConfig
 from qatmoe.errors import UserError
+from qatmoe.files import expanded
 
 BUNDLED_TRAIN = (
     "austen_emma",
@@ -108,20 +110,20 @@ def _files(source: str, field: str) -> list[Traversable]:
         return [bundled(f"{name}.txt.xz") for name in names]
     if not source:
         raise UserError(f'{field} is empty; give a file, directory, glob, "hf:DATASET" or "default"')
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = expanded(source, field)
+    if os.path.isfile(path):
         paths = [path]
-    elif path.is_dir():
-        paths = [p for p in path.rglob("*") if p.is_file() and _supported(p.name) and not p.name.startswith(".")]
+    elif os.path.isdir(path):
+        paths = list(_below(path, field))
         if not paths:
             raise UserError(f"{field}={source!r} has no {'/'.join(FORMATS)} file in it; point it at the text")
     elif glob.has_magic(source):
         # A set: a pattern with several ** finds a file more than once.
-        paths = [p for p in map(Path, set(glob.glob(str(path), recursive=True))) if p.is_file()]
+        paths = [p for p in map(Path, set(glob.glob(str(path), recursive=True))) if os.path.isfile(p)]
         if not paths:
             raise UserError(f"{field}={source!r} matches no file; check the pattern")
     else:
-        raise UserError(f'{field}={source!r}: no such file or directory; give a path, a glob, "hf:..." or "default"')
+        raise UserError(f'{field}={source!r}: {_absence(path)}; give a path, a glob, "hf:..." or "default"')
     for p in paths:
         if not _supported(p.name):
             raise UserError(
@@ -130,6 +132,42 @@ def _files(source: str, field: str) -> list[Traversable]:
             )
     paths.sort(key=Path.as_posix)
     return list(paths)
+
+
+def _below(folder: Path, field: str) -> Iterator[Path]:
+    """The supported files of a folder and of those in it, linked ones too, each folder once; hidden ones are left out.
+
+    Raises:
+      UserError: a folder cannot be read: its text would be missing without a word.
+    """
+
+    def unreadable(e: OSError) -> None:
+        raise UserError(
+            f"{field}: cannot read {e.filename!r}: {e.strerror}; make it readable, or name the files"
+        ) from e
+
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(place)
+        if real in seen:  # two links to it, or a link to a folder that it lies in
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(place, name) for name in names if _supported(name) and not name.startswith(".")):
+            if path.is_file() or not path.exists():  # a link to nothing is named when it is read
+                yield path
+
+
+def _absence(path: Path) -> str:
+    """Why there is no file or folder there."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return "no such file or directory"
+    except OSError as e:
+        return str(e.strerror)
+    return "neither a file nor a directory"
 
 
 def _suffixes(name: str) -> tuple[str, str]:
@@ -195,7 +233,8 @@ def _zstd_chunks(path: Traversable) -> Iterator[bytes]:
     try:
         for data in _raw_chunks(path):
             while data:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                # As `zstd --long=31` makes them; without a bound it is a damaged file to the library.
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
                 yield frame.decompress(data)
                 data = frame.unused_data
                 if frame.eof:
@@ -375,15 +414,16 @@ class Split:
         Raises:
           UserError: as `documents`; or every document of the source is a validation document.
         """
-        kept, dropped = 0, 0
+        kept, dropped, head = 0, 0, ""
         for document in documents(self.cfg.source, self.cfg.text_key):
             key = _hash(document.text)
             if key in self._held_out:
                 dropped += 1
                 continue
             kept += 1
-            if key == self._cut_hash:
-                document = Document(cut(document.text, self._cut_share)[0], document.name)
+            if key == self._cut_hash:  # a copy with other white space around it would be cut elsewhere
+                head = head or cut(document.text, self._cut_share)[0]
+                document = Document(head, document.name)
             yield document
         if self._valid_source:
             self.dropped = dropped

@@ -24,6 +24,7 @@ from qatmoe import cli
 from qatmoe.config import DataConfig
 from qatmoe.data import corpus
 from qatmoe.errors import UserError
+from qatmoe.files import expanded
 
 END_OF_TEXT = "<|endoftext|>"
 # What other model families call it, for tokenizers that are not ours.
@@ -178,7 +179,7 @@ def load(path: str = "default") -> Tokenizer:
     if path == "default":
         return Tokenizer(tokenizers.Tokenizer.from_str(_bundled_json()))
     try:
-        content = Path(path).expanduser().read_text(encoding="utf-8")
+        content = expanded(path, "data.tokenizer").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or e
         raise UserError(
