@@ -12,12 +12,13 @@ import pytest
 from conftest import forward_scores
 
 from qatmoe import export as exporter
+from qatmoe import train
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, DataConfig, ModelConfig, OptimConfig, PhaseConfig, QuantConfig, TrainConfig, to_json
 from qatmoe.convert import gguf, gguf_model, llama, names, vocab
 from qatmoe.convert.gguf import TYPES
 from qatmoe.convert.verify import Report, verify_gguf
-from qatmoe.convert.weights import PLAIN, Branch
+from qatmoe.convert.weights import PLAIN, Branch, Storage
 from qatmoe.data import tokenizer
 from qatmoe.errors import UserError
 from qatmoe.model import transformer
@@ -362,6 +363,24 @@ def test_nvfp4_is_refused_where_llama_would_drop_its_scale(base, quant, name, tm
     with Branch(tmp_path / "run") as branch, pytest.raises(UserError, match=f"^{name} is on nvfp4"):
         gguf_model.write(branch, tmp_path / "m.gguf", force=False)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("mtp", ["same", "none"])
+def test_nvfp4_attention_of_an_mtp_module_is_refused(mtp, small_tokenizer):
+    """llama.cpp: "wrong number of tensors". Training says so at its start, and the module may be left out."""
+    model = dataclasses.replace(GLM, dim=64, expert_dim=64, dense_dim=64)
+    cfg = Config(model=model, quant=quant_of(attention="nvfp4", mtp=mtp))
+    plan = quant_plan(cfg)[0]
+    said = train.deployment(cfg, plan, small_tokenizer).splitlines()[0]
+    if mtp == "none":
+        assert said == "deploys to GGUF as glm4moe"
+        return
+    refusal = r"^blk.3.attn_q.weight is on nvfp4.* --drop_mtp, or train with quant.mtp='none'$"
+    with pytest.raises(UserError, match=refusal) as error:
+        gguf_model.parts(Storage(cfg, plan), "glm4moe")
+    assert said == f"does not deploy to GGUF: {error.value}"
+    held = gguf_model.parts(Storage(cfg, plan, drop_mtp=True), "glm4moe")
+    assert sum(name.endswith(".scale") for name in held) == 3 * 4
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

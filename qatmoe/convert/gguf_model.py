@@ -82,13 +82,18 @@ def parts(storage: Storage, arch: str) -> dict[str, Part]:
     """{tensor name: what it holds}; NVFP4 tensors are followed by their scale tensors.
 
     Raises:
-      UserError: llama.cpp would ignore a scale tensor.
+      UserError: llama.cpp would ignore a scale tensor, or refuse the file for it.
     """
     held: dict[str, Part] = {}
     for name, part in names.gguf_parts(storage.model, arch).items():
         held[name] = part
         if storage.type_of(part)[0] != "NVFP4":
             continue
+        if part.path.startswith("mtp/"):
+            raise UserError(
+                f"{name} is on nvfp4, and llama.cpp loads no file with the scale tensor that NVFP4 needs in an MTP "
+                "module: export with --drop_mtp, or train with quant.mtp='none'"
+            )
         if name.split(".")[-2] not in SCALED[arch]:
             raise UserError(
                 f"{name} is on nvfp4, and llama.cpp's {arch} ignores the scale tensor that NVFP4 needs there: export "
