@@ -183,19 +183,52 @@ def test_targets_match_the_quantized_modules_and_no_others():
     assert sum(len(group["targets"]) for group in made["config_groups"].values()) < 10
 
 
-@pytest.mark.parametrize(("gate_up", "down", "packed"), [("q2_0", "ternary", True), ("q2_0", "q4_0", False)])
-def test_routed_experts_are_stored_by_one_scheme(gate_up, down, packed):
-    """As programs decode all of them by one; which grids they were trained on does not matter."""
-    shape = {"dim": 64, "dense_dim": 64, "expert_dim": 64, "n_mtp": 0}
-    cfg = Config(model=ModelConfig(**shape), quant=QuantConfig(gate_up=gate_up, down=down))
-    storage = Storage(cfg, quant_plan(cfg)[0])
-    arch = names.architecture(cfg.model, names.HUGGINGFACE)
-    if packed:
-        groups = huggingface_model._quantization(storage, arch)["config_groups"]
-        assert [group["weights"]["num_bits"] for group in groups.values()] == [2]
-    else:
-        with pytest.raises(UserError, match="are stored differently"):
-            huggingface_model._quantization(storage, arch)
+def storage_of(rest="BF16", **quant):
+    """How a small model with an MTP module is stored, and its architecture."""
+    cfg = Config(model=ModelConfig(dim=64, dense_dim=64, expert_dim=64), quant=QuantConfig(**quant))
+    return Storage(cfg, quant_plan(cfg)[0], rest=rest), names.architecture(cfg.model, names.HUGGINGFACE)
+
+
+@pytest.mark.parametrize(
+    ("quant", "bits"),
+    [
+        ({"gate_up": "q2_0", "down": "ternary"}, [2]),  # what they were trained on does not matter
+        ({"experts": "q2_0", "mtp": "none"}, [2]),  # transformers loads no MTP modules
+        ({"experts": "q2_0", "mtp": "q4_0"}, [2, 4]),
+    ],
+)
+def test_routed_experts_of_one_scheme(quant, bits):
+    groups = huggingface_model._quantization(*storage_of(**quant))["config_groups"]
+    assert [group["weights"]["num_bits"] for group in groups.values()] == bits
+
+
+@pytest.mark.parametrize(
+    ("quant", "refusal"),
+    [
+        ({"gate_up": "q2_0", "down": "q4_0"}, r"stored differently \(gate_up on q2_0, down on q4_0\)"),
+        ({"experts": "q2_0", "down": "none"}, r"stored differently \(gate_up on q2_0, down on no grid\)"),
+        ({"experts": "q2_0", "gate_up": "none"}, r"stored differently \(gate_up on no grid, down on q2_0\)"),
+        ({"experts": "none", "attention": "q4_0"}, "routed experts lie on no grid"),
+        ({"experts": "none", "mtp": "q2_0"}, "routed experts lie on no grid"),
+    ],
+)
+def test_routed_experts_of_several_schemes(quant, refusal):
+    """Programs decode all of them by one: transformers 5.23 leaves others as they were initialised, or raises."""
+    with pytest.raises(UserError, match=refusal):
+        huggingface_model._quantization(*storage_of(**quant))
+
+
+@pytest.mark.parametrize("quant", [{"attention": "q8_0"}, {"shared": "q8_0"}])
+def test_q8_0_outside_routed_experts_needs_float32(quant):
+    """transformers casts its scales to the folder's dtype, and then most weights are others."""
+    quant = {"experts": "q2_0", "mtp": "none"} | quant
+    with pytest.raises(UserError, match=r"_proj.weight is on q8_0, .* bfloat16 cannot hold: give --rest F32"):
+        huggingface_model.contents(*storage_of(**quant), packed=True)
+    held = huggingface_model.contents(*storage_of(rest="F32", **quant), packed=True)
+    scales = [name for name, (part, suffix) in held.items() if suffix == "weight_scale" and part.expert is None]
+    assert scales and all("self_attn" in name or "mlp" in name for name in scales)
+    held = huggingface_model.contents(*storage_of(experts="q8_0", mtp="none"), packed=True)
+    assert any(part.expert is not None and suffix == "weight_scale" for part, suffix in held.values())
 
 
 def test_config_names_the_format():

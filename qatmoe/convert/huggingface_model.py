@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,13 +70,18 @@ def contents(storage: Storage, arch: str, packed: bool) -> dict[str, Content]:
     held: dict[str, Content] = {}
     for name, part in names.huggingface_parts(storage.model, arch).items():
         grid = storage.type_of(part)[1]
-        if grid is None or not packed:
-            if grid is not None and not grid.bf16_exact and storage.rest != "F32":
-                raise UserError(f"{name} is on {grid.name}, whose numbers bfloat16 cannot hold: give --rest F32")
+        if grid is None:
             held[name] = (part, "")
             continue
-        if grid.name not in compressed.FORMATS:
+        if packed and grid.name not in compressed.FORMATS:
             raise UserError(f"{name} is on {grid.name}, which compressed-tensors cannot hold: use --format safetensors")
+        # transformers casts the scales of all but routed experts to config.json's dtype before it multiplies.
+        in_bf16 = storage.rest != "F32" and not (packed and part.expert is not None)
+        if in_bf16 and not grid.bf16_exact:
+            raise UserError(f"{name} is on {grid.name}, whose numbers bfloat16 cannot hold: give --rest F32")
+        if not packed:
+            held[name] = (part, "")
+            continue
         if not name.endswith("_proj.weight"):
             raise UserError(
                 f"{name} is on {grid.name}: compressed-tensors packs projections only, not embeddings or heads; use "
@@ -136,21 +142,34 @@ def _packed_tensors(grid_name: str, shape: tuple[int, ...]) -> dict[str, Tensor]
 
 
 def _quantization(storage: Storage, arch: str) -> dict[str, object]:
-    """The quantization_config of config.json: all linear layers that are not on a grid are named in `ignore`."""
+    """The quantization_config of config.json: all linear layers that are not on a grid are named in `ignore`.
+
+    Raises:
+      UserError: nothing is on a grid, or programs that decode all routed experts by one scheme would go wrong.
+    """
     grids: dict[str, Grid] = {}
     ignore = []
+    experts: dict[Any, str] = {}  # scheme of the trunk's routed experts, None for plain numbers -> who has it
     for name, part in names.huggingface_parts(storage.model, arch).items():
         grid = storage.type_of(part)[1]
         module = name.removesuffix(".weight")
+        if part.expert is not None and not part.path.startswith("mtp/"):
+            weights = f"{part.path.rpartition('/')[2]} on {grid.name if grid else 'no grid'}"
+            experts.setdefault(grid and compressed.scheme(grid), weights)
         if grid is not None:
             grids[module] = grid
         elif name.endswith("_proj.weight") or module == "lm_head" or module.endswith("mlp.gate"):
             ignore.append(module)
-    if len({compressed.scheme(g) for name, g in grids.items() if ".experts." in name}) > 1:
-        raise UserError(
-            "routed experts lie on grids that are stored differently, and programs that load compressed-tensors decode "
-            "all of them by one: export with --format safetensors or gguf"
-        )
     if not grids:
         raise UserError("this branch has nothing on a grid: compressed-tensors packs nothing; use --format safetensors")
+    if len(experts) > 1:
+        raise UserError(
+            f"routed experts are stored differently ({', '.join(experts.values())}), and programs that load "
+            "compressed-tensors decode all of them by one scheme: export with --format safetensors or gguf"
+        )
+    if None in experts:
+        raise UserError(
+            "routed experts lie on no grid, and transformers decodes all of them as soon as anything is packed: export "
+            "with --format safetensors or gguf"
+        )
     return compressed.config(grids, ignore)
