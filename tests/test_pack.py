@@ -53,6 +53,18 @@ def test_the_forward_pass_computes_with_the_deployed_numbers(grid, kind):
         assert np.max(np.abs(forward - np.asarray(jnp.asarray(forward, jnp.bfloat16), np.float32))) == 0.0
 
 
+def test_one_matrix_has_one_scale():
+    """NVFP4's scale per matrix has no axis of its own, and the matrix gets none by it."""
+    grid = GRIDS["nvfp4"]
+    codes, scale = grid.encode(weights(5, (8, 64)), "absmax")
+    packed = pack.pack(grid, codes, scale)
+    assert isinstance(packed.tensor_scale, np.ndarray) and packed.tensor_scale.shape == ()
+    back_codes, back_scale = pack.unpack(grid, packed)
+    assert (back_codes.shape, back_scale.shape) == ((8, 64), (8, 4))
+    assert pack.dequantize(packed).shape == (8, 64)
+    np.testing.assert_array_equal(pack.dequantize(packed), grid.decode(codes, scale))
+
+
 def gguf_dequantize(kind, data):
     with np.errstate(all="ignore"):
         return quants.dequantize(data, gguf.GGMLQuantizationType[kind])

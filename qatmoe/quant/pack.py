@@ -275,7 +275,7 @@ def pack(grid: Grid, codes: np.ndarray, scale: np.ndarray, kind: str | None = No
     if codes.max(initial=0) >= len(grid.levels):
         raise UserError(f"{grid.name} has codes 0..{len(grid.levels) - 1}; got {codes.max()}")
     data, tensor_scale = write_blocks(grid, codes, scale, kind)
-    return Packed(kind, data, None if tensor_scale is None else np.ascontiguousarray(tensor_scale))
+    return Packed(kind, data, None if tensor_scale is None else np.asarray(tensor_scale))
 
 
 def check_scales(grid: Grid, scale: np.ndarray) -> None:
