@@ -150,6 +150,23 @@ def test_a_block_that_starts_as_zeros_can_be_learned(grid):
 
 
 @ALL
+def test_what_a_block_of_zeros_decodes_to(grid):
+    """docs/formats.md: zeros, but where there is no level 0 and scales are learned. Last, a block beside others."""
+    w = case(grid)[0][0, :1].at[0, :256].set(0.0)
+    scale = fake.init_scales({"w": grid}, {"w": w})["w"]
+    for rule in ("absmax", "search"):
+        assert not fake.dynamic(grid, w, rule)[0, :256].any()
+    off = {"q2_k": -(2.0**-18), "iq4_nl": 2.0**-17}.get(grid.name, 0.0)
+    assert set(np.asarray(fake.fake_quant(grid, w, scale))[0, :256].tolist()) == {off}
+    if grid.name == "q2_k":
+        w = case(grid)[0][0, :1].at[0, :16].set(0.0)
+        scale = fake.init_scales({"w": grid}, {"w": w})["w"]
+        d = float(grid.shared_factor(grid.shared_index(scale))[0, 0])
+        assert d > 2.0**-12
+        assert set(np.asarray(fake.fake_quant(grid, w, scale))[0, :16].tolist()) == {-d / 2}
+
+
+@ALL
 def test_a_learned_scale_that_would_leave_its_range_can_come_back(grid):
     """At 2^-120, to which MXFP4 snaps what is not above 0, a gradient of 1e30 would stop every weight by clipping."""
     w, scale, g = case(grid)

@@ -21,7 +21,9 @@ nvfp4          E4M3 times one power of two per (out, in) matrix: 2-bit times 4-b
 float16 scales stay within [2^-17, 65504]: down to 2^-17 a float16, subnormals included, still has 8
 significant bits. Larger weights are clipped, smaller ones round to the nearest level of the smallest
 scale. A block of zeros decodes to zeros: where a level 0 exists by that level, elsewhere (q2_k, iq4_nl)
-by scale 0, which `snap` keeps. NaN and inf give NaN scales, so they reach the loss instead of vanishing.
+by scale 0, which both rules choose and `snap` keeps. Learned scales start at 2^-17 there and not at 0
+(`fake.init_scales`): then it decodes to 2^-17 in iq4_nl, to -d / 2 in q2_k, -2^-18 where d is smallest.
+NaN and inf give NaN scales, so they reach the loss instead of vanishing.
 
 All choices are made by comparisons of exactly representable products and by integer sums, so that numpy,
 jax on any device, jitted or not, agree bit for bit. Byte layouts are in `pack`.
