@@ -119,8 +119,8 @@ def requantize(
       how many rows were joined to fill a block, the most of any tensor (module docstring).
 
     Raises:
-      UserError: an unknown path, a tensor that the format cannot hold, a weight that is not finite, no importance of a
-        path under rule "imatrix".
+      UserError: an unknown path, a tensor that the format cannot hold, a weight that is not finite or, for F16 and
+        llama.cpp's types, beyond 65504, no importance of a path under rule "imatrix".
     """
     wanted = _named(params, paths)
     if fault := misfit(params, wanted, fmt):
@@ -142,6 +142,11 @@ def _round(w: np.ndarray, fmt: Format, importance: np.ndarray | None) -> np.ndar
     """One tensor, f32 of the same shape."""
     if not np.isfinite(w).all():
         raise ValueError("a weight is not finite")
+    if fmt.name == "F16" and np.abs(w).max(initial=0.0) > 65504:
+        raise ValueError(
+            "a weight is beyond 65504, the largest of F16 and of the scales of llama.cpp's types; "
+            "--rows='^(?!.*/[A-Z])' leaves out all of these rows of an audit"
+        )
     if fmt.name in FLOATS:
         return w.astype(FLOATS[fmt.name]).astype(np.float32)
     joined = _joined(w.shape[-1], fmt.block)

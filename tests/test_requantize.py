@@ -1,5 +1,6 @@
 import ctypes
 import dataclasses
+import re
 
 import gguf
 import jax
@@ -306,6 +307,20 @@ def test_what_cannot_be_rounded():
         for name in names:
             with pytest.raises(UserError, match=f"w as {name}: a weight is not"):
                 rounded(name, "stock" if name.isupper() else "absmax", broken)
+
+
+def test_f16_refuses_what_it_would_make_inf():
+    """And says which rows of an audit to leave out: of llama.cpp's types too, which have the same limit."""
+    large = W.copy()
+    large[1, 2, 3] = -65504
+    assert rounded("F16", "stock", large)[0].min() == -65504
+    large[1, 2, 3] = -70000
+    assert np.isfinite(rounded("BF16", "stock", large)[0]).all()
+    with pytest.raises(UserError, match="^w as F16: a weight is beyond 65504.*--rows=") as error:
+        rounded("F16", "stock", large)
+    (pattern,) = re.findall("--rows='(.*)'", str(error.value))
+    kept = [f for f in FORMATS.values() if re.search(pattern, f"control/{f.name}/{f.rule}")]
+    assert {f.name for f in kept} == set(GRIDS)
 
 
 def test_zeros_stay_zeros():
