@@ -455,6 +455,15 @@ def test_what_is_put_before_a_text_is_ggufs_bos(learned):
 # Hugging Face.
 
 
+def test_a_unigram_model_goes_to_huggingface_alone():
+    """Its vocabulary is a list, of which the ids are the places."""
+    backend = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("b", -2.0)], 0))
+    built = Tokenizer(backend)
+    config = json.loads(vocab.huggingface_files(built, {"unk": 0, "bos": 3})["tokenizer_config.json"])
+    assert (config["eos_token"], config["unk_token"], config["bos_token"]) == ("</s>", "<unk>", "b")
+    refused(built, "model is Unigram.*plain byte-level BPE: use such")
+
+
 @pytest.mark.parametrize("name", DEFINITIONS)
 def test_huggingface_files(learned, name):
     built = build(learned, name, [AddedToken("<pad>", special=True)])

@@ -189,7 +189,10 @@ def _check_model(model: Json) -> None:
 
 
 def _ids_to_tokens(parsed: Json) -> dict[int, str]:
-    tokens = {i: token for token, i in parsed["model"]["vocab"].items()}
+    vocab = parsed["model"]["vocab"]
+    # Unigram lists [token, score] in the order of ids; the others have {token: id}.
+    pairs = ((token, i) for i, (token, _) in enumerate(vocab)) if isinstance(vocab, list) else vocab.items()
+    tokens = {i: token for token, i in pairs}
     return tokens | {token["id"]: token["content"] for token in parsed["added_tokens"]}
 
 
