@@ -15,7 +15,7 @@ from qatmoe import export as exporter
 from qatmoe import train
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, DataConfig, ModelConfig, OptimConfig, PhaseConfig, QuantConfig, TrainConfig, to_json
-from qatmoe.convert import gguf, gguf_model, llama, names, vocab
+from qatmoe.convert import gguf, gguf_model, huggingface_model, llama, names, vocab
 from qatmoe.convert.gguf import TYPES
 from qatmoe.convert.verify import Report, verify_gguf
 from qatmoe.convert.weights import PLAIN, Branch, Storage
@@ -301,6 +301,47 @@ def test_f16_refuses_what_it_cannot_hold(tmp_path, small_tokenizer):
     make_run(tmp_path / "run", small_tokenizer, QWEN, change=enlarge)
     with Branch(tmp_path / "run", rest="F16") as branch, pytest.raises(UserError, match="layers/attn/q .*BF16 or F32"):
         gguf_model.write(branch, tmp_path / "m.gguf", force=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("where", "bad", "rest"),
+    [
+        ("experts/down", np.nan, "F32"),
+        ("experts/down", np.inf, "F32"),
+        ("attn/q", np.nan, "F16"),
+        ("norm", -np.inf, "F32"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_in_no_file(where, bad, rest, tmp_path, small_tokenizer):
+    """Under a learned scale a grid would have a number for them, and training has NaN."""
+
+    def breaks(weights):
+        leaf = leaves_by_path(weights)[f"layers/{where}"] if where != "norm" else weights["norm"]
+        leaf.flat[-1] = bad
+
+    model = dataclasses.replace(QWEN, dim=64, expert_dim=64)
+    make_run(tmp_path / "run", small_tokenizer, model, quant_of(experts="q4_0", mtp="none"), change=breaks)
+    refusal = "^norm or its scale" if where == "norm" else f"^layers/{where} of layer 1 or its scale"
+    with Branch(tmp_path / "run", rest=rest) as branch:
+        with pytest.raises(UserError, match=f"{refusal} holds NaN or inf: phase only diverged"):
+            gguf_model.write(branch, tmp_path / "m.gguf", force=False)
+        with pytest.raises(UserError, match=refusal):
+            branch.numbers()
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scales_that_are_no_numbers_are_in_no_file(bad, packed, tmp_path, small_tokenizer):
+    model = dataclasses.replace(QWEN, dim=64, expert_dim=64)
+    _, state = make_run(tmp_path / "run", small_tokenizer, model, quant_of(experts="q4_0", mtp="none"))
+    scales = state["params"]["scales"]["layers/experts/down"]
+    scales.flat[0] = bad
+    with Checkpoints(tmp_path / "run", "only") as checkpoints:
+        checkpoints.save(2, state, {}, {}, final=True, wait=True)
+    with Branch(tmp_path / "run") as branch, pytest.raises(UserError, match="^layers/experts/down of layer 0 or"):
+        huggingface_model.write(branch, tmp_path / "model", packed=packed, force=False)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 

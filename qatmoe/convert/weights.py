@@ -268,7 +268,11 @@ class Branch:
         raise UserError(f"{self._checkpoints.directory}: no complete checkpoint; train that phase first")
 
     def value(self, part: Part) -> Value:
-        """One part. The last parameter stays in memory: ask for the parts of one parameter together."""
+        """One part. The last parameter stays in memory: ask for the parts of one parameter together.
+
+        Raises:
+          UserError: a weight or a learned scale is NaN or inf, or beyond what F16 holds.
+        """
         path = self.storage.path(part)
         if path not in self._known:
             return Value("F32", jnp.zeros(self.storage.shape_of(part), jnp.float32))
@@ -286,7 +290,15 @@ class Branch:
         arrays = [jax.device_put(a[layer], may_alias=True) for a in self._arrays.get(path).values()]
         weight, scale = arrays[0].astype(jnp.float32), arrays[1] if arrays[1:] else None
         kind, grid = self.storage.type_of(part)
-        if kind == "F16" and float(jnp.abs(weight).max()) > 65504:
+        largest = float(_largest(weight))
+        # A grid would take NaN for one of its numbers, and an infinite scale for its largest.
+        if not (math.isfinite(largest) and (scale is None or math.isfinite(_largest(scale)))):
+            of_layer = "" if layer is ... else f" of layer {layer}"
+            raise UserError(
+                f"{path}{of_layer} or its scale holds NaN or inf: phase {self.phase} diverged; take an earlier --step "
+                "or another --branch"
+            )
+        if kind == "F16" and largest > 65504:
             raise UserError(f"{path} holds numbers beyond 65504, the largest of F16: give --rest BF16 or F32")
         if grid is None:
             return Value(kind, weight)
@@ -301,6 +313,8 @@ class Branch:
         Args:
           mesh: each parameter is split over its devices as training keeps it, once it is decoded, so that none holds
             more than its part and one layer of a parameter. Without, one device holds everything.
+
+        Raises as `value`.
         """
         sizes = names.stack_sizes(self.model)
         specs = leaves_by_path(kept_specs(dataclasses.replace(self.model, scan_layers=False)))
@@ -323,6 +337,12 @@ class Branch:
                     numbers = self.value(Part("/".join(keys), layer)).numbers()
                     _put(tree, place, placed("/".join(place), numbers))
         return tree
+
+
+@jax.jit
+def _largest(array: jax.Array) -> jax.Array:
+    """The largest absolute value, NaN where there is one; compiled, it makes no array on its way."""
+    return jnp.max(jnp.abs(array))
 
 
 @functools.partial(jax.jit, static_argnums=0)
