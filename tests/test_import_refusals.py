@@ -19,6 +19,7 @@ from hf_folders import INDEX, ONE, configure, load, refused, store
 
 from qatmoe import import_hf
 from qatmoe.checkpoint import Checkpoints
+from qatmoe.convert.weights import read_origin
 
 DOTS = {"model_type": "dots1", "rope_parameters": ..., "partial_rotary_factor": ...}
 
@@ -39,6 +40,8 @@ DOTS = {"model_type": "dots1", "rope_parameters": ..., "partial_rotary_factor": 
         ("tiny", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
         ("glm", {"n_group": 2}, "n_group=2"),
         ("tiny", {"layer_types": ["sliding_attention"]}, "layer_types"),
+        ("tiny", {"layer_types": 5}, "layer_types=5"),
+        ("tiny", {"layer_types": {"full_attention": 1}}, "layer_types={'full_attention': 1}"),
         ("tiny", {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "per kind of layer"),
         ("glm", DOTS | {"sliding_window": 4, "max_window_layers": 1}, "max_window_layers=1"),
         ("glm", {"model_type": "dots1"}, "partial_rotary_factor=0.5 is set"),
@@ -63,6 +66,8 @@ DOTS = {"model_type": "dots1", "rope_parameters": ..., "partial_rotary_factor": 
         ("tiny", {"head_dim": 5}, "it must be an even number"),
         ("tiny", {"rms_norm_eps": float("inf")}, "rms_norm_eps=inf"),
         ("tiny", {"rope_theta": -1, "rope_parameters": ...}, "rope_theta=-1"),
+        ("tiny", {"rope_theta": 10**4000, "rope_parameters": ...}, "rope_theta=1000"),
+        ("tiny", {"hidden_size": 10**4000}, "hidden_size=1000"),
         ("tiny", {"num_hidden_layers": 10**6}, "1000000 layers"),
         ("tiny", {"num_experts": 10**6, "num_local_experts": ...}, "1000000 experts"),
         ("tiny", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
@@ -227,6 +232,65 @@ def test_an_index_cannot_reach_outside_the_folder(shard, tiny, tmp_path, capsys)
     (tiny / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
     line = refused(capsys, tiny, tmp_path / "run")
     assert "symlink" in line if shard.startswith("linked") else "plain name" in line
+
+
+BESIDE = ["config.json", "tokenizer.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_no_file_is_read_from_outside_the_folder(name, tiny, tmp_path, capsys):
+    """What is read comes into the run, and into what is exported from it."""
+    secret = tmp_path / "secret"
+    (tiny / name).touch()
+    (tiny / name).rename(secret)
+    if not secret.stat().st_size:
+        secret.write_text("{}")
+    (tiny / name).symlink_to(secret)
+    assert f"{name} is a symlink to" in refused(capsys, tiny, tmp_path / "run")
+    secret.unlink()
+    assert f"{name} is a symlink to" in refused(capsys, tiny, tmp_path / "run")  # nor whether it is there
+
+
+def test_the_links_of_the_hugging_face_cache_are_followed(tiny, tmp_path):
+    (tiny / "tokenizer_config.json").write_text("{}")
+    (tiny / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    (tiny / "chat_template.jinja").write_bytes(b"a\r\nb")
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, path in enumerate(sorted(tiny.iterdir())):
+        path.rename(blobs / str(i))
+        (snapshot / path.name).symlink_to(f"../../blobs/{i}")
+    assert {*BESIDE, ONE} <= {p.name for p in snapshot.iterdir()}
+    assert import_hf.main([str(snapshot), f"--out={tmp_path / 'run'}"]) == 0
+    origin = read_origin(tmp_path / "run")
+    assert (origin.chat_template, origin.end_ids) == ("a\nb", (7,))
+
+
+HALF = "half of a surrogate pair"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("generation_config.json", {"eos_token_id": [True, 3]}, "eos_token_id=[True, 3]"),
+        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id='x'"),
+        ("generation_config.json", {"eos_token_id": [3, 4.0]}, "eos_token_id=[3, 4.0]"),
+        ("tokenizer_config.json", {"chat_template": "a\ud800"}, f"chat_template holds {HALF}"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": "\udc00"}]}, HALF),
+        ("tokenizer_config.json", {"bos_token": {"content": "\ud800"}}, f"bos_token holds {HALF}"),
+    ],
+)
+def test_settings_that_no_run_can_keep(name, content, message, tiny, tmp_path, capsys):
+    (tiny / name).write_text(json.dumps(content))
+    line = refused(capsys, tiny, tmp_path / "run")
+    assert name in line and message in line
+
+
+def test_a_context_that_is_no_number_is_unknown(tiny, tmp_path):
+    configure(tiny, max_position_embeddings=True)
+    assert import_hf.main([str(tiny), f"--out={tmp_path / 'run'}"]) == 0
+    assert read_origin(tmp_path / "run").context == 0
 
 
 def test_what_is_there_is_replaced_only_when_told(tiny, tmp_path, capsys):

@@ -5,6 +5,8 @@ reads the old one.
 """
 
 import math
+import reprlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,13 +53,13 @@ class _Reader:
         if value is None:
             raise self.refuse(f"has no {' or '.join(names)}")
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _LARGEST:
-            raise self.refuse(f"{names[0]}={value!r} is not a whole number from {low} to {_LARGEST}")
+            raise self.refuse(f"{names[0]}={reprlib.repr(value)} is not a whole number from {low} to {_LARGEST}")
         return value
 
     def number(self, *names: str, default: float) -> float:
         value = self.get(*names, default=default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.refuse(f"{names[0]}={value!r} is not a positive number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+            raise self.refuse(f"{names[0]}={reprlib.repr(value)} is not a positive number")
         return float(value)
 
     def flag(self, *names: str, default: bool) -> bool:
@@ -81,8 +83,9 @@ def read(raw: Json, where: str) -> tuple[str, ModelConfig]:
     for key, off in _OFF.items():
         if raw.get(key) not in off:
             raise r.refuse(f"{key}={raw[key]!r} is a feature that cannot be imported")
-    if any(kind != "full_attention" for kind in r.get("layer_types", default=[])):
-        raise r.refuse(f"layer_types={raw['layer_types']!r}: only full attention can be imported")
+    kinds = r.get("layer_types", default=[])
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise r.refuse(f"layer_types={reprlib.repr(kinds)}: only full attention can be imported")
     heads, dim = r.size("num_attention_heads"), r.size("hidden_size")
     head_dim = r.size("head_dim", default=dim // heads)
     theta, fraction = _rope(r, arch)

@@ -8,7 +8,8 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+import reprlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, DataConfig, ModelConfig, PhaseConfig, QuantConfig, TrainConfig, resolve, to_json
 from qatmoe.convert import hf_config, names
 from qatmoe.convert.names import Part
-from qatmoe.convert.safetensors import MAX_JSON, Folder
+from qatmoe.convert.safetensors import MAX_JSON, Folder, open_regular
 from qatmoe.convert.weights import ORIGIN, Origin
 from qatmoe.data import tokenizer
 from qatmoe.errors import UserError
@@ -131,13 +132,19 @@ def _qat(out: Path, shape: dict[str, Any], model: ModelConfig) -> str:
     return _QAT.format(name=f"{out.name}_qat", model="{\n" + fields + "}", grid=grid, shared=shared)
 
 
+def _read(path: Path) -> bytes:
+    """A file of the folder, opened as the weights are: it may be a link of the Hugging Face cache, and no other."""
+    with open_regular(path) as f:
+        size = os.fstat(f.fileno()).st_size
+        if size > MAX_JSON:
+            raise UserError(f"{path} has {size} bytes, over {MAX_JSON}; download the model again")
+        return f.read(size)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
+    content = _read(path)
     try:
-        with open(path, "rb", opener=lambda p, flags: os.open(p, flags | os.O_NONBLOCK)) as f:
-            size = os.fstat(f.fileno()).st_size
-            value = json.loads(f.read(size).decode()) if size <= MAX_JSON else None
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; give the folder of a Hugging Face model") from e
+        value = json.loads(content.decode())
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not JSON; download the model again") from e
     if not isinstance(value, dict):
@@ -147,47 +154,74 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _tokenizer(source: Path, model: ModelConfig) -> tokenizer.Tokenizer:
     path = source / "tokenizer.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(
             f"{path} is missing: make it with transformers (AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))"
         )
-    found = tokenizer.load(str(path))
+    try:
+        content = _read(path).decode()
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text; download the model again") from e
+    found = tokenizer.parse(content, str(path))
     found.check_vocab(model.vocab_size)
     return found
 
 
+Settings = Mapping[Path, dict[str, Any]]  # a file of the folder -> the object in it
+
+
 def _origin(source: Path, raw: dict[str, Any], tok: tokenizer.Tokenizer) -> Origin:
     """What the folder says of the model's use: its context, what ends a turn, its chat template, its tokens' roles."""
-    settings = [
-        _read_json(p) for p in (source / "generation_config.json", source / "tokenizer_config.json") if p.is_file()
-    ]
+    files = (source / "generation_config.json", source / "tokenizer_config.json")
+    settings = {path: _read_json(path) for path in files if os.path.lexists(path)}
     roles = _roles(settings, tok)
-    ends: Any = next((c["eos_token_id"] for c in [*settings, raw] if c.get("eos_token_id") is not None), [])
-    ends = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int) and 0 <= i < tok.vocab_size]
-    template = next((found for c in settings if (found := _template(c.get("chat_template")))), "")
-    if (source / "chat_template.jinja").is_file():
-        template = (source / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+    template = next((found for path, c in settings.items() if (found := _template(path, c.get("chat_template")))), "")
+    if os.path.lexists(source / "chat_template.jinja"):
+        template = _read(source / "chat_template.jinja").decode("utf-8", errors="replace").replace("\r\n", "\n")
     context = raw.get("max_position_embeddings")
-    ends = ends or [i for role, i in roles.items() if role == "eos"]
-    return Origin(context if isinstance(context, int) and 0 < context < 1 << 31 else 0, tuple(ends), template, roles)
+    if isinstance(context, bool) or not isinstance(context, int) or not 0 < context < 1 << 31:
+        context = 0
+    ends = _ends({**settings, source / "config.json": raw}, tok) or [i for role, i in roles.items() if role == "eos"]
+    return Origin(context, tuple(ends), template, roles)
 
 
-def _roles(settings: Sequence[dict[str, Any]], tok: tokenizer.Tokenizer) -> dict[str, int]:
+def _ends(settings: Settings, tok: tokenizer.Tokenizer) -> list[int]:
+    """The tokenizer's tokens among the eos_token_id, one or a list, of the first file that has it."""
+    for path, config in settings.items():
+        if (given := config.get("eos_token_id")) is None:
+            continue
+        ends = given if isinstance(given, list) else [given]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ends):
+            raise UserError(f"{path}: eos_token_id={reprlib.repr(given)} is neither a token's id nor a list of such")
+        return [i for i in ends if 0 <= i < tok.vocab_size]
+    return []
+
+
+def _roles(settings: Settings, tok: tokenizer.Tokenizer) -> dict[str, int]:
     """{eos, bos, pad, unk: id} of the tokens that tokenizer_config.json names, as text or as an object with it."""
     found = {}
-    for config, role in itertools.product(settings, ("eos", "bos", "pad", "unk")):
+    for (path, config), role in itertools.product(settings.items(), ("eos", "bos", "pad", "unk")):
         named = config.get(f"{role}_token")
         text = named.get("content") if isinstance(named, dict) else named
-        if isinstance(text, str) and (i := tok.id_of(text)) is not None:
+        if isinstance(text, str) and (i := tok.id_of(_whole(path, f"{role}_token", text))) is not None:
             found[role] = i
     return found
 
 
-def _template(given: Any) -> str:
+def _template(path: Path, given: Any) -> str:
     """A chat template; of several, [{"name", "template"}], the default one; "" where there is none."""
     if isinstance(given, list):
         given = next((t.get("template") for t in given if isinstance(t, dict) and t.get("name") == "default"), "")
-    return given if isinstance(given, str) else ""
+    return _whole(path, "chat_template", given) if isinstance(given, str) else ""
+
+
+def _whole(path: Path, key: str, text: str) -> str:
+    """The text, if it is one: JSON can spell half of a surrogate pair, which no file can hold as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{path}: {key} holds half of a surrogate pair, which no UTF-8 text can; remove it") from e
+    return text
 
 
 # ---- is it what config.json says? ------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class File(contextlib.AbstractContextManager["File"]):
     def __init__(self, path: Path):
         self.path = Path(path)
         self._map: mmap.mmap | None = None
-        with _open(self.path) as f:
+        with open_regular(self.path) as f:
             size = os.fstat(f.fileno()).st_size
             header = _read_header(self.path, f, size)
             begin = 8 + len(header)
@@ -143,10 +143,13 @@ def _bad(where: Path | str, why: str) -> UserError:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
+def open_regular(path: Path) -> Iterator[BinaryIO]:
     """Opens a regular file; the Hugging Face cache may link it from REPO/snapshots/REVISION to REPO/blobs/HASH.
 
     Any other link is refused: a downloaded folder must not choose what is read from elsewhere.
+
+    Raises:
+      UserError: another link, no regular file, or one that cannot be read.
     """
     try:
         target = str(path)
@@ -180,7 +183,7 @@ def _shards(folder: Path) -> dict[str, set[str]]:
 
 
 def _read_index(path: Path) -> dict[str, set[str]]:
-    with _open(path) as f:
+    with open_regular(path) as f:
         size = os.fstat(f.fileno()).st_size
         if size > MAX_JSON:
             raise _bad(path, f"an index of {size} bytes, over {MAX_JSON}, is too large")

@@ -185,11 +185,20 @@ def load(path: str = "default") -> Tokenizer:
         raise UserError(
             f"data.tokenizer={path!r}: cannot read it ({reason}); give a tokenizer.json, 'default' or 'train'"
         ) from e
+    return parse(content, f"data.tokenizer={path!r}")
+
+
+def parse(content: str, name: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's text; `name` is for messages.
+
+    Raises:
+      UserError: not a tokenizer.json, or a vocabulary without end of text.
+    """
     try:
         backend = tokenizers.Tokenizer.from_str(content)
     except Exception as e:  # the library raises bare Exception
-        raise UserError(f"data.tokenizer={path!r} is not a tokenizer.json ({e}); give one") from e
-    return Tokenizer(backend, f"data.tokenizer={path!r}")
+        raise UserError(f"{name} is not a tokenizer.json ({e}); give one") from e
+    return Tokenizer(backend, name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
