@@ -3,7 +3,8 @@
 small   configs/moe_2bit.py and its branches on the bundled novels: 2 CPU cores, minutes a run.
 h100    configs/h100_study.py on a corpus: one H100.
 
-Branches of the same trunks under the same name are the same runs in every study (launch/study.py).
+Branches of the same trunks under the same name are the same runs in every study (launch/study.py); a study may have
+them of more seeds.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ class Scale:
     scale_rates: Sequence[float]  # searched for learned scales, besides the config's
     followed: Points  # the best of both searches and one rate beyond, on every seed, with and without a teacher
     taught: dict[str, Points]  # {grid: what is set in late QAT with a teacher, where studies compare formats}
-    longer: Points  # control and QAT of twice the steps
+    longer: dict[str, Point]  # {how long control and the best recipe are: their steps}, shortest first
     k_quants: bool  # rows are whole blocks of the K formats
     tokens: int
     widths: Points = dataclasses.field(default_factory=list)  # the study of width: models of other widths
@@ -46,10 +47,15 @@ class Scale:
     common: Point = dataclasses.field(default_factory=dict)  # what is set in every run
     texts: tuple[str, ...] = ()
     seeds: Sequence[int] = (0, 1, 2)
+    more_seeds: dict[str, Sequence[int]] = dataclasses.field(default_factory=dict)  # {study: those that it has besides}
 
     def study(self, *stages: Stage, needs_llama: bool = True) -> Study:
         """Stages, judged on this size's text."""
         return Study(stages, self.tokens, self.texts, needs_llama)
+
+    def on_more_seeds(self, study: str) -> "Scale":
+        """The same on all seeds that a study has."""
+        return dataclasses.replace(self, seeds=(*self.seeds, *self.more_seeds.get(study, ())))
 
     def trunks(self, judged: str) -> Stage:
         """Trunk, control and q2_0 QAT with learned scales, every seed. Checkpoints stand where shares branch off."""
@@ -162,9 +168,12 @@ def of_width(dim: int) -> Points:
 
 def of_text(trunk: int, warmup: int, branch: int) -> Points:
     """One point: another number of steps in each phase."""
-    branches = {f"{name}.{key}": branch for name in ("control", "qat") for key in ("steps", "decay")}
-    steps = {"trunk.steps": trunk, "trunk.warmup": warmup} | branches
-    return [{f"train.phases.{key}": n for key, n in steps.items()}]
+    return [{"train.phases.trunk.steps": trunk, "train.phases.trunk.warmup": warmup} | of_branch(branch)]
+
+
+def of_branch(steps: int) -> Point:
+    """Another number of steps for control and QAT, in all of which rates fall."""
+    return {f"train.phases.{phase}.{key}": steps for phase in ("control", "qat") for key in ("steps", "decay")}
 
 
 SMALL = Scale(
@@ -182,9 +191,10 @@ SMALL = Scale(
         "q2_0": product(taught_by(":control", 0.5), values(RATE, [0.02])),
         **dict.fromkeys((FULL, "mxfp4", "nvfp4", "q4_0"), product(taught_by(":control", 0.5), [{}, {RATE: 0.02}])),
     },
-    longer=[{f"train.phases.{phase}.{key}": 1100 for phase in ("control", "qat") for key in ("steps", "decay")}],
+    longer={"twice as long": of_branch(1100), "four times as long": of_branch(2200)},
     k_quants=False,
     tokens=32_768,
+    more_seeds={"fp4_experts": (3, 4, 5), "late_qat_2bit": (3, 4, 5)},
     widths=chain(*map(of_width, (64, 128, 192))),
     width_rates=((0.0025, 0.005, 0.01), (0.0025, 0.005, 0.01), (0.00125, 0.0025, 0.005)),
     best_rates=(0.005, 0.005, 0.0025),
@@ -205,7 +215,7 @@ H100 = Scale(
     scale_rates=(1e-5, 1e-4, 1e-3),
     followed=[],  # not searched yet
     taught={},
-    longer=[],  # of the best recipe
+    longer={},
     k_quants=True,
     tokens=65_536,
 )

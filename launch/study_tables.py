@@ -41,6 +41,11 @@ def _losses(rows: Sequence[Row]) -> dict[str, float]:
     return {f"{r['run']}:{r['row']}": r["loss"] for r in judged(rows)}
 
 
+def _of(rows: Sequence[Row], stage: str, overrides: dict[str, Any]) -> list[Row]:
+    """The rows of a stage whose runs have these overrides; None: do not set it."""
+    return [r for r in rows if r["stage"] == stage and all(r["overrides"].get(k) == v for k, v in overrides.items())]
+
+
 def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **overrides: Any) -> Group:
     """The rows of a stage whose runs have these overrides (None: do not set it), one for each seed.
 
@@ -49,7 +54,7 @@ def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **over
     Raises:
       UserError: there is none, or more than one for a seed.
     """
-    runs = [r for r in rows if r["stage"] == stage and all(r["overrides"].get(k) == v for k, v in overrides.items())]
+    runs = _of(rows, stage, overrides)
     found = [r for r in judged(runs) if r["row"] == row]
     failed = [r for r in runs if "failed" in r and r.get("row", row) == row]
     controls = _losses(rows)
@@ -66,16 +71,19 @@ def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **over
     return Group(label, sorted(found, key=lambda r: r["seed"]))
 
 
-def roundings(rows: Sequence[Row], stage: str, pattern: str) -> list[Group]:
+def roundings(rows: Sequence[Row], stage: str, pattern: str, **overrides: Any) -> list[Group]:
     """A group for each rounding of the control whose name a pattern is found in, by bits, then by KLD.
 
     "†4": blocks of the format are longer than the rows; four were joined, which no file can hold.
+
+    Args:
+      overrides: as of `select`.
     """
-    of_stage = [r for r in judged(rows) if r["stage"] == stage]
+    of_stage = _of(judged(rows), stage, overrides)
     found = {r["row"]: r["joined_rows"] for r in of_stage if re.search(pattern, r["row"])}
     labels = {n: "PTQ: " + n.removeprefix("control/").replace("/", ", ") for n in found}
     labels = {n: label + (f" †{found[n]}" if found[n] > 1 else "") for n, label in labels.items()}
-    groups = [select(rows, label, stage, row=n) for n, label in labels.items()]
+    groups = [select(rows, label, stage, row=n, **overrides) for n, label in labels.items()]
     return sorted(groups, key=lambda g: (g.rows[0]["bits_per_weight"], mean_se([r["kld"] for r in g.rows])[0]))
 
 
@@ -89,7 +97,7 @@ def above_control(group: Group, rows: Sequence[Row]) -> list[float]:
 
 
 def recovered(group: Group, ptq: Sequence[Group], rows: Sequence[Row]) -> list[float]:
-    """Share of what the best rounding of the same control loses that each row does not lose."""
+    """Share of what the best rounding of the same control loses that each row does not lose, where there is one."""
     shares = []
     for row, above in zip(group.rows, above_control(group, rows), strict=True):
         lost = [
@@ -98,7 +106,7 @@ def recovered(group: Group, ptq: Sequence[Group], rows: Sequence[Row]) -> list[f
             for r, a in zip(p.rows, above_control(p, rows), strict=True)
             if r["reference"] == row["reference"]
         ]
-        shares.append((min(lost) - above) / min(lost))
+        shares += [(min(lost) - above) / min(lost)] if lost else []
     return shares
 
 
@@ -106,6 +114,22 @@ def by_seed(*groups: Group) -> list[tuple[Row, ...]]:
     """The rows of several groups side by side, for each seed that all of them have."""
     found = [{row["seed"]: row for row in group.rows} for group in groups]
     return [tuple(rows[seed] for rows in found) for seed in sorted(set.intersection(*map(set, found)))]
+
+
+def of_seeds(group: Group, seeds: Sequence[int]) -> Group:
+    """Those of its rows."""
+    return Group(group.label, [row for row in group.rows if row["seed"] in seeds])
+
+
+def without_seeds(group: Group, seeds: Sequence[int]) -> Group:
+    """The other rows."""
+    return Group(group.label, [row for row in group.rows if row["seed"] not in seeds])
+
+
+def numbers_of_seeds(groups: Sequence[Group]) -> str:
+    """How many seeds the groups have, as part of a title: "3 to 6 seeds". Those without any do not count."""
+    found = sorted({len(group.rows) for group in groups} - {0})
+    return f"{found[0]} to {found[-1]} seeds" if len(found) > 1 else f"{found[0] if found else 0} seeds"
 
 
 def mean_se(values: Sequence[float]) -> tuple[float, float]:
@@ -148,7 +172,11 @@ def minus(group: Group, other: Group, key: str = "loss") -> list[float]:
 
 def compared(first: Group, second: Group, rows: Sequence[Row], how: Callable[[float, float], float]) -> list[float]:
     """`how` of what the two lose against their controls, for each seed that both have."""
-    return [how(*(above_control(Group("", [row]), rows)[0] for row in pair)) for pair in by_seed(first, second)]
+    gaps = [
+        dict(zip((row["seed"] for row in group.rows), above_control(group, rows), strict=True))
+        for group in (first, second)
+    ]
+    return [how(*(of[seed] for of in gaps)) for seed in sorted(set.intersection(*map(set, gaps)))]
 
 
 def table(groups: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) -> str:

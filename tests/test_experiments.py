@@ -21,7 +21,7 @@ from experiments.fp4_experts.pairs import (
     roundings_table,
 )
 from experiments.iso_memory.study import FIRST, grids_table, pairs_table, same_size_table
-from experiments.late_qat_2bit import study as late
+from experiments.late_qat_2bit import machines, tables
 from experiments.resilience.laws import CONTROL, FULL_TAUGHT, exponents
 from experiments.resilience.pairs import growth_table, shares_table, taught_table
 from experiments.scales import FULL
@@ -264,20 +264,23 @@ def test_fp4_is_held_against_what_is_trained_alike_and_the_best_rounding():
                  taught: seeds_of("q4_0, taught", 3.9, 3.9), twice: Group("q4_0, twice (not run)", [])},
     }  # fmt: skip
     lines = goals_table(of).splitlines()
-    assert lines[2] == "| mxfp4 | control | +0.50 (+0.50 .. +0.50) | not met | yes |"
-    assert lines[3].startswith("| mxfp4, taught | full, taught | +0.26 (-3.00 .. +3.51) | met | no, holds 0.3")
-    assert lines[5] == "| q4_0 | control | +0.25 (+0.25 .. +0.25) | met | yes |"
-    assert lines[7] == "| q4_0, twice (not run) | full, twice |  |  |  |"
+    assert lines[2] == "| mxfp4 | control | 0 1 | +0.50 (+0.50 .. +0.50) | not met | yes |"
+    assert lines[3].startswith("| mxfp4, taught | full, taught | 0 1 | +0.26 (-3.00 .. +3.51) | met | no, holds 0.3")
+    assert lines[5] == "| q4_0 | control | 0 1 | +0.25 (+0.25 .. +0.25) | met | yes |"
+    assert lines[7] == "| q4_0, twice (not run) | full, twice |  |  |  |  |"
     clamped = seeds_of("clamped", 4.0, 4.01)
     found = differences_table(of, [(clamped, of["mxfp4"][UNTAUGHT])]).splitlines()
     changed = "-0.0100 (-0.1371 .. +0.1171) | +0.3000 (+0.3000 .. +0.3000)"
-    assert f"| mxfp4, twice | -0.1000 (-0.3541 .. +0.1541) | -0.1200 (-0.3741 .. +0.1341) | {changed} |" in found
-    assert "| mxfp4 | +0.0200 (+0.0200 .. +0.0200) |  |  |  |" in found
-    assert "| full, taught | -0.1000 (-0.1000 .. -0.1000) |  |  |  |" in found
-    assert found[-1].startswith("| clamped | +0.0050 (-0.0585 .. +0.0685) | -0.0150 (")
+    assert f"| mxfp4, twice | 0 1 | -0.1000 (-0.3541 .. +0.1541) | -0.1200 (-0.3741 .. +0.1341) | {changed} |" in found
+    assert "| mxfp4 | 0 1 | +0.0200 (+0.0200 .. +0.0200) |  |  |  |" in found
+    assert "| full, taught | 0 1 | -0.1000 (-0.1000 .. -0.1000) |  |  |  |" in found
+    assert found[-1].startswith("| clamped | 0 1 | +0.0050 (-0.0585 .. +0.0685) | -0.0150 (")
     formats = formats_table(of).splitlines()
-    assert formats[0].endswith("| mxfp4 minus q4_0 |") and formats[2] == "| untaught | +0.0100 (+0.0100 .. +0.0100) |"
-    assert formats[4] == f"| {twice} |  |"
+    assert (
+        formats[0].endswith("| mxfp4 minus q4_0 |")
+        and formats[2] == "| untaught | 0 1 | +0.0100 (+0.0100 .. +0.0100) |"
+    )
+    assert formats[4] == f"| {twice} | 0 1 |  |"
     rounded = [
         Group(f"PTQ: {name.replace('/', ', ')}", [
             row("t", f"control/{name}", seed, loss, kld=kld, bits_per_weight=bits) for seed in (0, 1)
@@ -288,18 +291,18 @@ def test_fp4_is_held_against_what_is_trained_alike_and_the_best_rounding():
     best = roundings_table(of, rounded).splitlines()
     none = "+0.1000 (+0.1000 .. +0.1000)"
     onto = f"MXFP4, stock | -0.0200 (-0.0200 .. -0.0200) | mxfp4, search | {none} |"
-    assert best[2] == f"| mxfp4 | onto mxfp4 | {onto}"
-    assert best[3].startswith("| mxfp4 | in 4.25 bits | IQ4_XS, imatrix | -0.0100 (")
+    assert best[2] == f"| mxfp4 | 0 1 | onto mxfp4 | {onto}"
+    assert best[3].startswith("| mxfp4 | 0 1 | in 4.25 bits | IQ4_XS, imatrix | -0.0100 (")
     gptq = "iq4_nl, gptq | +0.0200 (+0.0200 .. +0.0200) | iq4_nl, gptq | +0.0500 (+0.0500 .. +0.0500)"
-    assert [line for line in best if line.startswith("| q4_0 |")] == [f"| q4_0 | in 4.5 bits | {gptq} |"]
+    assert [line for line in best if line.startswith("| q4_0 |")] == [f"| q4_0 | 0 1 | in 4.5 bits | {gptq} |"]
 
 
 def test_what_two_machines_say_is_pooled_run_by_run():
     """Rows of one machine as those of both: its means, differences of the same runs, and intervals of six."""
-    rows = json.loads(late.EARLIER.read_text())
+    rows = json.loads(machines.EARLIER.read_text())
     s = scales.SMALL
-    tables = late.machines_tables(s, late.groups_of(s, rows), rows)
-    lines = {line.split(" | ")[0].strip("|* "): line for line in tables["machines"].splitlines()}
+    made = machines.machines_tables(s, tables.groups_of(s, rows), rows, rows)
+    lines = {line.split(" | ")[0].strip("|* "): line for line in made["machines"].splitlines()}
     assert (
         "| 0.0475 ±0.0014 | 0.0475 ±0.0014 | +0.0475 (+0.0453 .. +0.0497) |  | +0.0230 ("
         in lines["q2_0, learned scales** (the config)"]
@@ -307,21 +310,53 @@ def test_what_two_machines_say_is_pooled_run_by_run():
     best = lines["rate 0.02, half KL to the control"]
     assert "| 0.0245 ±0.0032 | 0.0245 ±0.0032 | +0.0245 (" in best and "| -0.0230 (" in best
     assert best.endswith(") |  | 0.0853 ±0.0015 | 0.0853 ±0.0015 |")
-    shares = tables["shares_machines"].splitlines()
+    shares = made["shares_machines"].splitlines()
     assert shares[2].startswith("| 5 % | 0.0519 ±0.0047 | 0.0519 ±0.0047 | +0.0519 (") and "| +0.0149 (" in shares[2]
     assert shares[4].startswith("| 20 % | 0.0370 ±0.0052 | 0.0370") and shares[4].endswith(") |  |")
 
 
+def test_more_steps_are_held_against_the_configs_seed_by_seed():
+    """Their gaps beside those of as many steps as the config has, and roundings of their own controls."""
+
+    def of_run(run, name, loss, **more):
+        return Group(name, [row("t", name, 0, loss, run=f"runs/{run}", reference=f"runs/{run}:control", **more)])
+
+    def length(run, control, rounded, best, full):
+        rounded = of_run(run, "control/q2_0/search", rounded, kld=0.3)
+        best = of_run(run, "qat", best, kld=0.1 if run == "short" else 0.15)
+        return tables.Longer(of_run(run, "control", control), [rounded], best, {tables.ALIKE: of_run(run, "f", full)})
+
+    short, long = length("short", 4.0, 4.2, 4.05, 3.99), length("long", 3.9, 4.2, 3.91, 3.88)
+    rows = [*short.control.rows, *long.control.rows]
+    in_full = [tables.NONE, short.branched[tables.ALIKE]]
+    found = tables.Groups(short.control, tables.NONE, short.rounded, short.best, {}, [], in_full)
+    way = tables.Way(tables.NONE, short.best, [], {"much longer": long})
+    lines = tables.longer_table(found, way, short.best, rows).splitlines()
+    assert lines[0] == "| (95 % interval) | as long as the config's | much longer |"
+    cells = [line.split("|")[3].strip() for line in lines[2:]]
+    assert cells[:6] == ["+0.0100", "-0.0400", "+0.3000", "+0.1000", "-0.0200", "-0.0100"]
+    assert cells[6:] == ["", "", "+0.0300", "0.1500", "+0.0500"]
+    goals = tables.goals([(of.best, of.rounded) for of in (short, long)] + [(short.best, [])], rows).splitlines()
+    assert goals[2:] == [
+        "| qat | 75 % | 1.25 % | 0.33 | control/q2_0/search |",
+        "| qat | 97 % | 0.26 % | 0.50 | control/q2_0/search |",
+        "| qat |  |  |  |  |",
+    ]
+
+
 def test_fp4_on_two_machines():
+    """The seeds that were run first, those that were added, those of the other machine, and all runs as one sample."""
+
     def kinds(*losses):
-        control = seeds_of("c", 4.0, 4.0, 4.0)
+        control = seeds_of("c", *[4.0] * len(losses))
         return {FULL: {UNTAUGHT: control}, "mxfp4": {UNTAUGHT: seeds_of("m", *losses)}}
 
-    (line,) = machines_table(kinds(4.01, 4.02, 4.0), kinds(4.02, 4.02, 4.02)).splitlines()[2:]
-    assert line.startswith(
-        "| m | +0.25 (-0.37 .. +0.87) | +0.50 (+0.50 .. +0.50) | +0.37 (+0.16 .. +0.59) | not met | "
-    )
-    assert line.endswith("| no, holds 0.3 |")
+    before = kinds(4.02, 4.02, 4.02)
+    (line,) = machines_table(kinds(4.01, 4.02, 4.0), before, (0, 1, 2)).splitlines()[2:]
+    both = "+0.50 (+0.50 .. +0.50) | +0.37 (+0.16 .. +0.59) | not met | no, holds 0.3 |"
+    assert line == f"| m | +0.25 (-0.37 .. +0.87) |  | {both}"
+    (line,) = machines_table(kinds(4.01, 4.02, 4.0, 4.04, 4.02), before, (0, 1, 2)).splitlines()[2:]
+    assert line.startswith("| m | +0.25 (-0.37 .. +0.87) | +0.75 (-2.43 .. +3.93) | +0.50 (+0.50 .. +0.50) | +0.47 (")
 
 
 def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from experiments.scales import FULL
-from launch.study_tables import Group, by_seed, mean_se, minus, student, with_interval
+from launch.study_tables import Group, by_seed, mean_se, minus, of_seeds, student, with_interval, without_seeds
 from qatmoe.text_table import markdown
 
 UNTAUGHT = "untaught"
@@ -16,21 +16,29 @@ Kinds = dict[str, dict[str, Group]]  # {grid or FULL: {UNTAUGHT, then kinds with
 
 def goals_table(of: Kinds) -> str:
     """How far the loss of each FP4 QAT is from that of full precision trained alike, in percent of it."""
-    lines = [[f"goal: within {GOAL} %", "of the loss of", "found, % (95 % interval)", "by the mean", "settled"]]
+    head = [f"goal: within {GOAL} %", "of the loss of", "seeds", "found, % (95 % interval)", "by the mean", "settled"]
+    lines = [head]
     for grid, kinds in of.items():
         for kind, group in kinds.items() if grid != FULL else ():
             full = of[FULL][kind]
-            lines.append([group.label, full.label, *reached(percent_above(group, full))])
+            lines.append([group.label, full.label, group.seeds, *reached(percent_above(group, full))])
     return markdown(lines)
 
 
-def machines_table(here: Kinds, before: Kinds) -> str:
-    """How far the loss of each untaught QAT is from the control's, in percent of it: on two machines, and over both."""
-    lines = [["% of the control's loss (95 % interval)", "here", "earlier", "both", "by the mean", "settled"]]
+def machines_table(here: Kinds, before: Kinds, first: Sequence[int]) -> str:
+    """How far the loss of each untaught QAT is from the control's, in percent of it: on two machines, and over both.
+
+    Args:
+      first: the seeds that were run first, and on the other machine too; those that were added stand apart.
+    """
+    head = ["% of the control's loss (95 % interval)", "here, first seeds", "here, added seeds", "earlier"]
+    lines = [[*head, "all runs", "by the mean", "settled"]]
     for grid in [grid for grid in here if grid != FULL]:
-        found = [percent_above(of[grid][UNTAUGHT], of[FULL][UNTAUGHT]) for of in (here, before)]
-        both = reached([percent for of_machine in found for percent in of_machine])
-        lines.append([here[grid][UNTAUGHT].label, *(with_interval(percent, "+.2f") for percent in found), *both])
+        qat, full = here[grid][UNTAUGHT], here[FULL][UNTAUGHT]
+        found = [percent_above(part, full) for part in (of_seeds(qat, first), without_seeds(qat, first))]
+        found.append(percent_above(before[grid][UNTAUGHT], before[FULL][UNTAUGHT]))
+        runs = [percent for part in found for percent in part]
+        lines.append([qat.label, *(with_interval(part, "+.2f") for part in found), *reached(runs)])
     return markdown(lines)
 
 
@@ -61,14 +69,14 @@ def differences_table(of: Kinds, others: Sequence[tuple[Group, Group]]) -> str:
         first, *taught = kinds.values()
         plain |= {group.label: first for group in taught}
         slower |= {group.label: taught[0] for group in taught[1:]}
-    head = ["(95 % interval)", "loss minus the control's", "minus the plain one's", "minus the config's rate's"]
-    lines = [[*head, "KLD minus the config's rate's"]]
+    head = ["(95 % interval)", "seeds", "loss minus the control's", "minus the plain one's"]
+    lines = [[*head, "minus the config's rate's", "KLD minus the config's rate's"]]
     for group in (*(g for kinds in of.values() for g in kinds.values()), *(g for g, _ in others)):
         if group != control:
             beside, slow = plain.get(group.label, control), slower.get(group.label)
             own = "" if beside == control else with_interval(minus(group, beside))
             rate = [with_interval(minus(group, slow, key)) if slow else "" for key in ("loss", "kld")]
-            lines.append([group.label, with_interval(minus(group, control)), own, *rate])
+            lines.append([group.label, group.seeds, with_interval(minus(group, control)), own, *rate])
     return markdown(lines)
 
 
@@ -76,15 +84,15 @@ def formats_table(of: Kinds) -> str:
     """Grids against each other, trained alike: how much higher the loss of the first is."""
     grids = {grid: kinds for grid, kinds in of.items() if grid != FULL}
     pairs = list(itertools.combinations(grids, 2))
-    lines = [["loss (95 % interval)", *(f"{a} minus {b}" for a, b in pairs)]]
-    for kind in of[FULL]:
-        lines.append([kind, *(with_interval(minus(grids[a][kind], grids[b][kind])) for a, b in pairs)])
+    lines = [["loss (95 % interval)", "seeds", *(f"{a} minus {b}" for a, b in pairs)]]
+    for kind, full in of[FULL].items():
+        lines.append([kind, full.seeds, *(with_interval(minus(grids[a][kind], grids[b][kind])) for a, b in pairs)])
     return markdown(lines)
 
 
 def roundings_table(of: Kinds, rounded: Sequence[Group]) -> str:
     """Each QAT beside the best rounding onto its own grid, and beside the best of all in no more bits."""
-    head = ["QAT", "rounded", "lowest loss", "loss minus that (95 % interval)", "lowest KLD"]
+    head = ["QAT", "seeds", "rounded", "lowest loss", "loss minus that (95 % interval)", "lowest KLD"]
     lines = [[*head, "KLD minus that (95 % interval)"]]
     for grid, kinds in of.items():
         onto = [g for g in rounded if g.rows[0]["row"].split("/")[1].lower() == grid]  # llama.cpp's own too
@@ -93,7 +101,7 @@ def roundings_table(of: Kinds, rounded: Sequence[Group]) -> str:
             within = [g for g in rounded if g.rows[0]["bits_per_weight"] <= bits]
             for where, found in ((f"onto {grid}", onto), (f"in {bits:g} bits", within)):
                 cells = [cell for key in ("loss", "kld") for cell in beside_best(group, found, key)]
-                lines += [[group.label, where, *cells]] if any(cells) else []
+                lines += [[group.label, group.seeds, where, *cells]] if any(cells) else []
     return markdown(lines)
 
 

@@ -2,8 +2,9 @@
 
     python -m launch.study experiments/fp4_experts/study.py --slots 2
 
-The trunks are those of late_qat_2bit. "Taught": half of the loss is the KL to the finished control,
-and beside it stands full precision that is taught alike.
+The trunks are those of late_qat_2bit, and more: full precision and each grid without a teacher are on all seeds, the
+rest on the first. "Taught": half of the loss is the KL to the finished control, and beside it stands full precision
+that is taught alike.
 """
 
 import json
@@ -24,7 +25,7 @@ from experiments.fp4_experts.pairs import (
 )
 from experiments.scales import FULL, experts_on, grid_name, taught_name
 from launch.study import Report, Results, Row, Study, branches
-from launch.study_tables import Group, dots, roundings, select, table
+from launch.study_tables import Group, dots, numbers_of_seeds, roundings, select, table
 
 EARLIER = Path(__file__).parent / "earlier" / "small.json"  # results of the study on another machine
 PTQ = r"^control/(mxfp4|nvfp4|q4_0|iq4_nl|MXFP4|NVFP4|Q4_0|IQ4_NL|IQ4_XS|Q4_K)/"
@@ -37,10 +38,10 @@ CLAMPED = experts_on("mxfp4", **{"model.swiglu_limit": 10.0})
 def get_study(scale: str, corpus: str) -> Study:
     """Trunks; each grid, with a teacher too; the down projection one step higher; DeepSeek-V4's clamp."""
     s = scales.on(scale, corpus)
-    trunks = s.trunks(f"^control$|{PTQ}")
+    trunks, more = (size.trunks(f"^control$|{PTQ}") for size in (s, s.on_more_seeds("fp4_experts")))
     return s.study(
-        trunks,
-        *(s.on_grid(trunks, grid) for grid in GRIDS),
+        more,
+        *(s.on_grid(more, grid) for grid in GRIDS),
         *(stage for grid in (*GRIDS, FULL) for stage in s.with_teacher(trunks, grid)),
         branches(trunks, f"{s.name}_mxfp4_down", s.branch, MIXED),
         branches(trunks, f"{s.name}_mxfp4_clamped", s.config, CLAMPED, judged="^(control|qat)$"),
@@ -67,7 +68,7 @@ def report(results: Results) -> Report:
         of = {grid: {UNTAUGHT: {FULL: control, **plain}[grid]} | taught[grid] for grid in taught}
         tables[f"{scale}_goals"] = goals_table(of)
         if scale == "small":
-            tables["small_machines"] = machines_table(of, untaught_before())
+            tables["small_machines"] = machines_table(of, untaught_before(), scales.SMALL.seeds)
         others = [*((g, plain["mxfp4"]) for g in more), (clamped_control, control)]
         tables[f"{scale}_differences"] = differences_table(of, others)
         tables[f"{scale}_formats"] = formats_table(of)
@@ -77,7 +78,7 @@ def report(results: Results) -> Report:
         drawn = [*((g, "black") for g in rounded), *((g, colors.get(g.label, "tab:red")) for g in made)]
         dots(axes, drawn, rows)
         what = "rounding (black), QAT (red), taught (purple; full precision blue)"
-        axes.set_title(f"{scale}: {what}; {len(control.rows)} seeds", fontsize=8)
+        axes.set_title(f"{scale}: {what}; {numbers_of_seeds(made)}", fontsize=8)
     return Report(tables, figure)
 
 

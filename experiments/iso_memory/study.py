@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from experiments import scales
 from experiments.scales import Scale, experts_on, grid_name, taught_name
 from launch.study import Report, Results, Row, Stage, Study, beside
-from launch.study_tables import Group, by_seed, mean_se, minus, select, with_interval, with_se
+from launch.study_tables import Group, by_seed, mean_se, minus, numbers_of_seeds, select, with_interval, with_se
 from qatmoe.text_table import markdown
 
 FIRST = "from the first step"
@@ -113,7 +113,7 @@ def report(results: Results) -> Report:
         tables[f"{scale}_same_size"] = same_size_table(s, found)
         tables[f"{scale}_grids"] = grids_table(found)
         draw(axes, found)
-        axes.set_title(f"{scale}: loss of models by bytes, {len(s.seeds)} seeds", fontsize=10)
+        axes.set_title(f"{scale}: loss of models by bytes, {numbers_of_seeds(list(found.values()))}", fontsize=10)
     return Report(tables, figure)
 
 

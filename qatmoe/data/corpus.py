@@ -1,7 +1,8 @@
 """Sources of text: bundled novels, local files, Hugging Face datasets; and what is held out of them.
 
 A source is a string: "default" (bundled), a file, directory or glob of .txt/.jsonl/.parquet (text files
-also as .gz/.xz/.zst), or "hf:DATASET[:CONFIG[:SPLIT]]". Every source is an ordered sequence of documents;
+also as .gz/.xz/.zst), or "hf:DATASET[:CONFIG[:SPLIT]]". Of a directory all that lies below it is read, in linked
+directories too, but for hidden ones and hidden files. Every source is an ordered sequence of documents;
 the order depends on the paths and their contents alone. Documents are streamed; `Split` also keeps
 16 bytes per document and the longest one.
 """
