@@ -29,12 +29,12 @@ from typing import Any
 
 from launch.algebra import Point, Points
 from qatmoe import metrics
-from qatmoe.checkpoint import FREE_KEYS, differences
 from qatmoe.config import Config, default, leaves, resolve, to_json
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.quant.grid import RULES
 from qatmoe.run import quant_plan
+from qatmoe.workdir import FREE_KEYS, differences
 
 LONGEST = 150  # characters of a name's readable part
 DIGITS = 10  # of a name's end; two of a thousand runs meet once in two million sweeps

@@ -33,7 +33,6 @@ from typing import Any
 import jax
 
 from qatmoe import aot, cli, distributed, fit, report, topology
-from qatmoe.checkpoint import open_workdir
 from qatmoe.config import Config, to_json
 from qatmoe.convert import gguf_model, huggingface_model, names
 from qatmoe.convert.vocab import gguf_fields, huggingface_files
@@ -49,6 +48,7 @@ from qatmoe.metrics import read as read_metrics
 from qatmoe.phases import check_teachers, check_text, finished, round_control, run_phase
 from qatmoe.quant.plan import Plan, format_coverage, totals
 from qatmoe.run import Interrupted, Run, Stop, check_mesh, quant_plan, train_iterator, valid_batches
+from qatmoe.workdir import open_workdir
 
 OPTIONS: dict[str, str | bool] = {
     "workdir": "",

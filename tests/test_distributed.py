@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from qatmoe import distributed, metrics, train
-from qatmoe.checkpoint import Checkpoints, open_workdir
+from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import resolve, to_json
 from qatmoe.errors import UserError
+from qatmoe.workdir import open_workdir
 
 CONFIG = """
 from qatmoe.config import default_config, phase

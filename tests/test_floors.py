@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"decode"},
     {"loss", "optim"},
     {"step", "fidelity"},
-    {"checkpoint", "metrics"},
+    {"checkpoint", "metrics", "workdir"},
     {"convert.names", "convert.hf_config", "convert.safetensors", "convert.gguf", "convert.compressed"},
     {"convert.vocab", "convert.llama", "convert.llama_numerics"},
     {"requantize", "gptq"},

@@ -12,9 +12,9 @@ from launch import points, sweep
 from launch.algebra import chain, product, values, zip_
 from launch.points import Sweep
 from qatmoe import cli
-from qatmoe.checkpoint import open_workdir
 from qatmoe.config import to_json
 from qatmoe.errors import UserError
+from qatmoe.workdir import open_workdir
 
 TOY = str(ROOT / "configs" / "toy.py")
 FILE = """
