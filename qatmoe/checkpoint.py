@@ -394,7 +394,7 @@ class Checkpoints:
         found = {}
         for name in names:
             dtype, shape = meta["tensors"][name]
-            folder = self.path(meta["step"]) / meta.get("parts", {}).get(name, "state")
+            folder = (self.path(meta["step"]) / meta.get("parts", {}).get(name, "state")).resolve()  # no ".." for ts
             base = {"driver": "file", "path": f"{folder}/"}  # not an address, in which "%", "#" and "?" mean more
             kvstore = {"driver": "ocdbt", "base": base, "path": name}
             source = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, open=True, context=_MAPPED).result()

@@ -155,6 +155,15 @@ def test_a_folders_name_is_taken_as_it_is(saved, tmp_path):
         np.testing.assert_array_equal(np.asarray(read), np.asarray(make_state(2).params["model"]["embed"]))
 
 
+def test_a_run_is_read_by_a_path_with_two_dots(saved, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(saved, tmp_path / "run")
+    with Checkpoints("../run", "trunk") as checkpoints:
+        read = checkpoints.read(checkpoints.meta(2), ["params/model/embed"])["params/model/embed"]
+    np.testing.assert_array_equal(np.asarray(read), np.asarray(make_state(2).params["model"]["embed"]))
+
+
 def test_arrays_that_were_read_outlive_their_files(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     with Checkpoints(tmp_path / "run", "trunk") as checkpoints:
