@@ -188,6 +188,12 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             if not distributed.first():
                 return
+            for folder in staging.glob("state*"):
+                if not (folder / "manifest.ocdbt").is_file():  # orbax, which finds nothing to put together, only warns
+                    raise RunError(
+                        f"no checkpoint was written under {self.directory}: orbax left {folder.name}/manifest.ocdbt, "
+                        "without which there are no weights, unwritten; choose another workdir"
+                    )
             for name, text in texts.items():
                 write_atomically(staging / name, text)
             files = sorted(p for p in staging.rglob("*") if p.is_file())

@@ -41,6 +41,20 @@ def differences(there: Json, here: Json) -> dict[str, tuple[Any, Any]]:
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key not in new}
 
 
+def check_path(path: str | Path, what: str) -> None:
+    """Raises UserError where no checkpoints can be written below a path: weights would be missing in them.
+
+    Of the whole path orbax makes a pattern, tensorstore takes "\\" for "/", and both want UTF-8.
+    """
+    whole = str(Path(path).absolute())
+    bad = next((c for c in whole if c in "*?[\\" or "\ud800" <= c <= "\udfff"), "")
+    if bad:
+        raise UserError(
+            f"{what} {whole!r}: checkpoints cannot be written below a folder with {bad!r} in its name: choose another, "
+            "or rename that one"
+        )
+
+
 class RunLock:
     """Holds a run's directory until `close`, the end of a `with`, or the process's death."""
 
@@ -67,9 +81,10 @@ def open_workdir(workdir: str | Path, config_json: str) -> RunLock:
       config_json: the resolved config. Written to WORKDIR/config.json the first time and compared afterwards.
 
     Raises:
-      UserError: the directory holds another configuration's run or something else, cannot be written, or is in use
-        by another process. Nothing in it was changed.
+      UserError: the directory holds another configuration's run or something else, cannot be written (`check_path`
+        too), or is in use by another process. Nothing in it was changed.
     """
+    check_path(workdir, "workdir")
     workdir = Path(workdir)
     if not distributed.first():
         return RunLock(None)

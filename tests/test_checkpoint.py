@@ -148,9 +148,10 @@ def test_a_folders_name_is_taken_as_it_is(saved, tmp_path):
     for file in (tmp_path / "50 x").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    for name in ("50%20x", "a#b", "a?b|c%"):
+    for name in ("50%20x", "a#b", "a?b|c%", "[x]*"):  # some could not be saved to, `workdir.check_path`
         shutil.copytree(saved, tmp_path / name)
         with Checkpoints(tmp_path / name, "trunk") as checkpoints:
+            assert_same(checkpoints.restore(2, abstract(make_state(0)))[0], make_state(2))
             read = checkpoints.read(checkpoints.meta(2), ["params/model/embed"])["params/model/embed"]
         np.testing.assert_array_equal(np.asarray(read), np.asarray(make_state(2).params["model"]["embed"]))
 
@@ -434,6 +435,23 @@ def test_full_disk_while_the_manifest_is_written(saved, tmp_path, monkeypatch):
             with pytest.raises(RunError, match=r"No space left on device.*step 2 is intact"):
                 checkpoints.wait()
         assert_same(checkpoints.restore_latest(abstract(make_state(0)))[0], make_state(2))
+    assert sorted(os.listdir(checkpoints.directory)) == ["1", "2"]
+
+
+def test_arrays_that_orbax_did_not_put_together_are_no_checkpoint(saved, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    with Checkpoints(tmp_path, "trunk") as checkpoints:
+        wait = checkpoints._orbax.wait_until_finished
+
+        def lost():
+            wait()
+            for file in checkpoints.directory.glob(".saving-3/state/manifest.ocdbt"):
+                file.unlink()
+
+        monkeypatch.setattr(checkpoints._orbax, "wait_until_finished", lost)
+        checkpoints.save(3, make_state(3), {}, {})
+        with pytest.raises(RunError, match=r"state/manifest.ocdbt, without which there are no weights"):
+            checkpoints.wait()
     assert sorted(os.listdir(checkpoints.directory)) == ["1", "2"]
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import threading
 
 import pytest
@@ -63,6 +64,20 @@ def test_a_workdir_that_cannot_be_a_directory(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file/run"):
         with pytest.raises(UserError, match="Not a directory"):
             open_workdir(path, CONFIG)
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?b", "a\\b", os.fsdecode(b"a\xff")])
+def test_a_path_that_checkpoints_cannot_be_written_below(name, tmp_path, monkeypatch):
+    """Whichever part of it is meant to have another name, and however the run is addressed."""
+    character = re.escape(repr(re.sub(r"[ab1\]]", "", name)))
+    with pytest.raises(UserError, match=f"with {character} in its name"):
+        open_workdir(tmp_path / name, CONFIG)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(UserError, match=f"with {character} in its name"):
+        open_workdir("run", CONFIG)
+    assert os.listdir() == []
 
 
 def test_one_process_at_a_time(tmp_path):

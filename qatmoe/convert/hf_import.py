@@ -24,6 +24,7 @@ from qatmoe.convert.weights import ORIGIN, Origin
 from qatmoe.data import tokenizer
 from qatmoe.errors import UserError
 from qatmoe.files import atomic_folder, check_apart, write_atomically
+from qatmoe.workdir import check_path
 
 TRUNK = "trunk"
 _PART_BYTES = 1 << 28  # weights per part of the checkpoint
@@ -76,6 +77,7 @@ def import_folder(source: Path, out: Path, *, drop_mtp: bool = False, force: boo
     raw = _read_json(source / "config.json")
     arch, model = hf_config.read(raw, str(source / "config.json"))
     check_apart(out, source)
+    check_path(out, "--out")
     _check_model(out, model, source)
     tok = _tokenizer(source, model)
     with Folder(source) as files:
