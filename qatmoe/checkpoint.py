@@ -44,6 +44,10 @@ _MAPPED = ts.Context({"file_io_mode": {"mode": "memmap"}})
 
 Json = dict[str, Any]
 
+# Seconds. After so long a save is given up. Orbax's own 20 minutes, for all arrays of one, are less than a state of
+# 84 GB takes at 70 MB/s; what is slow must end, and only what hangs be told.
+SAVE_S = 24 * 3600
+
 # Checkpoints that this process found undamaged: the manifest's digest, and size and time of each file. A start asks for
 # some of them several times, and to look at every byte of a large one takes minutes.
 _verified: dict[Path, tuple[str, list[tuple[int, int, int]]]] = {}
@@ -67,7 +71,7 @@ class Checkpoints:
         self.phase = phase
         self.directory = Path(workdir).absolute() / "checkpoints" / phase
         self._keep = keep
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False), timeout_secs=SAVE_S)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future[None] | None = None
 
@@ -469,11 +473,13 @@ def _load_json(file: Path) -> Json:
 
 
 def _disk_error(error: BaseException | None) -> str | None:
-    """What the operating system said, if the error is its: tensorstore passes the code on in its message only."""
+    """What the disk did not do, or the operating system said: tensorstore passes its code on in the message only."""
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     if isinstance(error, UserError):
         return _disk_error(error.__cause__)
+    if isinstance(error, TimeoutError):
+        return f"it took longer than {SAVE_S:,} s"
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code[1])) if code else None
 

@@ -438,6 +438,27 @@ def test_full_disk_while_the_manifest_is_written(saved, tmp_path, monkeypatch):
     assert sorted(os.listdir(checkpoints.directory)) == ["1", "2"]
 
 
+def test_a_save_that_takes_too_long(saved, tmp_path, monkeypatch):
+    """Not the 20 minutes that orbax gives it by default, in which a slow disk does not write a large state."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    make, given = checkpoint.ocp.AsyncCheckpointer, []
+    monkeypatch.setattr(checkpoint.ocp, "AsyncCheckpointer", lambda *a, **k: (given.append(k), make(*a, **k))[1])
+    with Checkpoints(tmp_path, "trunk") as checkpoints:
+        assert given == [{"timeout_secs": 24 * 3600}]
+        wait = checkpoints._orbax.wait_until_finished
+
+        def late():
+            wait()
+            if (checkpoints.directory / ".saving-3" / "state").exists():
+                raise TimeoutError("Timed out after 86400 seconds.")
+
+        monkeypatch.setattr(checkpoints._orbax, "wait_until_finished", late)
+        checkpoints.save(3, make_state(3), {}, {})
+        with pytest.raises(RunError, match=r"it took longer than 86,400 s.*step 2 is intact"):
+            checkpoints.wait()
+    assert sorted(os.listdir(checkpoints.directory)) == ["1", "2"]
+
+
 def test_arrays_that_orbax_did_not_put_together_are_no_checkpoint(saved, tmp_path, monkeypatch):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     with Checkpoints(tmp_path, "trunk") as checkpoints:
