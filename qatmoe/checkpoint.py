@@ -73,7 +73,7 @@ class Checkpoints:
         self._keep = keep
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False), timeout_secs=SAVE_S)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: concurrent.futures.Future[None] | None = None
+        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None  # step, and its save
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -124,11 +124,11 @@ class Checkpoints:
             if distributed.first():
                 self._remove_leftovers()
                 staging.mkdir(parents=True)
-            distributed.barrier(f"staged {staging}")
+            distributed.barrier(f"staged {self.phase} {step}")  # its folder may have another path on each host
             self._orbax.save(staging / "state", args=ocp.args.PyTreeSave(arrays))
         except Exception as e:
             self._abandon(staging, e)
-        self._pending = self._thread.submit(self._commit, step, staging, texts)
+        self._pending = step, self._thread.submit(self._commit, step, staging, texts)
         if wait:
             self.wait()
 
@@ -172,8 +172,9 @@ class Checkpoints:
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
-            distributed.barrier(f"saved {self.directory}")
+            step, saved = pending
+            saved.result()
+            distributed.barrier(f"saved {self.phase} {step}")
 
     def close(self) -> None:
         """Waits, then ends the threads. Raises as `wait` does."""

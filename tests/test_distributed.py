@@ -215,6 +215,34 @@ def test_what_is_wrong_in_one_process_ends_both(slurm, wrong, message, config, q
     assert not (tmp_path / "run").exists()
 
 
+# Saves and restores below a path of this process's own.
+MOUNTED = """
+import sys, jax, numpy as np, jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from qatmoe import distributed
+from qatmoe.checkpoint import Checkpoints
+rest, place = distributed.flags(sys.argv)
+with distributed.joined(place, detect=False):
+    split = NamedSharding(Mesh(np.asarray(jax.devices()), ("x",)), PartitionSpec("x"))
+    w = jax.jit(lambda: jnp.arange(8.0), out_shardings=split)()
+    with Checkpoints(rest[1], "trunk") as checkpoints:
+        checkpoints.save(1, {"w": w}, {}, {}, wait=True)
+        checkpoints.save(2, {"w": w + 1}, {}, {}, wait=True)
+        found = checkpoints.restore_latest({"w": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=split)})[0]["w"]
+    assert all((shard.data == np.arange(1.0, 9.0)[shard.index]).all() for shard in found.addressable_shards)
+"""
+
+
+def test_hosts_may_see_the_shared_folder_at_different_places(quick_env, tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "1").symlink_to("0")
+    codes, _, err, _ = end(start(quick_env, 2, 1, lambda i: ["-c", MOUNTED, str(tmp_path / str(i) / "run")]))
+    assert codes == [0, 0], err
+    with Checkpoints(tmp_path / "0" / "run", "trunk") as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        assert checkpoints.latest_good() == 2
+
+
 def test_a_folder_in_use_is_refused_by_both(job, config, tmp_path):
     with open_workdir(tmp_path, "{}"):
         codes, _, err, _ = job(tmp_path, 2, 1)
