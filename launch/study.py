@@ -301,12 +301,11 @@ def _judge_run(study: Study, stage: Stage, run: Run, reference: str, check: Call
     found, notes = audit.open_run(run.folder, reference)
     wanted = audit.choose(found, stage.judged)
     ref = found.reference
-    expected = audit.trained_tokens(ref.cfg, ref.phase, ref.steps)
     for phase in {row.branch for row in wanted} - {"trunk"}:
-        if found.trained_tokens(phase) != expected:
+        if found.trained_tokens[phase] != ref.trained_tokens:
             raise UserError(
-                f"{run.folder}: {phase} was trained on {found.trained_tokens(phase):,} tokens and {reference} on "
-                f"{expected:,}: give both the same number of steps"
+                f"{run.folder}: {phase} was trained on {found.trained_tokens[phase]:,} tokens and {reference} on "
+                f"{ref.trained_tokens:,}: give both the same number of steps"
             )
     texts, calibration_ML = evaluate.load_domains(found, study.texts, study.tokens)
     print("\n".join([f"{run.folder} against {reference}", *notes]), flush=True)

@@ -2,13 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from qatmoe import requantize as rounding
-from qatmoe.checkpoint import Checkpoints
+from qatmoe.checkpoint import Checkpoints, trained_tokens
 from qatmoe.config import Config, ModelConfig, other_settings
 from qatmoe.convert import llama
 from qatmoe.convert.weights import Branch, read_config
@@ -44,12 +43,8 @@ class Reference:
     workdir: Path
     cfg: Config
     phase: str
-    steps: dict[str, int]  # newest checkpoints of it and of the phases that it comes from
-
-    @property
-    def step(self) -> int:
-        """Its newest checkpoint."""
-        return self.steps[self.phase]
+    step: int  # its newest checkpoint
+    trained_tokens: int  # up to it, those of the phases that it comes from included
 
     @property
     def model(self) -> ModelConfig:
@@ -71,15 +66,12 @@ class Audit:
     plan: Plan  # paths of the unrolled layout
     reference: Reference
     steps: dict[str, int]  # phase -> newest checkpoint
+    trained_tokens: dict[str, int]  # up to it, those of the phases that it comes from included
     rows: list[Row]
 
     def is_reference(self, phase: str) -> bool:
         """Whether a phase of the run is what the others are compared with."""
         return self.workdir == self.reference.workdir and phase == self.reference.phase
-
-    def trained_tokens(self, phase: str) -> int:
-        """Tokens of training up to the phase's checkpoint, those of the phases that it comes from included."""
-        return trained_tokens(self.cfg, phase, self.steps)
 
 
 def unrolled(cfg: Config) -> ModelConfig:
@@ -93,15 +85,6 @@ def lineage(cfg: Config, phase: str) -> list[str]:
     while start := cfg.train.phases[phases[-1]].start:
         phases.append(start)
     return phases
-
-
-def trained_tokens(cfg: Config, phase: str, steps: Mapping[str, int]) -> int:
-    """Tokens of training up to a phase's checkpoint, those of the phases that it comes from included.
-
-    steps: of their newest checkpoints. What config.init_from names may be at another one than the configuration says.
-    """
-    n = sum(steps.get(name, cfg.train.phases[name].steps) for name in lineage(cfg, phase))
-    return n * cfg.train.batch_size * cfg.data.seq_len
 
 
 # ---- what is judged --------------------------------------------------------------------------------------------------
@@ -134,7 +117,8 @@ def open_run(workdir: Path, reference: str = "") -> tuple[Audit, list[str]]:
         raise UserError(
             f"--reference {reference}: is of another architecture than {workdir}; name a control of its trunk"
         )
-    audit = Audit(workdir, cfg, model, make_plan(shapes, model, cfg.quant), found, steps, [])
+    tokens = {name: trained_tokens(workdir, name, step) for name, step in steps.items()}
+    audit = Audit(workdir, cfg, model, make_plan(shapes, model, cfg.quant), found, steps, tokens, [])
     notes += [*_other_settings(model, found), *_unequal(audit)]
     return dataclasses.replace(audit, rows=_rows(audit, shapes, notes)), notes
 
@@ -159,10 +143,10 @@ def _reference(workdir: Path, text: str) -> Reference:
     if not plain:
         raise UserError(f"{workdir} has no phase in full precision to compare with: add one without quantize")
     phase = phase or ("control" if "control" in plain else plain[-1])
-    steps = {name: step for name in lineage(cfg, phase) if (step := _newest(workdir, name)) is not None}
-    if phase not in steps:
+    step = _newest(workdir, phase)
+    if step is None:
         raise UserError(f"{workdir}: the reference, phase {phase}, has no checkpoint; train it first")
-    return Reference(name or phase, workdir, cfg, phase, steps)
+    return Reference(name or phase, workdir, cfg, phase, step, trained_tokens(workdir, phase, step))
 
 
 def _other_settings(model: ModelConfig, reference: Reference) -> list[str]:
@@ -176,13 +160,13 @@ def _other_settings(model: ModelConfig, reference: Reference) -> list[str]:
 def _unequal(audit: Audit) -> list[str]:
     """Which phases are unfinished, or were trained on another number of tokens than the reference."""
     ref, notes = audit.reference, []
-    expected = trained_tokens(ref.cfg, ref.phase, ref.steps)
+    expected = ref.trained_tokens
     own = lineage(ref.cfg, ref.phase) if ref.workdir == audit.workdir else []
     for name, step in audit.steps.items():
         replaced = bool(audit.cfg.init_from) and name == next(iter(audit.cfg.train.phases))
         if step != (last := audit.cfg.train.phases[name].steps) and not replaced:
             notes.append(f"phase {name} is not finished: its newest checkpoint is step {step:,} of {last:,}")
-        found = audit.trained_tokens(name)
+        found = audit.trained_tokens[name]
         if found != expected and name not in own:
             notes.append(
                 f"phase {name} was trained on {found:,} tokens and the reference, {ref.name}, on {expected:,}: "

@@ -3,8 +3,8 @@
     WORKDIR/checkpoints/PHASE/STEP/state/       the arrays, written by orbax under flat '/'-joined paths; `state-1`, ...
                                                 where weights that may not fit in memory were written in parts
                                   /data.json     state of the data iterator
-                                  /meta.json     config, phase, step, done, version, {path: [dtype, shape]}, and, if in
-                                                 parts, {path: folder}
+                                  /meta.json     config, phase, step, done, trained_tokens, version,
+                                                 {path: [dtype, shape]}, and, if in parts, {path: folder}
                                   /manifest.json size and CRC-32 of every other file
 
 A save is staged in `.saving-STEP` and renamed to `STEP` as its very last act: a directory named by a number is
@@ -413,6 +413,31 @@ class Checkpoints:
             ts.array(out, copy=False, write=True).write(source).result()
             found[name] = out
         return found
+
+
+def trained_tokens(workdir: str | Path, phase: str, step: int) -> int:
+    """Tokens of training up to a checkpoint, those of the phases that it comes from included, in other runs too.
+
+    It says it. One of before does not, and is counted by its run's configuration and newest checkpoints, as if what
+    config.init_from names had been trained by that configuration from its first step.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    with Checkpoints(workdir, phase) as checkpoints:
+        meta = checkpoints.said(step)
+    tokens, newest = 0, step
+    while "trained_tokens" not in meta:
+        train = meta["config"]["train"]
+        tokens += newest * train["batch_size"] * meta["config"]["data"]["seq_len"]
+        phase = train["phases"][phase]["start"]
+        if not phase:
+            return tokens
+        with Checkpoints(workdir, phase) as checkpoints:
+            found = checkpoints.latest_good()
+            newest = train["phases"][phase]["steps"] if found is None else found
+            meta = meta if found is None else checkpoints.said(found)
+    return tokens + meta["trained_tokens"]
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

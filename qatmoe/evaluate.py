@@ -151,7 +151,7 @@ class Bench:
             "group": row.group,
             "branch": row.branch,
             "step": self.audit.steps[row.branch],
-            "trained_tokens": self.audit.trained_tokens(row.branch),
+            "trained_tokens": self.audit.trained_tokens[row.branch],
             "format": row.format,
             "rule": row.rule,
             "bits_per_weight": row.bits,

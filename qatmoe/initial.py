@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qatmoe import step as steps
-from qatmoe.checkpoint import Checkpoints
+from qatmoe.checkpoint import Checkpoints, trained_tokens
 from qatmoe.config import Config, other_settings, resolve
 from qatmoe.data.batches import Data
 from qatmoe.errors import UserError
@@ -105,13 +105,15 @@ def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:
         print(f"{folder} was trained with model.{setting}={there!r}, and this run has {here!r}")
 
 
-def import_state(run: Run, name: str) -> tuple[TrainState, dict[str, Any]]:
-    """The state that config.init_from names, as the last one of phase `name`, and where its data stood."""
+def import_state(run: Run, name: str) -> tuple[TrainState, dict[str, Any], int]:
+    """The state that config.init_from names, as the last one of phase `name`, where its data stood, and its tokens."""
     folder, phase, step = import_source(run.cfg)
+    tokens = trained_tokens(folder, phase, step)
     abstract = run.abstract_state(run.cfg.train.phases[name])
     with Checkpoints(folder, phase) as checkpoints:
         if checkpoints.in_parts(step):
-            return _state_of_weights(run, abstract, checkpoints, checkpoints.meta(step)), run.train_iterator.start
+            state = _state_of_weights(run, abstract, checkpoints, checkpoints.meta(step))
+            return state, run.train_iterator.start, tokens
         state, position, _ = checkpoints.restore(step, _taken(checkpoints, step, abstract))
         if not state.opt_state:
             fresh = _fresh_moments(run, abstract, state.params["model"])
@@ -121,7 +123,7 @@ def import_state(run: Run, name: str) -> tuple[TrainState, dict[str, Any]]:
     if position["stream"] != run.train_iterator.start["stream"]:
         print(f"{folder} was trained on other batches: this run's data starts from its beginning")
         position = run.train_iterator.start
-    return state, position
+    return state, position, tokens
 
 
 def _state_of_weights(run: Run, abstract: TrainState, checkpoints: Checkpoints, meta: dict[str, Any]) -> TrainState:

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qatmoe import distributed
 from qatmoe import metrics as metrics_lib
 from qatmoe import step as steps
-from qatmoe.checkpoint import Checkpoints, DamagedCheckpoint
+from qatmoe.checkpoint import Checkpoints, DamagedCheckpoint, trained_tokens
 from qatmoe.config import Config, PhaseConfig, other_settings, resolve, to_json
 from qatmoe.data.batches import Data
 from qatmoe.errors import RunError, UserError
@@ -43,9 +43,9 @@ def run_phase(run: Run, name: str) -> None:
             state, position, meta = found
             done = meta["done"]
         elif cfg.init_from and name == next(iter(cfg.train.phases)):
-            state, position = import_state(run, name)
+            state, position, tokens = import_state(run, name)
             done = True
-            save(run, checkpoints, state, position, done=done)
+            save(run, checkpoints, state, position, tokens, done=done)
         else:
             state, position = first_state(run, name)
             done = False
@@ -145,6 +145,19 @@ def final_state(run: Run, name: str, *, moments: bool = True) -> tuple[TrainStat
             f"{run.workdir}: phase {name} has no finished checkpoint to branch from; delete the later phases"
         )
     return found[0], found[1]
+
+
+def tokens_before(run: Run, name: str) -> int:
+    """Tokens of training before a phase's first step: of the phase that it starts from, which is finished."""
+    start = run.cfg.train.phases[name].start
+    if not start:
+        return 0
+    with distributed.together():  # process 0 looks: another one may see the folder as it was
+        found = 0
+        if distributed.first():
+            with run.checkpoints(start) as checkpoints:
+                found = trained_tokens(run.workdir, start, checkpoints.latest() or 0)
+    return int(distributed.from_first(found))
 
 
 # ---- What a phase learns from ----------------------------------------------------------------------------------------
@@ -293,13 +306,14 @@ def loop(
     train_step = run.train_step(phase)
     run.train_iterator.set_state(position)
     keep = functools.partial(save, run, checkpoints, teacher=watch.teacher_digest)
+    earlier, per_step = tokens_before(run, name), cfg.train.batch_size * cfg.data.seq_len
     kept = int(state.step)  # the newest state on disk; 0 where the phase begins, which need not be there
     with Log(run, name, int(state.step), checkpoints) as log:
         for n in range(int(state.step) + 1, phase.steps + 1):
             if run.stop.reached():
                 log.flush()
                 if n - 1 != kept or not kept:  # saving it again would first remove it
-                    keep(state, run.train_iterator.get_state(), wait=True)
+                    keep(state, run.train_iterator.get_state(), earlier + (n - 1) * per_step, wait=True)
                 raise run.stop.interrupted(f"after step {n - 1} of {phase.steps} of phase {name}, which is saved")
             batch = run.place(next(run.train_iterator))
             due = n == phase.steps or bool(cfg.eval.every and n % cfg.eval.every == 0)
@@ -322,7 +336,7 @@ def loop(
             if n % cfg.train.checkpoint_every == 0 or n == phase.steps:
                 log.flush()  # never keep a state whose loss was not looked at
                 with log.paused():
-                    keep(state, run.train_iterator.get_state(), done=n == phase.steps)
+                    keep(state, run.train_iterator.get_state(), earlier + n * per_step, done=n == phase.steps)
                 kept = n
     checkpoints.wait()
     return state
@@ -333,17 +347,25 @@ def save(
     checkpoints: Checkpoints,
     state: TrainState,
     position: Position,
+    tokens: int,
     *,
     done: bool = False,
     wait: bool = False,
     teacher: str = "",
 ) -> None:
-    """Saves a state under its step; `done` marks the phase's last one, `teacher` is the digest of another run's."""
+    """Saves a state under its step.
+
+    Args:
+      tokens: of training up to it, those of the phases that it comes from included.
+      done: it is the phase's last one.
+      teacher: the digest of another run's.
+    """
     meta = {
         "config": json.loads(to_json(run.cfg)),
         "data": run.data.hash,
         "tokenizer": run.data.tokenizer.hash,
         "teacher": teacher,
+        "trained_tokens": tokens,
     }
     checkpoints.save(int(state.step), state, position, meta, final=done, wait=wait)
 

@@ -35,6 +35,7 @@ def saved(run):
     """{path: array} of a run's checkpoint in the types that it has there."""
     with Checkpoints(run, "trunk") as checkpoints:
         meta = checkpoints.meta(0)
+        assert meta["trained_tokens"] == 0
         wanted = {n: jax.ShapeDtypeStruct(tuple(s), jnp.dtype(d)) for n, (d, s) in meta["tensors"].items()}
         return {n: np.asarray(a) for n, a in checkpoints.arrays(meta, wanted).items()}
 

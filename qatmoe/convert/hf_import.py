@@ -93,7 +93,7 @@ def import_folder(source: Path, out: Path, *, drop_mtp: bool = False, force: boo
             write_atomically(place / "config.json", to_json(cfg))
             write_atomically(place / ORIGIN, json.dumps(_origin(source, raw, tok)._asdict(), default=dict))
             write_atomically(place / "qat.py", _qat(out, shape, kept))
-            meta = {"config": json.loads(to_json(cfg)), "data": "", "tokenizer": tok.hash}
+            meta = {"config": json.loads(to_json(cfg)), "data": "", "tokenizer": tok.hash, "trained_tokens": 0}
             with Checkpoints(place, TRUNK) as checkpoints:
                 checkpoints.save_weights(0, _parts(source, files, wanted), meta)
     return kept
