@@ -81,6 +81,7 @@ def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:
             meta = checkpoints.meta(step)
             _layer_arrays(meta, abstract, folder)
         else:
+            _require_full_precision(cfg, folder, phase, checkpoints.said(step))
             taken = _taken(checkpoints, step, abstract)
             meta = checkpoints.check(step, taken)
             goes_on = [n for n, p in cfg.train.phases.items() if p.start == name and not p.reset_moments]
@@ -103,6 +104,17 @@ def check_import(cfg: Config, mesh: Mesh, plan: Plan, data: Data) -> None:
         return
     for setting, (here, there) in others.items():
         print(f"{folder} was trained with model.{setting}={there!r}, and this run has {here!r}")
+
+
+def _require_full_precision(cfg: Config, folder: str, phase: str, meta: dict[str, Any]) -> None:
+    """Raises UserError for learned scales: the phase that a checkpoint takes the place of has none to go on with."""
+    if any(name.startswith("params/scales/") for name in meta["tensors"]):
+        phases = meta["config"]["train"]["phases"]
+        plain = ", ".join(f"{folder}:{name}" for name, spec in phases.items() if not spec["quantize"])
+        raise UserError(
+            f"config.init_from={cfg.init_from!r}: phase {phase!r} is quantized, with scales that it has learned; begin "
+            f"with one in full precision ({plain or 'that run has none'})"
+        )
 
 
 def import_state(run: Run, name: str) -> tuple[TrainState, dict[str, Any], int]:

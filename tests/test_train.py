@@ -585,6 +585,13 @@ def test_checkpoints_of_another_architecture_are_refused_by_name(whole, capsys, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_quantized_phase_is_no_trunk(tiny_run, capsys, tmp_path, cache):
+    code, line = fails(capsys, *arguments(tmp_path / "run", f"--config.init_from={tiny_run}:qat"))
+    assert code == 2
+    assert "phase 'qat' is quantized" in line and f"({tiny_run}:trunk, {tiny_run}:control)" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_checkpoints_intact(quick_env, tmp_path):
     workdir = tmp_path / "nan"
     more = ["--config.optim.lr=1e30", "--config.train.phases.trunk.warmup=0", "--config.train.checkpoint_every=1"]
