@@ -39,6 +39,7 @@ from launch.algebra import Point, Points, chain, product
 from launch.points import Run, Sweep
 from qatmoe import audit, cli, evaluate, metrics
 from qatmoe.convert import llama
+from qatmoe.convert.weights import NotFinite
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.initial import source_of
@@ -278,9 +279,15 @@ def judge(
             raise UserError(f"{run.folder}: {reason} here{which}: bring it back, or pass the run over with --judge")
         if reason and not partial:
             raise UserError(f"{run.folder} is not finished ({reason}): give the same command again")
+        rows: list[Row] = []
+        if not reason:
+            try:
+                rows = _judge_run(study, stage, run, reference, check)
+            except NotFinite as e:  # the run's, or its control's
+                reason = f"cannot be judged: {e}"
         if reason:
             print(f"{run.folder}: passed over, {reason}")
-        yield run, [] if reason else _judge_run(study, stage, run, reference, check), reason
+        yield run, rows, reason
 
 
 def _unfinished(run: Run, reference: str) -> str:

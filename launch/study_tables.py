@@ -116,14 +116,9 @@ def by_seed(*groups: Group) -> list[tuple[Row, ...]]:
     return [tuple(rows[seed] for rows in found) for seed in sorted(set.intersection(*map(set, found)))]
 
 
-def of_seeds(group: Group, seeds: Sequence[int]) -> Group:
-    """Those of its rows."""
-    return Group(group.label, [row for row in group.rows if row["seed"] in seeds])
-
-
-def without_seeds(group: Group, seeds: Sequence[int]) -> Group:
-    """The other rows."""
-    return Group(group.label, [row for row in group.rows if row["seed"] not in seeds])
+def seeds_of(*groups: Group) -> str:
+    """As a cell of a table: the seeds that all of them have."""
+    return " ".join(str(rows[0]["seed"]) for rows in by_seed(*groups))
 
 
 def numbers_of_seeds(groups: Sequence[Group]) -> str:
@@ -148,6 +143,11 @@ def with_se(values: Sequence[float], form: str = ".4f") -> str:
         return ""
     mean, se = mean_se(values)
     return f"{mean:{form}}" if math.isnan(se) else f"{mean:{form}} ±{se:{form}}"
+
+
+def percent(values: Sequence[float], form: str) -> str:
+    """As `with_se`, with the unit."""
+    return f"{with_se(values, form)} %" if values else ""
 
 
 def student(values: Sequence[float]) -> tuple[float, float]:
@@ -204,7 +204,7 @@ def table(groups: Sequence[Group], ptq: Sequence[Group], rows: Sequence[Row]) ->
                 f"{first['bits_per_weight']:.5g}",
                 with_se([r["loss"] for r in group.rows]),
                 "" if is_control else with_se(above),
-                with_se([100 * s for s in recovered(group, ptq, rows)], ".0f") + " %" if quantized and ptq else "",
+                percent([100 * s for s in recovered(group, ptq, rows)], ".0f") if quantized and ptq else "",
                 "" if is_control else with_se([r["kld"] for r in group.rows]),
                 "" if is_control else with_se([100 * r["same_top1"] for r in group.rows], ".1f"),
                 "" if is_control else with_se([100 * r["expert_agreement"] for r in group.rows], ".1f"),

@@ -35,7 +35,7 @@ import tensorstore as ts
 
 from qatmoe import distributed
 from qatmoe.errors import RunError, UserError
-from qatmoe.files import write_atomically
+from qatmoe.files import is_there, write_atomically
 from qatmoe.tree import leaves_by_path
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Saved steps, ascending. Each was written completely; whether it still is so is for `restore` to find out."""
-        if not os.path.isdir(self.directory):
+        if not is_there(self.directory):
             return []
         return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir())
 
@@ -193,7 +193,7 @@ class Checkpoints:
             self._orbax.wait_until_finished()
             if not distributed.first():
                 return
-            for folder in staging.glob("state*"):
+            for folder in sorted(staging.glob("state*")) or [staging / "state"]:
                 if not (folder / "manifest.ocdbt").is_file():  # orbax, which finds nothing to put together, only warns
                     raise RunError(
                         f"no checkpoint was written under {self.directory}: orbax left {folder.name}/manifest.ocdbt, "
@@ -505,6 +505,8 @@ def _disk_error(error: BaseException | None) -> str | None:
     if isinstance(error, UserError):
         return _disk_error(error.__cause__)
     if isinstance(error, TimeoutError):
+        if isinstance(error.__cause__, jax.errors.JaxRuntimeError) and "DEADLINE_EXCEEDED" not in str(error.__cause__):
+            return None  # orbax says the same where another process is gone
         return f"it took longer than {SAVE_S:,} s"
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code[1])) if code else None

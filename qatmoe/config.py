@@ -332,11 +332,11 @@ def default(key: str) -> Any:
     return _defaults().get(key)
 
 
-def _float(value: int | float, path: str) -> float:
+def _float(value: Any, path: str) -> float:
     try:
         return float(value)
     except OverflowError as e:
-        raise UserError(f"{path}: a number of {len(str(value))} digits is more than any float") from e
+        raise UserError(f"{path}: a number of {value.bit_length()} bits is more than any float") from e
 
 
 @functools.cache

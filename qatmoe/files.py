@@ -136,6 +136,23 @@ def expanded(path: str, option: str) -> Path:
         raise UserError(f"{option}={path!r}: no such home directory is known; give a path without '~'") from e
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is something at a path.
+
+    Raises:
+      UserError: that cannot be known (a disk that does not answer, no permission): it must not be taken for absent.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no path at all
+        return False
+    except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:
+            return False
+        raise UserError(f"cannot look at {path}: {e.strerror}; see to it, then give the same command again") from e
+    return True
+
+
 def check_local(path: str, option: str) -> None:
     """Raises UserError where an option gives an address: it would become a folder of that name here."""
     if "://" in path:

@@ -6,12 +6,14 @@ model's, weights alone.
 
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qatmoe import distributed
 from qatmoe import step as steps
 from qatmoe.checkpoint import Checkpoints, trained_tokens
 from qatmoe.config import Config, other_settings, resolve
@@ -117,10 +119,21 @@ def _require_full_precision(cfg: Config, folder: str, phase: str, meta: dict[str
         )
 
 
+def tokens_of(workdir: str | Path, phase: str, step: int | None = None) -> int:
+    """`checkpoint.trained_tokens` of a step, or of the newest one, as process 0 sees the folder; called by all."""
+    with distributed.together():
+        found = 0
+        if distributed.first():
+            with Checkpoints(workdir, phase) as checkpoints:
+                step = step if step is not None else checkpoints.latest() or 0
+            found = trained_tokens(workdir, phase, step)
+    return int(distributed.from_first(found))
+
+
 def import_state(run: Run, name: str) -> tuple[TrainState, dict[str, Any], int]:
     """The state that config.init_from names, as the last one of phase `name`, where its data stood, and its tokens."""
     folder, phase, step = import_source(run.cfg)
-    tokens = trained_tokens(folder, phase, step)
+    tokens = tokens_of(folder, phase, step)
     abstract = run.abstract_state(run.cfg.train.phases[name])
     with Checkpoints(folder, phase) as checkpoints:
         if checkpoints.in_parts(step):

@@ -19,11 +19,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qatmoe import distributed
 from qatmoe import metrics as metrics_lib
 from qatmoe import step as steps
-from qatmoe.checkpoint import Checkpoints, DamagedCheckpoint, trained_tokens
+from qatmoe.checkpoint import Checkpoints, DamagedCheckpoint
 from qatmoe.config import Config, PhaseConfig, other_settings, resolve, to_json
 from qatmoe.data.batches import Data
 from qatmoe.errors import RunError, UserError
-from qatmoe.initial import import_state, source_of
+from qatmoe.initial import import_state, source_of, tokens_of
 from qatmoe.optim import schedule
 from qatmoe.quant import fake
 from qatmoe.quant.grid import RULES
@@ -150,14 +150,7 @@ def final_state(run: Run, name: str, *, moments: bool = True) -> tuple[TrainStat
 def tokens_before(run: Run, name: str) -> int:
     """Tokens of training before a phase's first step: of the phase that it starts from, which is finished."""
     start = run.cfg.train.phases[name].start
-    if not start:
-        return 0
-    with distributed.together():  # process 0 looks: another one may see the folder as it was
-        found = 0
-        if distributed.first():
-            with run.checkpoints(start) as checkpoints:
-                found = trained_tokens(run.workdir, start, checkpoints.latest() or 0)
-    return int(distributed.from_first(found))
+    return tokens_of(run.workdir, start) if start else 0
 
 
 # ---- What a phase learns from ----------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ from qatmoe.convert.weights import ORIGIN, Storage
 from qatmoe.data import batches
 from qatmoe.data.tokenizer import Tokenizer
 from qatmoe.errors import UserError
-from qatmoe.files import check_local, check_place, write_atomically
+from qatmoe.files import check_local, check_place, is_there, write_atomically
 from qatmoe.initial import check_import, source_of
 from qatmoe.mesh import RULES, make_mesh
 from qatmoe.metrics import Metrics
@@ -79,7 +78,7 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
         next(valid_batches(cfg, mesh, data, limit=1))
     distributed.require_same("data", data.hash)
     stop.check("before anything was trained")
-    new = distributed.from_first(not os.path.exists(workdir / "checkpoints"))
+    new = distributed.from_first(not is_there(workdir / "checkpoints"))
     with distributed.together():
         if cfg.init_from and new:
             check_import(cfg, mesh, plan, data)

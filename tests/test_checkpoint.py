@@ -459,6 +459,32 @@ def test_a_save_that_takes_too_long(saved, tmp_path, monkeypatch):
     assert sorted(os.listdir(checkpoints.directory)) == ["1", "2"]
 
 
+def test_another_process_that_is_gone_is_not_called_a_slow_disk():
+    """orbax gives both as a TimeoutError."""
+    gone, late = TimeoutError("Timed out while waiting for barrier."), TimeoutError("Timed out")
+    gone.__cause__ = jax.errors.JaxRuntimeError("INTERNAL: connection reset by peer")
+    late.__cause__ = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: barrier")
+    assert checkpoint._disk_error(gone) is None
+    assert checkpoint._disk_error(late) == checkpoint._disk_error(TimeoutError()) == "it took longer than 86,400 s"
+
+
+def test_a_disk_that_does_not_answer_is_not_taken_for_an_empty_one(saved, monkeypatch):
+    """Its phase would begin anew and remove its own checkpoints."""
+    real = Path.stat
+
+    def stat(path, **kwargs):
+        if path.name == "trunk":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(path, **kwargs)
+
+    with Checkpoints(saved, "trunk") as checkpoints:
+        monkeypatch.setattr(Path, "stat", stat)
+        with pytest.raises(UserError, match="cannot look at .*trunk: Stale file handle"):
+            checkpoints.steps()
+        monkeypatch.undo()
+        assert checkpoints.steps() == [1, 2]
+
+
 def test_arrays_that_orbax_did_not_put_together_are_no_checkpoint(saved, tmp_path, monkeypatch):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     with Checkpoints(tmp_path, "trunk") as checkpoints:

@@ -17,6 +17,7 @@ from launch.points import Sweep
 from launch.study import Stage, Study, beside, branches
 from launch.study_tables import Group
 from qatmoe import evaluate
+from qatmoe.convert.weights import NotFinite
 from qatmoe.errors import UserError
 
 CONFIG, BRANCH, SCRATCH = (f"configs/moe_2bit{name}.py" for name in ("", "_branch", "_scratch"))
@@ -139,6 +140,20 @@ def NOTHING(where):
 def judge(asked, stage, *args):
     """All rows of a stage."""
     return [row for _, rows, _ in study.judge(asked, stage, *args) for row in rows]
+
+
+def test_a_run_whose_weights_are_not_finite_is_named_and_ends_nothing(trunks, monkeypatch):
+    """As one whose loss is not finite: the others are judged."""
+
+    def judged(asked, stage, run, *_):
+        if run.config.train.seed == 0:
+            raise NotFinite("embed holds NaN")
+        return [{"row": "control"}]
+
+    monkeypatch.setattr(study, "_unfinished", lambda *_: "")
+    monkeypatch.setattr(study, "_judge_run", judged)
+    found = [(rows, reason) for _, rows, reason in study.judge(Study([trunks]), trunks)]
+    assert found == [([], "cannot be judged: embed holds NaN"), ([{"row": "control"}], "")]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from experiments.scales import FULL
-from launch.study_tables import Group, by_seed, mean_se, minus, of_seeds, student, with_interval, without_seeds
+from launch.study_tables import Group, by_seed, mean_se, minus, seeds_of, student, with_interval
 from qatmoe.text_table import markdown
 
 UNTAUGHT = "untaught"
@@ -21,7 +21,9 @@ def goals_table(of: Kinds) -> str:
     for grid, kinds in of.items():
         for kind, group in kinds.items() if grid != FULL else ():
             full = of[FULL][kind]
-            lines.append([group.label, full.label, group.seeds, *reached(percent_above(group, full))])
+            lines.append(
+                [group.label, full.label, seeds_of(group, full), *reached(list(percent_above(group, full).values()))]
+            )
     return markdown(lines)
 
 
@@ -32,19 +34,20 @@ def machines_table(here: Kinds, before: Kinds, first: Sequence[int]) -> str:
       first: the seeds that were run first, and on the other machine too; those that were added stand apart.
     """
     head = ["% of the control's loss (95 % interval)", "here, first seeds", "here, added seeds", "earlier"]
-    lines = [[*head, "all runs", "by the mean", "settled"]]
+    lines = [[*head, "all seeds, two runs of one averaged", "by the mean", "settled"]]
     for grid in [grid for grid in here if grid != FULL]:
-        qat, full = here[grid][UNTAUGHT], here[FULL][UNTAUGHT]
-        found = [percent_above(part, full) for part in (of_seeds(qat, first), without_seeds(qat, first))]
-        found.append(percent_above(before[grid][UNTAUGHT], before[FULL][UNTAUGHT]))
-        runs = [percent for part in found for percent in part]
-        lines.append([qat.label, *(with_interval(part, "+.2f") for part in found), *reached(runs)])
+        now, then = (percent_above(of[grid][UNTAUGHT], of[FULL][UNTAUGHT]) for of in (here, before))
+        parts = [[x for seed, x in now.items() if seed in first], [x for seed, x in now.items() if seed not in first]]
+        cells = [with_interval(part, "+.2f") for part in (*parts, list(then.values()))]
+        runs = {seed: [of[seed] for of in (now, then) if seed in of] for seed in sorted(now.keys() | then.keys())}
+        averages = [sum(of_seed) / len(of_seed) for of_seed in runs.values()]
+        lines.append([here[grid][UNTAUGHT].label, *cells, *reached(averages)])
     return markdown(lines)
 
 
-def percent_above(group: Group, full: Group) -> list[float]:
-    """How much higher a loss is than that of full precision, in percent of it, seed by seed."""
-    return [100 * (qat["loss"] / own["loss"] - 1) for qat, own in by_seed(group, full)]
+def percent_above(group: Group, full: Group) -> dict[int, float]:
+    """{seed: how much higher a loss is than that of full precision, in percent of it}."""
+    return {qat["seed"]: 100 * (qat["loss"] / own["loss"] - 1) for qat, own in by_seed(group, full)}
 
 
 def reached(percent: Sequence[float]) -> list[str]:
@@ -76,7 +79,7 @@ def differences_table(of: Kinds, others: Sequence[tuple[Group, Group]]) -> str:
             beside, slow = plain.get(group.label, control), slower.get(group.label)
             own = "" if beside == control else with_interval(minus(group, beside))
             rate = [with_interval(minus(group, slow, key)) if slow else "" for key in ("loss", "kld")]
-            lines.append([group.label, group.seeds, with_interval(minus(group, control)), own, *rate])
+            lines.append([group.label, seeds_of(group, control), with_interval(minus(group, control)), own, *rate])
     return markdown(lines)
 
 
@@ -85,8 +88,14 @@ def formats_table(of: Kinds) -> str:
     grids = {grid: kinds for grid, kinds in of.items() if grid != FULL}
     pairs = list(itertools.combinations(grids, 2))
     lines = [["loss (95 % interval)", "seeds", *(f"{a} minus {b}" for a, b in pairs)]]
-    for kind, full in of[FULL].items():
-        lines.append([kind, full.seeds, *(with_interval(minus(grids[a][kind], grids[b][kind])) for a, b in pairs)])
+    for kind in of[FULL]:
+        lines.append(
+            [
+                kind,
+                seeds_of(*(of_grid[kind] for of_grid in grids.values())),
+                *(with_interval(minus(grids[a][kind], grids[b][kind])) for a, b in pairs),
+            ]
+        )
     return markdown(lines)
 
 
@@ -107,7 +116,7 @@ def roundings_table(of: Kinds, rounded: Sequence[Group]) -> str:
 
 def beside_best(group: Group, found: Sequence[Group], key: str) -> tuple[str, str]:
     """Which rounding's figure is the lowest over the group's seeds, and how much higher the group's is; or blanks."""
-    above = [(g, values) for g in found if (values := minus(group, g, key))]
+    above = [(g, values) for g in found if (values := minus(group, g, key)) and len(values) == len(group.rows)]
     if not above:
         return "", ""
     best, values = max(above, key=lambda one: mean_se(one[1])[0])

@@ -55,7 +55,7 @@ def best_table(s: Scale, samples: dict[str, Sequence[Row]]) -> str:
     for name, rows in samples.items():
         config = select(rows, "", f"{s.name}_trunks")
         best = select(rows, "", f"{s.name}_followed", **of_best)
-        head.append(name + (config.label or best.label))  # which runs it lacks
+        head.append(name + config.label + (best.label if best.label != config.label else ""))  # which runs it lacks
         for label, values in (
             ("the config: loss minus the control's", above_control(config, rows)),
             (f"{BEST}: loss minus the control's", above_control(best, rows)),

@@ -29,6 +29,7 @@ from launch.study_tables import (
     differences,
     mean_se,
     minus,
+    percent,
     recovered,
     roundings,
     select,
@@ -308,8 +309,8 @@ def goals(recipes: Sequence[tuple[Group, Sequence[Group]]], rows: Sequence[Row])
         lines.append(
             [
                 group.label,
-                with_se([100 * x for x in recovered(group, ptq, rows)], ".0f") + " %",
-                with_se(relative, ".2f") + " %",
+                percent([100 * x for x in recovered(group, ptq, rows)], ".0f"),
+                percent(relative, ".2f"),
                 with_se([qat["kld"] / rounded["kld"] for qat, rounded in by_seed(group, best)], ".2f"),
                 best.label.removeprefix("PTQ: "),
             ]

@@ -40,6 +40,10 @@ PLAIN = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 RESTS = ("F32", "F16", "BF16", "Q8_0")
 
 
+class NotFinite(UserError):
+    """Weights or learned scales that are NaN or inf."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Value:
     """One part of a parameter and how it is stored."""
@@ -271,7 +275,8 @@ class Branch:
         """One part. The last parameter stays in memory: ask for the parts of one parameter together.
 
         Raises:
-          UserError: a weight or a learned scale is NaN or inf, or beyond what F16 holds.
+          NotFinite: a weight or a learned scale is NaN or inf.
+          UserError: one is beyond what F16 holds.
         """
         path = self.storage.path(part)
         if path not in self._known:
@@ -294,9 +299,9 @@ class Branch:
         # A grid would take NaN for one of its numbers, and an infinite scale for its largest.
         if not (math.isfinite(largest) and (scale is None or math.isfinite(_largest(scale)))):
             of_layer = "" if layer is ... else f" of layer {layer}"
-            raise UserError(
-                f"{path}{of_layer} or its scale holds NaN or inf: phase {self.phase} diverged; take an earlier --step "
-                "or another --branch"
+            raise NotFinite(
+                f"{path}{of_layer} or its scale holds NaN or inf, in phase {self.phase}: a model that diverged; take "
+                "an earlier --step, another --branch, or another model"
             )
         if kind == "F16" and largest > 65504:
             raise UserError(f"{path} holds numbers beyond 65504, the largest of F16: give --rest BF16 or F32")

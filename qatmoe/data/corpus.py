@@ -147,24 +147,31 @@ def _below(folder: Path, field: str) -> Iterator[Path]:
             f"{field}: cannot read {e.filename!r}: {e.strerror}; make it readable, or name the files"
         ) from e
 
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        real = os.path.realpath(place)
-        if real in seen:  # two links to it, or a link to a folder that it lies in
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(place, name) for name in names if _supported(name) and not name.startswith(".")):
-            if path.is_file() or not path.exists():  # a link to nothing is named when it is read
-                yield path
+    root = os.path.realpath(folder)
+    seen: set[str] = set()
+    waiting = [str(folder)]
+    while waiting:
+        for place, folders, names in os.walk(waiting.pop(0), onerror=unreadable):
+            real = os.path.realpath(place)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            shown = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = [name for name in shown if not os.path.islink(os.path.join(place, name))]
+            links = [os.path.join(place, name) for name in shown if name not in folders]
+            # After all that lies here itself; a link to where the folder lies would bring in what is beside it.
+            waiting += [link for link in links if not Path(root).is_relative_to(os.path.realpath(link))]
+            for path in (Path(place, name) for name in names if _supported(name) and not name.startswith(".")):
+                if os.path.isfile(path) or not os.path.exists(path):  # a link to nothing is named when it is read
+                    yield path
 
 
 def _absence(path: Path) -> str:
     """Why there is no file or folder there."""
     try:
         path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return "no such file or directory"
     except OSError as e:
         return str(e.strerror)
@@ -355,7 +362,8 @@ class Split:
     What is held out: `cfg.valid` if given; else, of "default", the bundled held-out novel; else a share of
     the source's documents, chosen by a hash of their content so that copies fall on the same side. If that
     leaves one side empty (say, a single long file), the tail of the longest document is held out.
-    A training document that is also in the validation source is dropped from training and counted.
+    A training document that is also in the validation source is dropped from training and counted. Copies of the
+    cut document with other white space around it are cut at the same share of their own length, so elsewhere by that.
     """
 
     def __init__(self, cfg: DataConfig):
@@ -415,16 +423,15 @@ class Split:
         Raises:
           UserError: as `documents`; or every document of the source is a validation document.
         """
-        kept, dropped, head = 0, 0, ""
+        kept, dropped = 0, 0
         for document in documents(self.cfg.source, self.cfg.text_key):
             key = _hash(document.text)
             if key in self._held_out:
                 dropped += 1
                 continue
             kept += 1
-            if key == self._cut_hash:  # a copy with other white space around it would be cut elsewhere
-                head = head or cut(document.text, self._cut_share)[0]
-                document = Document(head, document.name)
+            if key == self._cut_hash:
+                document = Document(cut(document.text, self._cut_share)[0], document.name)
             yield document
         if self._valid_source:
             self.dropped = dropped
