@@ -356,9 +356,8 @@ def test_fp4_on_two_machines():
     both = "+0.50 (+0.50 .. +0.50) | +0.37 (+0.06 .. +0.69) | not met | no, holds 0.3 |"  # of 0.375, 0.5 and 0.25
     assert line == f"| m | +0.25 (-0.37 .. +0.87) |  | {both}"
     (line,) = machines_table(kinds(4.01, 4.02, 4.0, 4.04, 4.02), before, (0, 1, 2)).splitlines()[2:]
-    assert line.startswith(
-        "| m | +0.25 (-0.37 .. +0.87) | +0.75 (-2.43 .. +3.93) | +0.50 (+0.50 .. +0.50) | +0.52 (+0.17 .. +0.88) | not met | "
-    )
+    assert line.startswith("| m | +0.25 (-0.37 .. +0.87) | +0.75 (-2.43 .. +3.93) | +0.50 (+0.50 .. +0.50) | ")
+    assert "| +0.52 (+0.17 .. +0.88) | not met | no, holds 0.3 |" in line
 
 
 def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():
