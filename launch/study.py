@@ -279,15 +279,9 @@ def judge(
             raise UserError(f"{run.folder}: {reason} here{which}: bring it back, or pass the run over with --judge")
         if reason and not partial:
             raise UserError(f"{run.folder} is not finished ({reason}): give the same command again")
-        rows: list[Row] = []
-        if not reason:
-            try:
-                rows = _judge_run(study, stage, run, reference, check)
-            except NotFinite as e:  # the run's, or its control's
-                reason = f"cannot be judged: {e}"
         if reason:
             print(f"{run.folder}: passed over, {reason}")
-        yield run, rows, reason
+        yield run, [] if reason else _judge_run(study, stage, run, reference, check), reason
 
 
 def _unfinished(run: Run, reference: str) -> str:
@@ -316,9 +310,25 @@ def _judge_run(study: Study, stage: Stage, run: Run, reference: str, check: Call
             )
     texts, calibration_ML = evaluate.load_domains(found, study.texts, study.tokens)
     print("\n".join([f"{run.folder} against {reference}", *notes]), flush=True)
-    done = evaluate.evaluate(found, local_mesh(), wanted, texts, calibration_ML, False, check)
-    names = {row.name for row in wanted}
-    return [_row(stage, run, reference, row) for row in done if row["row"] in names]
+
+    def rows_of(some: list[audit.Row]) -> list[Row]:
+        done = evaluate.evaluate(found, local_mesh(), some, texts, calibration_ML, False, check)
+        names = {row.name for row in some}
+        return [_row(stage, run, reference, row) for row in done if row["row"] in names]
+
+    try:
+        return rows_of(wanted)
+    except NotFinite as e:
+        print(f"{run.folder}: {e}")
+    rows = []
+    for branch in dict.fromkeys(row.branch for row in wanted):  # the others are judged
+        own = [row for row in wanted if row.branch == branch]
+        try:
+            rows += rows_of(own)
+        except NotFinite:
+            failed = "its weights are not finite, or its control's"
+            rows += [_identity(stage, run) | {"row": row.name, "failed": failed} for row in own]
+    return rows
 
 
 def _identity(stage: Stage, run: Run) -> Row:

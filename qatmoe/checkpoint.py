@@ -89,7 +89,14 @@ class Checkpoints:
         """Saved steps, ascending. Each was written completely; whether it still is so is for `restore` to find out."""
         if not is_there(self.directory):
             return []
-        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir())
+        try:
+            return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as e:
+            raise UserError(
+                f"cannot look at {self.directory}: {e.strerror}; see to it, then give the same command again"
+            ) from e
 
     def latest(self) -> int | None:
         """The newest saved step."""
@@ -218,7 +225,11 @@ class Checkpoints:
         reason = _disk_error(error)
         if reason is None:
             raise error
-        good = f"step {self.latest()} is intact" if self.steps() else "no earlier checkpoint of this phase exists"
+        try:
+            known = self.steps()
+            good = f"step {known[-1]} is intact" if known else "no earlier checkpoint of this phase exists"
+        except UserError as e:
+            good = f"whether there are earlier ones is not known: {e}"
         raise RunError(
             f"cannot write a checkpoint under {self.directory}: {reason}; make room or write permission there and "
             f"start the same command again ({good})"

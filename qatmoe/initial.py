@@ -132,7 +132,9 @@ def tokens_of(workdir: str | Path, phase: str, step: int | None = None) -> int:
 
 def import_state(run: Run, name: str) -> tuple[TrainState, dict[str, Any], int]:
     """The state that config.init_from names, as the last one of phase `name`, where its data stood, and its tokens."""
-    folder, phase, step = import_source(run.cfg)
+    with distributed.together():
+        folder, phase, step = import_source(run.cfg)
+    step = int(distributed.from_first(step))  # another process may see the folder as it was
     tokens = tokens_of(folder, phase, step)
     abstract = run.abstract_state(run.cfg.train.phases[name])
     with Checkpoints(folder, phase) as checkpoints:

@@ -78,7 +78,9 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
         next(valid_batches(cfg, mesh, data, limit=1))
     distributed.require_same("data", data.hash)
     stop.check("before anything was trained")
-    new = distributed.from_first(not is_there(workdir / "checkpoints"))
+    with distributed.together():
+        there = distributed.first() and is_there(workdir / "checkpoints")
+    new = distributed.from_first(not there)
     with distributed.together():
         if cfg.init_from and new:
             check_import(cfg, mesh, plan, data)

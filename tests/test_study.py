@@ -142,18 +142,26 @@ def judge(asked, stage, *args):
     return [row for _, rows, _ in study.judge(asked, stage, *args) for row in rows]
 
 
-def test_a_run_whose_weights_are_not_finite_is_named_and_ends_nothing(trunks, monkeypatch):
-    """As one whose loss is not finite: the others are judged."""
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_branch_whose_weights_are_not_finite_is_named_and_ends_nothing(tiny_stages, monkeypatch):
+    """As one whose loss is not finite: the other branches of its run are judged, and those of other runs."""
+    trunks, _ = tiny_stages
+    asked = Study(tiny_stages, tokens=640)
+    real = study.evaluate.evaluate
 
-    def judged(asked, stage, run, *_):
-        if run.config.train.seed == 0:
-            raise NotFinite("embed holds NaN")
-        return [{"row": "control"}]
+    def evaluate(found, mesh, rows, *args):
+        if any(row.branch == "qat" for row in rows):
+            raise NotFinite("layers/experts/down holds NaN")
+        return real(found, mesh, rows, *args)
 
-    monkeypatch.setattr(study, "_unfinished", lambda *_: "")
-    monkeypatch.setattr(study, "_judge_run", judged)
-    found = [(rows, reason) for _, rows, reason in study.judge(Study([trunks]), trunks)]
-    assert found == [([], "cannot be judged: embed holds NaN"), ([{"row": "control"}], "")]
+    whole = judge(asked, trunks, False, NOTHING)
+    monkeypatch.setattr(study.evaluate, "evaluate", evaluate)
+    some = judge(asked, trunks, False, NOTHING)
+    assert {row["branch"] for row in some if "failed" not in row} == {row["branch"] for row in whole} - {"qat"}
+    assert [row for row in some if "failed" not in row] == [row for row in whole if row["branch"] != "qat"]
+    lost = [row for row in some if "failed" in row]
+    assert lost and {row["failed"] for row in lost} == {"its weights are not finite, or its control's"}
+    assert {row["row"] for row in lost} == {row["row"] for row in whole if row["branch"] == "qat"}
 
 
 @pytest.fixture

@@ -29,13 +29,14 @@ def machines_tables(s: Scale, found: Groups, rows: Sequence[Row], added: Sequenc
     labels = [group.label.partition(" (")[0] for group in here]
     best = labels.index(f"rate {best_of(s)[RATE]:g}, half KL to the control")
     head = ["loss minus the control's", "here", "earlier", "both (95 % interval)", "both, minus the config's"]
-    lines = [[*head, f"both, minus {BEST}'s", "KLD here", "KLD earlier"]]
+    averages = [f"both, minus {name}, runs of a seed averaged" for name in ("the config's", f"{BEST}'s")]
+    lines = [[*head, f"both, minus {BEST}'s", *averages, "KLD here", "KLD earlier"]]
     for now, then in zip(here, there, strict=True):
         gaps, gaps_before = above_control(now, rows), above_control(then, rows_before)
         cells = [with_se(gaps), with_se(gaps_before), with_interval([*gaps, *gaps_before])]
-        for i in (0, best):
-            both = [*minus(now, here[i]), *minus(then, there[i])]
-            cells.append("" if now is here[i] else with_interval(both))
+        beside = [(minus(now, here[i]), minus(then, there[i])) if now is not here[i] else ([], []) for i in (0, best)]
+        cells += [with_interval([*of_here, *of_there]) for of_here, of_there in beside]
+        cells += [with_interval(averaged(of_here, of_there)) for of_here, of_there in beside]
         lines.append([now.label, *cells, *(with_se([r["kld"] for r in group.rows]) for group in (now, then))])
     return {
         "machines": markdown(lines),
@@ -67,15 +68,22 @@ def best_table(s: Scale, samples: dict[str, Sequence[Row]]) -> str:
     return markdown([[*head, "all but where it was chosen"], *body])
 
 
+def averaged(now: Sequence[float], then: Sequence[float]) -> list[float]:
+    """The mean of a seed's two runs, which share batches and first weights; none where one machine lacks a seed."""
+    return [(a + b) / 2 for a, b in zip(now, then, strict=True)] if len(now) == len(then) else []
+
+
 def shares_of_both(s: Scale, rows: Sequence[Row], rows_before: Sequence[Row]) -> str:
     """QAT's distance to its own control by share, here and before, and beside that of the last share but one."""
     here, there = ([qat for _, qat, _ in shares_of(s, own)] for own in (rows, rows_before))
     shares = [share for share, _, _ in shares_of(s, rows)]
     head = ["QAT in the last", "loss minus its control's, here", "earlier", "both (95 % interval)"]
-    lines = [[*head, f"both, minus that of {100 * shares[-2]:g} %"]]
+    last = f"both, minus that of {100 * shares[-2]:g} %"
+    lines = [[*head, last, f"{last}, runs of a seed averaged"]]
     for share, now, then in zip(shares, here, there, strict=True):
         gaps, gaps_before = above_control(now, rows), above_control(then, rows_before)
-        beside = compared(now, here[-2], rows, operator.sub) + compared(then, there[-2], rows_before, operator.sub)
+        beside = compared(now, here[-2], rows, operator.sub), compared(then, there[-2], rows_before, operator.sub)
         cells = [with_se(gaps), with_se(gaps_before), with_interval([*gaps, *gaps_before])]
-        lines.append([f"{100 * share:g} %", *cells, "" if now is here[-2] else with_interval(beside)])
+        pooled = [with_interval([*beside[0], *beside[1]]), with_interval(averaged(*beside))]
+        lines.append([f"{100 * share:g} %", *cells, *(["", ""] if now is here[-2] else pooled)])
     return markdown(lines)

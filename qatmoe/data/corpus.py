@@ -363,7 +363,8 @@ class Split:
     the source's documents, chosen by a hash of their content so that copies fall on the same side. If that
     leaves one side empty (say, a single long file), the tail of the longest document is held out.
     A training document that is also in the validation source is dropped from training and counted. Copies of the
-    cut document with other white space around it are cut at the same share of their own length, so elsewhere by that.
+    cut document with other white space around it are cut at the same share of their own length: where that is longer,
+    some of the held-out tail is trained on.
     """
 
     def __init__(self, cfg: DataConfig):
