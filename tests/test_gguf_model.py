@@ -324,7 +324,7 @@ def test_weights_that_are_no_numbers_are_in_no_file(where, bad, rest, tmp_path, 
     make_run(tmp_path / "run", small_tokenizer, model, quant_of(experts="q4_0", mtp="none"), change=breaks)
     refusal = "^norm or its scale" if where == "norm" else f"^layers/{where} of layer 1 or its scale"
     with Branch(tmp_path / "run", rest=rest) as branch:
-        with pytest.raises(UserError, match=f"{refusal} holds NaN or inf: phase only diverged"):
+        with pytest.raises(UserError, match=f"{refusal} holds NaN or inf, in phase only: a model that diverged"):
             gguf_model.write(branch, tmp_path / "m.gguf", force=False)
         with pytest.raises(UserError, match=refusal):
             branch.numbers()
