@@ -231,9 +231,8 @@ def _leave(error: BaseException, me: str) -> NoReturn:
     elif "Gloo" in str(error):  # what collectives on CPUs raise; GPUs and TPUs wait for the missed heartbeat
         what = "did not come in time" if "DEADLINE" in str(error) else "has died"
         print(f"error: {me}: another process of the run {what} ({_line(error)}); {CONTINUE}", file=sys.stderr)
-    elif isinstance(error, TimeoutError) and isinstance(
-        error.__cause__, jax.errors.JaxRuntimeError
-    ):  # orbax's barriers
+    elif isinstance(error, TimeoutError) and isinstance(error.__cause__, jax.errors.JaxRuntimeError):
+        # What orbax makes of whatever goes wrong at its barriers.
         what = f"another process of the run did not do its part of a checkpoint ({_line(error.__cause__)})"
         print(f"error: {me}: {what}; {CONTINUE}", file=sys.stderr)
     else:

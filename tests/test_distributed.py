@@ -356,6 +356,17 @@ def test_a_slow_process_is_not_called_dead(error, message, monkeypatch, capsys):
     assert f"error: process 0 of 2: another process of the run {message} ({error})" in capsys.readouterr().err
 
 
+def test_a_process_that_is_missed_in_a_save_is_named(monkeypatch, capsys):
+    """Of which orbax says only that it waited too long."""
+    monkeypatch.setattr(distributed.os, "_exit", sys.exit)
+    late = TimeoutError("Timed out while waiting for a barrier.")
+    late.__cause__ = distributed.jax.errors.JaxRuntimeError("UNAVAILABLE: task 1 is gone")
+    with pytest.raises(SystemExit, match="1"):
+        distributed._leave(late, "process 0 of 2")
+    said = "another process of the run did not do its part of a checkpoint (UNAVAILABLE: task 1 is gone)"
+    assert f"error: process 0 of 2: {said}; {distributed.CONTINUE}" in capsys.readouterr().err
+
+
 def test_every_process_sees_that_one_has_fewer_devices(monkeypatch):
     owners = [0, 1, 1, 2, 2, 2]  # process 1 has a third of them, as it should
     monkeypatch.setattr(distributed.jax, "devices", lambda: [types.SimpleNamespace(process_index=i) for i in owners])
