@@ -107,12 +107,17 @@ def obstacles(s: Scale) -> dict[str, Point]:
     }
 
 
+def without_control(point: Point) -> Point:
+    """What is set of a branch that trains no control."""
+    return {key: value for key, value in point.items() if "phases.control" not in key}
+
+
 def longest(s: Scale, longer: Stage) -> Stage:
     """Branches as long as the longest, that learn from the controls of those."""
     *_, at = s.longer.values()
     runs = [run for run in runs_of(longer.sweep, folder_of(longer.sweep)) if at.items() <= run.overrides.items()]
     controls = [f"{run.folder}:control" for run in runs]
-    kept = [{k: v for k, v in run.overrides.items() if "phases.control" not in k} for run in runs]  # they train none
+    kept = [without_control(run.overrides) for run in runs]
     points = [
         {k: v for k, v in (of_run | {TEACHER: control} | changed).items() if v is not None}
         for changed in LONGEST.values()

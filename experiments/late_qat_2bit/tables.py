@@ -18,6 +18,7 @@ from experiments.late_qat_2bit.recipes import (
     best_of,
     obstacles,
     recipes_of,
+    without_control,
 )
 from experiments.scales import DISTILL, FULL, QUANTIZE, RATE, TEACHER, Scale, taught_name
 from launch.study import Row
@@ -214,8 +215,8 @@ def longer_of(s: Scale, rows: Sequence[Row], much: str) -> Longer:
     stage, at = f"{s.name}_longer", s.longer[much]
     branched = {}
     if much == list(s.longer)[-1]:
-        steps = {key: value for key, value in at.items() if "phases.control" not in key}
-        plain = {key: value for key, value in best_of(s).items() if key != TEACHER} | {QUANTIZE: None} | steps
+        plain = {key: value for key, value in best_of(s).items() if key != TEACHER} | {QUANTIZE: None}
+        plain |= without_control(at)
         for name, changed in LONGEST.items():
             branched[name] = select(rows, f"{name}, {much}", f"{s.name}_longest", **plain | changed)
     return Longer(
