@@ -18,11 +18,12 @@ import pytest
 from qatmoe import train
 from qatmoe.convert import llama_numerics, names
 from qatmoe.convert.weights import Branch
-from qatmoe.data import corpus
+from qatmoe.data import corpus, tokenizer
 from qatmoe.model import transformer
 from qatmoe.run import Run
 
 ROOT = Path(__file__).parent.parent
+VOCAB = 290  # of small_tokenizer
 
 pytest.register_assert_rewrite("hf_folders")
 
@@ -79,6 +80,12 @@ def child_env(tmp_path_factory):
 def quick_env(child_env):
     """The same for programs whose time is compiling, unless the environment says how to compile."""
     return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | child_env
+
+
+@pytest.fixture
+def cache(quick_env, monkeypatch):
+    """The data cache of those programs, for this process too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", quick_env["XDG_CACHE_HOME"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,6 +157,13 @@ def _make_tiny_run(folder: Path) -> None:
             ]
         )
     assert code == 0
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer():
+    """Of VOCAB ids."""
+    words = ["the expert routes a token", "two bits of every weight", "bench of models 0123"] * 3
+    return tokenizer.train(words, VOCAB)
 
 
 @pytest.fixture(scope="session")
