@@ -316,19 +316,18 @@ def _judge_run(study: Study, stage: Stage, run: Run, reference: str, check: Call
         names = {row.name for row in some}
         return [_row(stage, run, reference, row) for row in done if row["row"] in names]
 
-    try:
-        return rows_of(wanted)
-    except NotFinite as e:
-        print(f"{run.folder}: {e}")
-    rows = []
-    for branch in dict.fromkeys(row.branch for row in wanted):  # the others are judged
-        own = [row for row in wanted if row.branch == branch]
+    def judged(some: list[audit.Row]) -> list[Row]:
+        """Where a branch or its control diverged, all the same those of the others."""
+        branches = dict.fromkeys(row.branch for row in some)
         try:
-            rows += rows_of(own)
-        except NotFinite:
-            failed = "its weights are not finite, or its control's"
-            rows += [_identity(stage, run) | {"row": row.name, "failed": failed} for row in own]
-    return rows
+            return rows_of(some)
+        except NotFinite as e:
+            if len(branches) == 1:
+                print(f"{run.folder}: {e}")
+                return [_identity(stage, run) | {"row": row.name, "failed": e.fault} for row in some]
+        return [row for name in branches for row in judged([r for r in some if r.branch == name])]
+
+    return judged(wanted)
 
 
 def _identity(stage: Stage, run: Run) -> Row:

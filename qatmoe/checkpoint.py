@@ -35,7 +35,7 @@ import tensorstore as ts
 
 from qatmoe import distributed
 from qatmoe.errors import RunError, UserError
-from qatmoe.files import is_there, write_atomically
+from qatmoe.files import cannot_look, is_there, write_atomically
 from qatmoe.tree import leaves_by_path
 
 log = logging.getLogger(__name__)
@@ -86,20 +86,22 @@ class Checkpoints:
         return self.directory / str(step)
 
     def steps(self) -> list[int]:
-        """Saved steps, ascending. Each was written completely; whether it still is so is for `restore` to find out."""
+        """Saved steps, ascending. Each was written completely; whether it still is so is for `restore` to find out.
+
+        Raises:
+          UserError: what is there cannot be known, or is no folder.
+        """
         if not is_there(self.directory):
             return []
         try:
             return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir())
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return []
         except OSError as e:
-            raise UserError(
-                f"cannot look at {self.directory}: {e.strerror}; see to it, then give the same command again"
-            ) from e
+            raise cannot_look(self.directory, e) from e
 
     def latest(self) -> int | None:
-        """The newest saved step."""
+        """The newest saved step. Raises as `steps`."""
         return max(self.steps(), default=None)
 
     # Saving.
@@ -228,8 +230,8 @@ class Checkpoints:
         try:
             known = self.steps()
             good = f"step {known[-1]} is intact" if known else "no earlier checkpoint of this phase exists"
-        except UserError as e:
-            good = f"whether there are earlier ones is not known: {e}"
+        except UserError:
+            good = "whether there are earlier ones cannot be seen now"
         raise RunError(
             f"cannot write a checkpoint under {self.directory}: {reason}; make room or write permission there and "
             f"start the same command again ({good})"
@@ -516,7 +518,8 @@ def _disk_error(error: BaseException | None) -> str | None:
     if isinstance(error, UserError):
         return _disk_error(error.__cause__)
     if isinstance(error, TimeoutError):
-        if isinstance(error.__cause__, jax.errors.JaxRuntimeError) and "DEADLINE_EXCEEDED" not in str(error.__cause__):
+        waited = distributed.coordination_error(error)
+        if waited and "DEADLINE_EXCEEDED" not in str(waited):
             return None  # orbax says the same where another process is gone
         return f"it took longer than {SAVE_S:,} s"
     code = re.search(r"os_error_code='(\d+)'", str(error))

@@ -231,14 +231,27 @@ def _leave(error: BaseException, me: str) -> NoReturn:
     elif "Gloo" in str(error):  # what collectives on CPUs raise; GPUs and TPUs wait for the missed heartbeat
         what = "did not come in time" if "DEADLINE" in str(error) else "has died"
         print(f"error: {me}: another process of the run {what} ({_line(error)}); {CONTINUE}", file=sys.stderr)
-    elif isinstance(error, TimeoutError) and isinstance(error.__cause__, jax.errors.JaxRuntimeError):
-        # What orbax makes of whatever goes wrong at its barriers.
-        what = f"another process of the run did not do its part of a checkpoint ({_line(error.__cause__)})"
+    elif waited := coordination_error(error):
+        what = f"another process of the run did not do its part of a checkpoint ({_line(waited)})"
         print(f"error: {me}: {what}; {CONTINUE}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     sys.stderr.flush()
     os._exit(error.exit_code if isinstance(error, UserError) else 1)
+
+
+def coordination_error(error: BaseException) -> BaseException | None:
+    """What JAX said of a process that was waited for in vain, if that is what an error comes from.
+
+    orbax makes a TimeoutError of whatever goes wrong at its barriers, at times of that another; where its threads wait
+    for another process's folder, it leaves JAX's error as it is.
+    """
+    cause = error
+    while isinstance(cause, TimeoutError) and cause.__cause__:
+        cause = cause.__cause__
+    if not isinstance(cause, jax.errors.JaxRuntimeError):
+        return None
+    return cause if cause is not error or str(cause).startswith("DEADLINE_EXCEEDED") else None
 
 
 def _line(error: BaseException) -> str:

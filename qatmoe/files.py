@@ -149,8 +149,13 @@ def is_there(path: Path) -> bool:
     except OSError as e:
         if e.errno == errno.ENAMETOOLONG:
             return False
-        raise UserError(f"cannot look at {path}: {e.strerror}; see to it, then give the same command again") from e
+        raise cannot_look(path, e) from e
     return True
+
+
+def cannot_look(path: Path, e: OSError) -> UserError:
+    """What is said where it cannot be known what is at a path."""
+    return UserError(f"cannot look at {path}: {e.strerror}; see to it, then give the same command again")
 
 
 def check_local(path: str, option: str) -> None:

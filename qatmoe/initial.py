@@ -138,10 +138,12 @@ def import_state(run: Run, name: str) -> tuple[TrainState, dict[str, Any], int]:
     tokens = tokens_of(folder, phase, step)
     abstract = run.abstract_state(run.cfg.train.phases[name])
     with Checkpoints(folder, phase) as checkpoints:
-        if checkpoints.in_parts(step):
-            state = _state_of_weights(run, abstract, checkpoints, checkpoints.meta(step))
-            return state, run.train_iterator.start, tokens
-        state, position, _ = checkpoints.restore(step, _taken(checkpoints, step, abstract))
+        with distributed.together():
+            parts = checkpoints.meta(step) if checkpoints.in_parts(step) else None
+            taken = _taken(checkpoints, step, abstract)
+        if parts:
+            return _state_of_weights(run, abstract, checkpoints, parts), run.train_iterator.start, tokens
+        state, position, _ = checkpoints.restore(step, taken)
         if not state.opt_state:
             fresh = _fresh_moments(run, abstract, state.params["model"])
             state = fresh._replace(step=state.step, ema=state.ema or fresh.ema)

@@ -465,24 +465,43 @@ def test_another_process_that_is_gone_is_not_called_a_slow_disk():
     gone.__cause__ = jax.errors.JaxRuntimeError("INTERNAL: connection reset by peer")
     late.__cause__ = jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: barrier")
     assert checkpoint._disk_error(gone) is None
+    outer = TimeoutError("Timed out")  # orbax waits for what waited
+    outer.__cause__ = gone
+    assert checkpoint._disk_error(outer) is None
     assert checkpoint._disk_error(late) == checkpoint._disk_error(TimeoutError()) == "it took longer than 86,400 s"
 
 
-def test_a_disk_that_does_not_answer_is_not_taken_for_an_empty_one(saved, monkeypatch):
-    """Its phase would begin anew and remove its own checkpoints."""
-    real = Path.stat
+@pytest.fixture(params=["stat", "iterdir"])
+def no_answer(request, monkeypatch):
+    """A file system that says nothing of a phase's folder, or not what is in it."""
+    real = getattr(Path, request.param)
 
-    def stat(path, **kwargs):
+    def refused(path, *args, **kwargs):
         if path.name == "trunk":
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return real(path, **kwargs)
+        return real(path, *args, **kwargs)
 
+    monkeypatch.setattr(Path, request.param, refused)
+
+
+def test_a_disk_that_does_not_answer_is_not_taken_for_an_empty_one(saved, no_answer, monkeypatch):
+    """Its phase would begin anew and remove its own checkpoints."""
     with Checkpoints(saved, "trunk") as checkpoints:
-        monkeypatch.setattr(Path, "stat", stat)
         with pytest.raises(UserError, match="cannot look at .*trunk: Stale file handle"):
             checkpoints.steps()
+        with pytest.raises(RunError, match="No space left.* earlier ones cannot be seen now") as error:
+            checkpoints._abandon(checkpoints.directory / ".saving-3", OSError(errno.ENOSPC, "full"))
+        assert str(error.value).count("same command") == 1
         monkeypatch.undo()
         assert checkpoints.steps() == [1, 2]
+
+
+def test_a_file_where_checkpoints_should_lie_is_said_at_once(tmp_path):
+    """And not after the steps to the first of them."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "trunk").write_text("")
+    with Checkpoints(tmp_path, "trunk") as checkpoints, pytest.raises(UserError, match="trunk: Not a directory"):
+        checkpoints.latest()
 
 
 def test_arrays_that_orbax_did_not_put_together_are_no_checkpoint(saved, tmp_path, monkeypatch):

@@ -331,6 +331,15 @@ def test_few_documents_give_up_the_tail_of_the_longest(tmp_path):
     assert not any(valid[0] in t for t in train), "a copy of the cut document must lose its tail too"
 
 
+def test_copies_of_a_cut_document_with_other_white_space_are_cut_at_the_same_place(tmp_path):
+    body = "\n\n".join(f"Paragraph {i}. " + "word " * 20 for i in range(40)).strip()
+    (tmp_path / "a.txt").write_text("\n" * 1500 + body)
+    (tmp_path / "b.txt").write_text(body + "  \n")
+    _, train, valid = sides(source=str(tmp_path), valid_fraction=0.1)
+    assert len(valid) == 1 and len(train) == 2 and train[0].strip() == train[1].strip()
+    assert train[0] + valid[0] == "\n" * 1500 + body and train[1] + valid[0] == body
+
+
 def test_explicit_validation_source_wins_and_is_dropped_from_training(tmp_path):
     (tmp_path / "t.jsonl").write_bytes(jsonl(["a", "shared", "b", "shared "]))
     (tmp_path / "v.jsonl").write_bytes(jsonl(["shared", "other"]))

@@ -356,7 +356,7 @@ def test_a_slow_process_is_not_called_dead(error, message, monkeypatch, capsys):
     assert f"error: process 0 of 2: another process of the run {message} ({error})" in capsys.readouterr().err
 
 
-def test_a_process_that_is_missed_in_a_save_is_named(monkeypatch, capsys):
+def test_what_orbax_makes_of_a_missed_process_is_one_line(monkeypatch, capsys):
     """Of which orbax says only that it waited too long."""
     monkeypatch.setattr(distributed.os, "_exit", sys.exit)
     late = TimeoutError("Timed out while waiting for a barrier.")
@@ -365,6 +365,13 @@ def test_a_process_that_is_missed_in_a_save_is_named(monkeypatch, capsys):
         distributed._leave(late, "process 0 of 2")
     said = "another process of the run did not do its part of a checkpoint (UNAVAILABLE: task 1 is gone)"
     assert f"error: process 0 of 2: {said}; {distributed.CONTINUE}" in capsys.readouterr().err
+    never = distributed.jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out with key: x")
+    with pytest.raises(SystemExit, match="1"):
+        distributed._leave(never, "process 0 of 2")
+    assert "did not do its part of a checkpoint (DEADLINE_EXCEEDED: GetKeyValue()" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):  # what has nothing to do with other processes is shown as it is
+        distributed._leave(distributed.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: memory"), "process 0 of 2")
+    assert "another process" not in capsys.readouterr().err
 
 
 def test_every_process_sees_that_one_has_fewer_devices(monkeypatch):

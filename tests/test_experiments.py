@@ -1,6 +1,7 @@
 """The studies of experiments/: their runs, their tables, and what is held against what."""
 
 import io
+import itertools
 import json
 import re
 import shutil
@@ -98,21 +99,23 @@ def test_the_studies_can_be_reported_before_all_is_run(file, seeds):
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.parent.name)
 def test_the_studies_can_be_reported_where_runs_failed(file):
-    """Every sweep of branches in turn with all its seeds; then a trunk, and with it the control of all its branches."""
+    """Every sweep of branches in turn with all its seeds; a trunk, and with it the control of all its branches; and of
+    each sweep's last run what begins with QAT's weights, as they were not finite."""
     functions = study.load(str(file))
     all_stages = functions["get_study"]("small", "").stages
     stages = [made_up(stage) for stage in all_stages]
     lost = [
         {row["run"] for row in rows} for stage, rows in zip(all_stages, stages, strict=True) if not of_trunks(stage)
     ]
-    for runs in [*lost, {stages[0][-1]["run"]}]:
-        rows = [
-            {k: row[k] for k in ("stage", "config", "overrides", "seed", "run")} | {"failed": "diverged"}
-            if row["run"] in runs
-            else row
-            for rows in stages
-            for row in rows
-        ]
+    last = {rows[-1]["run"] for rows in stages}
+    for runs in [*lost, {stages[0][-1]["run"]}, None]:
+        rows = []
+        for whole in itertools.chain(*stages):
+            own = {k: whole[k] for k in ("stage", "config", "overrides", "seed", "run")} | {"failed": "diverged"}
+            if runs is None and whole["run"] in last and whole["row"].startswith("qat"):
+                rows.append(own | {"row": whole["row"]})
+            else:
+                rows.append(own if runs and whole["run"] in runs else whole)
         made = functions["report"]({"small": list({json.dumps(row): row for row in rows}.values())})
         shown = ("diverged", "its control failed", "as runs failed")
         assert any(word in table for table in made.tables.values() for word in shown)

@@ -1,6 +1,7 @@
 """Studies: which runs branch from which, what is judged of them, and the figures over seeds."""
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -143,25 +144,36 @@ def judge(asked, stage, *args):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_branch_whose_weights_are_not_finite_is_named_and_ends_nothing(tiny_stages, monkeypatch):
+def test_a_branch_whose_weights_are_not_finite_is_named_and_ends_nothing(tiny_stages, tmp_path, monkeypatch, capsys):
     """As one whose loss is not finite: the other branches of its run are judged, and those of other runs."""
     trunks, _ = tiny_stages
-    asked = Study(tiny_stages, tokens=640)
+    asked, asked_for = Study(tiny_stages, tokens=640), []
+    diverged = str(runs_of(trunks)[0].folder)
     real = study.evaluate.evaluate
 
     def evaluate(found, mesh, rows, *args):
-        if any(row.branch == "qat" for row in rows):
-            raise NotFinite("layers/experts/down holds NaN")
+        asked_for.append([row.name for row in rows])
+        if any(row.branch == "qat" for row in rows) and str(found.workdir) == diverged:
+            raise NotFinite("layers/experts/down holds NaN or inf")
         return real(found, mesh, rows, *args)
 
-    whole = judge(asked, trunks, False, NOTHING)
+    results, broken = [tmp_path / name for name in ("whole.json", "broken.json")]
+    study.judge_all(asked, results, False, NOTHING)
+    whole = json.loads(results.read_text())
     monkeypatch.setattr(study.evaluate, "evaluate", evaluate)
-    some = judge(asked, trunks, False, NOTHING)
-    assert {row["branch"] for row in some if "failed" not in row} == {row["branch"] for row in whole} - {"qat"}
-    assert [row for row in some if "failed" not in row] == [row for row in whole if row["branch"] != "qat"]
+    study.judge_all(asked, broken, False, NOTHING)
+    some = json.loads(broken.read_text())
+    ours = [row for row in whole if row["stage"] == "t" and row["branch"] == "qat"]
+    assert ours and [row for row in some if "failed" not in row] == [row for row in whole if row not in ours]
     lost = [row for row in some if "failed" in row]
-    assert lost and {row["failed"] for row in lost} == {"its weights are not finite, or its control's"}
-    assert {row["row"] for row in lost} == {row["row"] for row in whole if row["branch"] == "qat"}
+    assert [(row["row"], row["run"], row["failed"]) for row in lost] == [
+        (row["row"], row["run"], "layers/experts/down holds NaN or inf") for row in ours
+    ]
+    said = capsys.readouterr().out
+    assert said.count("layers/experts/down holds NaN or inf: a model that diverged") == 1
+    asked_for.clear()
+    assert judge(asked, dataclasses.replace(trunks, judged="^qat$"), False, NOTHING) == lost
+    assert asked_for == [["qat"]]  # it is not looked at twice
 
 
 @pytest.fixture

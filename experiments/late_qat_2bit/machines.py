@@ -69,7 +69,8 @@ def best_table(s: Scale, samples: dict[str, Sequence[Row]]) -> str:
 
 
 def averaged(now: Sequence[float], then: Sequence[float]) -> list[float]:
-    """The mean of a seed's two runs, which share batches and first weights; none where one machine lacks a seed."""
+    """The mean of a seed's two runs, which share batches and first weights. Both lists are by seed, of the same seeds;
+    none where one is shorter."""
     return [(a + b) / 2 for a, b in zip(now, then, strict=True)] if len(now) == len(then) else []
 
 

@@ -108,7 +108,7 @@ def obstacles(s: Scale) -> dict[str, Point]:
 
 
 def without_control(point: Point) -> Point:
-    """What is set of a branch that trains no control."""
+    """The point without the settings of a control, which the branch does not train."""
     return {key: value for key, value in point.items() if "phases.control" not in key}
 
 

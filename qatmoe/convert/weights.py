@@ -41,7 +41,11 @@ RESTS = ("F32", "F16", "BF16", "Q8_0")
 
 
 class NotFinite(UserError):
-    """Weights or learned scales that are NaN or inf."""
+    """Weights or learned scales that are NaN or inf; `fault` says which."""
+
+    def __init__(self, fault: str):
+        super().__init__(f"{fault}: a model that diverged; take an earlier checkpoint, another phase or another model")
+        self.fault = fault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,10 +303,7 @@ class Branch:
         # A grid would take NaN for one of its numbers, and an infinite scale for its largest.
         if not (math.isfinite(largest) and (scale is None or math.isfinite(_largest(scale)))):
             of_layer = "" if layer is ... else f" of layer {layer}"
-            raise NotFinite(
-                f"{path}{of_layer} or its scale holds NaN or inf, in phase {self.phase}: a model that diverged; take "
-                "an earlier --step, another --branch, or another model"
-            )
+            raise NotFinite(f"{path}{of_layer} or its scale holds NaN or inf, in phase {self.phase}")
         if kind == "F16" and largest > 65504:
             raise UserError(f"{path} holds numbers beyond 65504, the largest of F16: give --rest BF16 or F32")
         if grid is None:

@@ -362,9 +362,7 @@ class Split:
     What is held out: `cfg.valid` if given; else, of "default", the bundled held-out novel; else a share of
     the source's documents, chosen by a hash of their content so that copies fall on the same side. If that
     leaves one side empty (say, a single long file), the tail of the longest document is held out.
-    A training document that is also in the validation source is dropped from training and counted. Copies of the
-    cut document with other white space around it are cut at the same share of their own length: where that is longer,
-    some of the held-out tail is trained on.
+    A training document that is also in the validation source is dropped from training and counted.
     """
 
     def __init__(self, cfg: DataConfig):
@@ -398,7 +396,7 @@ class Split:
                 self._held_out.add(key)
                 held += len(document.text)
             total += len(document.text)
-            longest = max(longest, document, key=lambda d: len(d.text))  # the first of equals
+            longest = max(longest, document, key=lambda d: len(d.text.strip()))  # the first of equals
         if self._held_out and len(self._held_out) < len(every):
             share = held / max(total, 1)
             if not fraction / 2 < share < min(2 * fraction, (1 + fraction) / 2):
@@ -409,7 +407,7 @@ class Split:
             return
         self._held_out = set()
         self._cut_hash = _hash(longest.text)
-        self._cut_share = min(0.5, fraction * total / len(longest.text))
+        self._cut_share = min(0.5, fraction * total / len(longest.text.strip()))
         head, tail = cut(longest.text, self._cut_share)
         if not (head.strip() and tail.strip()):
             raise UserError(f"data.source={self.cfg.source!r} is too short to hold any of it out; name data.valid")
@@ -470,12 +468,16 @@ def split_fingerprint(cfg: DataConfig) -> str:
 
 
 def cut(text: str, share: float) -> tuple[str, str]:
-    """Cuts the last `share` (0 to 1) off `text`, at the next paragraph, else line, else word, else there."""
-    at = round(len(text) * (1 - share))
+    """Cuts the last `share` (0 to 1) off `text`, at the next paragraph, else line, else word, else there.
+
+    White space around the text does not count: copies that differ by it alone are cut at the same place.
+    """
+    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    at = start + round((end - start) * (1 - share))
     for boundary in ("\n\n", "\n", " "):
-        found = text.find(boundary, at)
+        found = text.find(boundary, at, end)
         # A boundary far into the tail would leave too little of it.
-        if 0 <= found <= (at + len(text)) // 2:
+        if 0 <= found <= (at + end) // 2:
             return text[: found + len(boundary)], text[found + len(boundary) :]
     return text[:at], text[at:]
 
