@@ -132,10 +132,10 @@ def _reference(workdir: Path, text: str) -> Reference:
     """What --reference names; "" is the run's own control, else its last phase in full precision."""
     folder, colon, phase = text.rpartition(":")
     if colon and Path(folder).resolve() != workdir.resolve():
-        workdir, name = Path(folder), text
+        workdir, name, option = Path(folder), text, "--reference"
     else:
-        name = ""
-    cfg = read_config(workdir)
+        name, option = "", "--run"
+    cfg = read_config(workdir, option)
     plain = [name for name, spec in cfg.train.phases.items() if not spec.quantize]
     if phase and phase not in plain:
         known = ", ".join(plain) or "none"

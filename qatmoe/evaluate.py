@@ -71,6 +71,8 @@ def load_domains(
       UserError: a text that cannot be read, a name that is missing, taken or not fit for a table, or fewer tokens than
         a window.
     """
+    if text_key and not texts:
+        raise UserError(f"--text_key {text_key}: is of the rows of every --text, and there is none: give one too")
     sources = []
     for text in texts:
         name, equals, source = text.partition("=")
@@ -79,9 +81,13 @@ def load_domains(
         if not name.isprintable() or "|" in name:
             raise UserError(f"--text {text!r}: a name goes into tables; give one without | and control characters")
         sources.append((name, source))
-    data = batches.load_data(audit.cfg.data, audit.cfg.model.vocab_size)
-    for workdir in dict.fromkeys((audit.workdir, audit.reference.workdir)):
-        if tokenizer_of(workdir).hash != data.tokenizer.hash:
+    hashes = {workdir: tokenizer_of(workdir).hash for workdir in (audit.workdir, audit.reference.workdir)}
+    own = audit.cfg.data
+    if own.tokenizer not in ("train", "default"):  # the file may be elsewhere by now, and the run has it
+        own = dataclasses.replace(own, tokenizer=str(audit.workdir / "tokenizer.json"))
+    data = batches.load_data(own, audit.cfg.model.vocab_size)
+    for workdir, known in hashes.items():
+        if known != data.tokenizer.hash:
             raise UserError(
                 f"{workdir}/tokenizer.json is not what config.data.tokenizer={audit.cfg.data.tokenizer!r} of "
                 f"{audit.workdir} gives now: restore the training text or the tokenizer"

@@ -222,6 +222,8 @@ def _check_replaceable(path: Path, force: bool) -> None:
         raise UserError(f"cannot write {path}: it is a file and a folder is to be written; choose another path")
     if path.is_dir() and any(path.iterdir()) and not (path / "config.json").is_file():
         raise UserError(f"{path} is neither a model nor a run (no config.json): remove it yourself, or choose another")
+    if (path / "metrics.jsonl").is_file():
+        raise UserError(f"{path} is a run that was trained (metrics.jsonl): remove it yourself, or choose another")
 
 
 def _remove(path: Path) -> None:

@@ -8,6 +8,7 @@ or dots1 model. Nothing in it is executed or unpickled. The model may be larger 
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
-    print(f"{args.out}: {model.n_layers} layers, {model.n_experts} experts, {model.n_mtp} MTP modules")
-    print(f"next: python -m qatmoe.train --config {args.out}/qat.py --workdir {args.out}_qat --config.data.source=TEXT")
+    out = Path(args.out)
+    print(f"{out}: {model.n_layers} layers, {model.n_experts} experts, {model.n_mtp} MTP modules")
+    job = ["python", "-m", "qatmoe.train", "--config", f"{out}/qat.py", "--workdir", f"{out}_qat"]
+    print(f"next: {shlex.join(job)} --config.data.source=TEXT")
     return 0
 
 

@@ -434,6 +434,7 @@ BAD = {
     "a name with a pipe": (["--text=a|b={text}"], "--text .*: a name goes into tables"),
     "a name of two lines": (["--text=a\nb={text}"], "--text .*: a name goes into tables"),
     "a name that rings": (["--text=a\x07={text}"], "--text .*: a name goes into tables"),
+    "a key of no text": (["--text_key=body"], "--text_key body: is of the rows of every --text, and there is none"),
     "a name twice": (["--text=valid={text}"], "--text valid=.*: there is a text of that name already"),
 }
 
@@ -486,10 +487,18 @@ def test_the_reference_of_another_run(audited, copy, tmp_path, capsys):
     assert "every row is computed anew (other than before: reference)" in capsys.readouterr().out
 
 
+def test_a_run_knows_its_tokenizer_wherever_that_came_from(copy, audited):
+    """A run of an imported model names the file in the import's folder, which may have moved."""
+    edit(copy, lambda config: config["data"].update(tokenizer="/gone/tokenizer.json"))
+    found, _ = evaluate.load_domains(open_run(copy)[0], [], 640)
+    there, _ = evaluate.load_domains(open_run(audited)[0], [], 640)
+    np.testing.assert_array_equal(found[0].windows["tokens"], there[0].windows["tokens"])
+
+
 def test_a_reference_that_does_not_fit(run, copy, monkeypatch, capsys):
     edit(copy, lambda config: config["model"].update(top_k=1))
     refused(run, [f"--reference={copy}:control"], "is of another architecture than", monkeypatch, capsys)
-    refused(run, ["--reference=nowhere:control"], "no qatmoe run there", monkeypatch, capsys)
+    refused(run, ["--reference=nowhere:control"], "--reference nowhere: no qatmoe run there", monkeypatch, capsys)
     refused(run, [f"--reference={copy}:qat"], "must be a phase of .* in full precision", monkeypatch, capsys)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,13 @@ def test_the_command_says_what_it_made_and_what_comes_next(tiny, tmp_path, capsy
     assert {p.name for p in run.iterdir()} == {"checkpoints", "config.json", "origin.json", "qat.py", "tokenizer.json"}
     assert {p.name for p in tmp_path.iterdir()} == {"model", "run"}
     assert export.main([f"--run={run}", "--format=gguf", f"--out={tmp_path / 'out.gguf'}"]) == 0
+
+
+def test_what_comes_next_is_a_command_also_where_the_folder_has_a_space(tiny, tmp_path, capsys):
+    run = tmp_path / "my run"
+    assert import_hf.main([str(tiny), "--out", f"{run}/"]) == 0
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
+    assert command[3:7] == ["--config", f"{run}/qat.py", "--workdir", f"{run}_qat"]
 
 
 def test_what_the_folder_says_of_the_models_use_comes_back(tiny, tmp_path):

@@ -301,6 +301,9 @@ def test_what_is_there_is_replaced_only_when_told(tiny, tmp_path, capsys):
     (run / "config.json").write_text("{}")
     assert f"{run} exists" in refused(capsys, tiny, run)
     assert {p.name for p in run.iterdir()} == {"config.json", "precious"}
+    (run / "metrics.jsonl").write_text("")
+    assert f"{run} is a run that was trained" in refused(capsys, tiny, run, "--force")
+    (run / "metrics.jsonl").unlink()
     (tiny / "config.json").rename(tiny / "kept.json")
     refused(capsys, tiny, run, "--force")
     assert {p.name for p in run.iterdir()} == {"config.json", "precious"}

@@ -410,12 +410,12 @@ def read_origin(workdir: Path) -> Origin:
         raise UserError(f"{workdir / ORIGIN} cannot be used ({e}): remove it, or import the model again") from e
 
 
-def read_config(workdir: Path) -> Config:
-    """The configuration of a run. Raises UserError where there is none, or one that cannot be used."""
+def read_config(workdir: Path, option: str = "--run") -> Config:
+    """The configuration of a run that an option names. Raises UserError for none, or one that cannot be used."""
     try:
         return resolve(json.loads((workdir / "config.json").read_text()))
     except OSError as e:
-        raise UserError(f"--run {workdir}: no qatmoe run there (config.json: {e.strerror})") from e
+        raise UserError(f"{option} {workdir}: no qatmoe run there (config.json: {e.strerror})") from e
     except ValueError as e:
         raise UserError(f"{workdir}/config.json cannot be used: {e}") from e
 
