@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,6 +116,12 @@ def executor(folder: Path, options: Options, name: str) -> Any:
         **{k: v for k, v in given.items() if v},
     )
     return found
+
+
+def check(options: Options, name: str) -> None:
+    """Raises UserError as `executor`, and leaves no folder: submitit's local executor makes its own."""
+    with tempfile.TemporaryDirectory() as place:
+        executor(Path(place), options, name)
 
 
 def submit(runs: Sequence[Run], folder: Path, options: Options, name: str) -> dict[str, str]:

@@ -164,9 +164,13 @@ def train(study: Study, options: argparse.Namespace, only: str = "", partial: bo
     """
     rounds = _rounds(study.stages)
     if options.dry_run:
-        for stage in itertools.chain(*rounds):
-            print(f"{stage.sweep.name}\n{sweep.describe(_runs(stage, only))}")
-        runs = [run for stage in study.stages for run in _runs(stage, only)]
+        every = [(stage.sweep, _runs(stage)) for stage in itertools.chain(*rounds)]
+        for asked, runs in every:
+            sweep.check(options, asked, runs)
+        wanted = [(asked.name, [run for run in runs if _matches(run, only)]) for asked, runs in every]
+        for name, runs in wanted:
+            print(f"{name}\n{sweep.describe(runs)}")
+        runs = [run for _, some in wanted for run in some]
         print(f"{len(runs)} runs, {sum(map(_tokens, runs)):,} tokens")
         return 0
     worst = 0

@@ -36,6 +36,8 @@ INSTEAD = {
     ("restarts", "jobset"): "give --option restarts=N",
 }
 
+Given = list[local.Slot] | slurm.Options | cloud.SkyOptions | cloud.JobSetOptions  # to a backend
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises UserError for an option that belongs to another backend."""
@@ -45,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("file", help="the sweep: a Python file with get_sweep()")
     parser.add_argument("--dir", help="the sweep's folder; runs/NAME unless given")
     parser.add_argument("--backend", default="local", choices=BACKENDS)
-    parser.add_argument("--dry_run", action="store_true", help="list the runs, and do nothing")
+    parser.add_argument("--dry_run", action="store_true", help="list the runs, check the options, write nothing")
     parser.add_argument("--slots", type=int, help="local: runs at a time (1)")
     parser.add_argument("--restarts", type=int, help="local: how often a run that was stopped or killed goes on (3)")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the other backends")
@@ -107,6 +109,27 @@ def enter(sweep: Sweep, runs: Sequence[Run], folder: Path, wanted: Sequence[Run]
     return todo
 
 
+def check(args: argparse.Namespace, sweep: Sweep, runs: Sequence[Run]) -> Given:
+    """What the backend that was asked for is given, tried on the runs; nothing is written or started.
+
+    Raises:
+      UserError: an option is wrong, a run cannot be started with these, or this backend not from here.
+    """
+    if args.backend == "slurm":
+        slurm_options = options.read(slurm.Options, args.option)
+        slurm.check(slurm_options, sweep.name)
+        return slurm_options
+    if args.backend == "skypilot":
+        sky_options = options.read(cloud.SkyOptions, args.option)
+        _ = [cloud.sky_task(run, sweep, sky_options) for run in runs]
+        return sky_options
+    if args.backend == "jobset":
+        jobset_options = options.read(cloud.JobSetOptions, args.option)
+        _ = [cloud.jobset(run, sweep, jobset_options) for run in runs]
+        return jobset_options
+    return local.slots(1 if args.slots is None else args.slots)
+
+
 def launch(
     args: argparse.Namespace, sweep: Sweep, folder: Path, can_start: Callable[[Run], bool] = lambda _: True
 ) -> int:
@@ -114,38 +137,29 @@ def launch(
     # Input: everything that can be wrong is found before the folder is made.
     points.check_folder(sweep, folder)
     runs = points.runs_of(sweep, folder)
+    given = check(args, sweep, runs)
     if args.dry_run:
         print(describe(runs))
         return 0
-    places = local.slots(1 if args.slots is None else args.slots)
-    if args.backend == "slurm":
-        slurm_options = options.read(slurm.Options, args.option)
-        slurm.executor(folder, slurm_options, sweep.name)
-    elif args.backend == "skypilot":
-        sky_options = options.read(cloud.SkyOptions, args.option)
-        _ = [cloud.sky_task(run, sweep, sky_options) for run in runs]
-    elif args.backend == "jobset":
-        jobset_options = options.read(cloud.JobSetOptions, args.option)
-        _ = [cloud.jobset(run, sweep, jobset_options) for run in runs]
     # What there is to do.
     todo = [run for run in enter(sweep, runs, folder, runs) if can_start(run)]
     if not todo:
         print(f"nothing to start. Results: python -m launch.collect {folder}")
         return 0
     # Backends.
-    if args.backend == "local":
-        code = run_locally(todo, places, RESTARTS if args.restarts is None else args.restarts)
-        print(f"results: python -m launch.collect {folder}")
-        return code
-    if args.backend == "slurm":
-        for name, job in slurm.submit(todo, folder, slurm_options, sweep.name).items():
+    if isinstance(given, slurm.Options):
+        for name, job in slurm.submit(todo, folder, given, sweep.name).items():
             print(f"queued   {name}  (job {job})")
         return 0
-    if args.backend == "skypilot":
-        print("\n".join(cloud.write_sky(todo, sweep, folder, sky_options)))
-    else:
-        print("\n".join(cloud.write_jobsets(todo, sweep, folder, jobset_options)))
-    return 0
+    if isinstance(given, cloud.SkyOptions):
+        print("\n".join(cloud.write_sky(todo, sweep, folder, given)))
+        return 0
+    if isinstance(given, cloud.JobSetOptions):
+        print("\n".join(cloud.write_jobsets(todo, sweep, folder, given)))
+        return 0
+    code = run_locally(todo, given, RESTARTS if args.restarts is None else args.restarts)
+    print(f"results: python -m launch.collect {folder}")
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -173,6 +173,22 @@ def test_a_sweep_is_submitted_once(runs, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "slurm" / "jobs.json").read_text()) == jobs
 
 
+def test_a_new_folder_is_made_by_the_start_and_not_by_a_dry_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(points.Run, "command", property(fake))
+    (tmp_path / "sweep.py").write_text(
+        "from launch.points import Sweep\ndef get_sweep(): return Sweep('s', 'configs/toy.py', [{}])"
+    )
+    folder = tmp_path / "d"
+    arguments = [str(tmp_path / "sweep.py"), f"--dir={folder}", "--backend=slurm", "--option=cluster=local"]
+    assert sweep.main([*arguments, "--dry_run"]) == 0
+    assert "missing" in capsys.readouterr().out
+    assert not folder.exists()
+    assert sweep.main(arguments) == 0
+    until(lambda: any(file.stat().st_size for file in folder.glob("run-*/summary.json")))
+    (name,) = json.loads((folder / "slurm" / "jobs.json").read_text())
+    assert points.finished(folder / name)
+
+
 def test_without_submitit_or_slurm_one_line_says_what_is_missing(tmp_path, monkeypatch, capsys):
     file = ROOT / "launch" / "sweeps" / "toys.py"
     arguments = [str(file), f"--dir={tmp_path / 'd'}", "--backend=slurm"]

@@ -395,9 +395,12 @@ def test_the_command(tmp_path, capsys):
         ("(", [], "--only (: not a regular expression"),
         ("nowhere", [], "--only nowhere: found in no run's folder"),
         ("small", ["--backend", "slurm"], "--only small: belongs to the local backend"),
+        ("", ["--slots", "0"], "--slots 0: at least 1"),
+        ("", ["--backend", "slurm", "--option", "typo=1"], "--option typo=1: no such option"),
     ):
         assert study.main([str(file), "--dry_run", "--only", only, *more]) == 2
-        assert message in capsys.readouterr().err
+        out, err = capsys.readouterr()
+        assert message in err and not out
     assert study.main([str(file), "--dry_run", "--only", "ssmall/"]) == 0
     assert "1 runs" in capsys.readouterr().out
     (tmp_path / "broken.py").write_text("def get_study(a, b): 1 / 0\ndef report(r): pass\n")

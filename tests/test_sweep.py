@@ -248,9 +248,24 @@ def test_a_folder_of_another_sweep_is_refused(file, tmp_path, capsys):
     ],
 )
 def test_wrong_options_are_named_and_nothing_is_written(options, message, file, tmp_path, capsys):
-    assert sweep.main([str(file), f"--dir={tmp_path / 'd'}", *options]) == 2
-    assert message in capsys.readouterr().err
+    for dry_run in ([], ["--dry_run"]):
+        assert sweep.main([str(file), f"--dir={tmp_path / 'd'}", *options, *dry_run]) == 2
+        out, err = capsys.readouterr()
+        assert message in err and not out
     assert not (tmp_path / "d").exists()
+
+
+def test_a_dry_run_with_the_options_of_a_backend_writes_nothing(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    file.write_text(file.read_text().replace(TOY, "configs/toy.py"))
+    for options in (
+        ["--slots=2"],
+        ["--backend=skypilot", "--option=accelerators=H100:8", "--option=bucket=gs://b"],
+        ["--backend=jobset", "--option=image=i", "--option=claim=c"],
+    ):
+        assert sweep.main([str(file), f"--dir={tmp_path / 'd'}", *options, "--dry_run"]) == 0
+        assert capsys.readouterr().out.count("missing") == 2
+        assert not (tmp_path / "d").exists()
 
 
 # ---- How far runs are ------------------------------------------------------------------------------------------------
