@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from launch.options import at_least
 from launch.points import Run, Sweep
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
@@ -44,9 +45,11 @@ class SkyOptions:
     accelerators: str  # as SkyPilot names them: "tpu-v5e-16", "H100:8"
     bucket: str  # gs://... or s3://..., mounted at /runs
     infra: str = ""  # "gcp", "aws/us-east-1", "k8s"; "" = the cheapest that has them
-    nodes: int = 1  # GPU machines that train one run together; a TPU slice of several hosts is one node
+    nodes: int = at_least(1, default=1)  # GPU machines that train one run together; a TPU slice is one node
     spot: bool = True
-    restarts: int = 3  # after failures; preemptions and stops by a signal are always recovered from
+    restarts: int = at_least(
+        0, default=3
+    )  # after failures; preemptions and stops by a signal are always recovered from
     setup: str = ""  # instead of pip install
 
 
@@ -58,9 +61,11 @@ class JobSetOptions:
     claim: str  # a PersistentVolumeClaim (ReadWriteMany) for the runs
     accelerator: str = "tpu-v5-lite-podslice"  # label cloud.google.com/gke-tpu-accelerator
     topology: str = "4x4"  # chips of a slice
-    chips: int = 4  # of one host
-    slices: int = 1
-    restarts: int = 100  # after failures; disruptions of a pod and stops by a signal are not counted
+    chips: int = at_least(1, default=4)  # of one host
+    slices: int = at_least(1, default=1)
+    restarts: int = at_least(
+        0, default=100
+    )  # after failures; disruptions of a pod and stops by a signal are not counted
     spot: bool = False
 
 
@@ -101,10 +106,10 @@ def jobset(run: Run, sweep: Sweep, options: JobSetOptions) -> dict[str, Any]:
     Raises:
       UserError: the topology is no product of chips, or not of whole hosts.
     """
-    if not re.fullmatch(r"\d+(x\d+){1,2}", options.topology):
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", options.topology):
         raise UserError(f"--option topology={options.topology}: expected chips along each axis, as 4x4 or 2x2x4")
     count = math.prod(map(int, options.topology.split("x")))
-    if options.chips < 1 or count % options.chips:
+    if count % options.chips:
         raise UserError(
             f"--option chips={options.chips}: does not divide the {count} of topology={options.topology}; lower it"
         )

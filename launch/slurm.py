@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.options import at_least
 from launch.points import Run
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
@@ -33,14 +34,14 @@ class Options:
     partition: str = ""
     account: str = ""
     qos: str = ""
-    nodes: int = 1
-    tasks_per_node: int = 1  # processes of one run on a node; with several GPUs, one for all or one for each
-    gpus_per_node: int = 0
-    cpus_per_task: int = 8
-    mem_gb: int = 0  # of a node; 0 = the cluster's default
-    minutes: int = 24 * 60  # until a job is put into the queue again
-    save_s: int = 180  # seconds before the end of its time at which it begins to save
-    parallel: int = 256  # runs at a time
+    nodes: int = at_least(1, default=1)
+    tasks_per_node: int = at_least(1, default=1)  # processes of one run; with several GPUs, one for all or one for each
+    gpus_per_node: int = at_least(0, default=0)
+    cpus_per_task: int = at_least(1, default=8)
+    mem_gb: int = at_least(0, default=0)  # of a node; 0 = the cluster's default
+    minutes: int = at_least(1, default=24 * 60)  # until a job is put into the queue again
+    save_s: int = at_least(1, default=180)  # seconds before the end of its time at which it begins to save
+    parallel: int = at_least(1, default=256)  # runs at a time
     setup: str = ""  # a shell line before the job, as "source env.sh"
     cluster: str = "slurm"  # "local" runs the same jobs on this machine, to try them
 
@@ -86,8 +87,13 @@ def executor(folder: Path, options: Options, name: str) -> Any:
     """A submitit executor with these options.
 
     Raises:
-      UserError: submitit is not installed, or there is no Slurm here.
+      UserError: submitit is not installed, there is no Slurm here, or a job would be told to save as soon as it starts.
     """
+    if options.save_s >= 60 * options.minutes:
+        raise UserError(
+            f"--option save_s={options.save_s}: must be less than the {60 * options.minutes} s of "
+            f"minutes={options.minutes}, or nothing is trained between a job's start and its end"
+        )
     try:
         import submitit
     except ImportError as e:

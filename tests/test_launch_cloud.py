@@ -166,6 +166,7 @@ def test_a_jobset(run, tmp_path):
         ),
         (lambda run: cloud.sky_task(run, SWEEP, SkyOptions("tpu-v5e-8", "gs://b", nodes=2)), "a TPU slice is one node"),
         (lambda run: cloud.jobset(run, SWEEP, JobSetOptions("i", "c", topology="16")), "topology=16: expected chips"),
+        (lambda run: cloud.jobset(run, SWEEP, JobSetOptions("i", "c", topology="0x4")), "topology=0x4: expected chips"),
         (lambda run: cloud.jobset(run, SWEEP, JobSetOptions("i", "c", chips=3)), "chips=3: does not divide the 16"),
     ],
 )

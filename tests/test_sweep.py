@@ -8,8 +8,9 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from launch import points, sweep
+from launch import options, points, slurm, sweep
 from launch.algebra import chain, product, values, zip_
+from launch.cloud import JobSetOptions, SkyOptions
 from launch.points import Sweep
 from qatmoe import cli
 from qatmoe.config import to_json
@@ -245,6 +246,15 @@ def test_a_folder_of_another_sweep_is_refused(file, tmp_path, capsys):
         (["--backend=slurm", "--option=nodes=two"], "--option nodes=two: expected int"),
         (["--backend=slurm", "--option=nodes"], "--option nodes: expected key=value"),
         (["--backend=skypilot", "--option=bucket=gs://b"], "this backend needs --option accelerators="),
+        (["--backend=skypilot", "--option=accelerators="], "--option accelerators=: must not be empty"),
+        (["--backend=skypilot", "--option=nodes=0"], "--option nodes=0: must be at least 1"),
+        (["--backend=skypilot", "--option=restarts=-3"], "--option restarts=-3: must be at least 0"),
+        (["--backend=jobset", "--option=image= "], "--option image= : must not be empty"),
+        (["--backend=jobset", "--option=accelerator="], "--option accelerator=: must not be empty"),
+        (["--backend=jobset", "--option=slices=0"], "--option slices=0: must be at least 1"),
+        (["--backend=jobset", "--option=chips=0"], "--option chips=0: must be at least 1"),
+        (["--backend=slurm", "--option=minutes=-5"], "--option minutes=-5: must be at least 1"),
+        (["--backend=slurm", "--option=minutes=3"], "--option save_s=180: must be less than the 180 s of minutes=3"),
     ],
 )
 def test_wrong_options_are_named_and_nothing_is_written(options, message, file, tmp_path, capsys):
@@ -258,14 +268,28 @@ def test_wrong_options_are_named_and_nothing_is_written(options, message, file, 
 def test_a_dry_run_with_the_options_of_a_backend_writes_nothing(file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     file.write_text(file.read_text().replace(TOY, "configs/toy.py"))
-    for options in (
+    for given in (
         ["--slots=2"],
         ["--backend=skypilot", "--option=accelerators=H100:8", "--option=bucket=gs://b"],
         ["--backend=jobset", "--option=image=i", "--option=claim=c"],
     ):
-        assert sweep.main([str(file), f"--dir={tmp_path / 'd'}", *options, "--dry_run"]) == 0
+        assert sweep.main([str(file), f"--dir={tmp_path / 'd'}", *given, "--dry_run"]) == 0
         assert capsys.readouterr().out.count("missing") == 2
         assert not (tmp_path / "d").exists()
+
+
+def test_all_numbers_among_options_have_a_range_and_defaults_are_allowed():
+    for cls, needed in (
+        (slurm.Options, []),
+        (SkyOptions, ["accelerators=a", "bucket=b"]),
+        (JobSetOptions, ["image=i", "claim=c"]),
+    ):
+        numbers = [f for f in dataclasses.fields(cls) if f.type is int]
+        defaults = [f"{f.name}={f.default}" for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING]
+        assert options.read(cls, [*needed, *defaults]) == options.read(cls, needed)
+        for field in numbers:
+            with pytest.raises(UserError, match=f"--option {field.name}=-1: must be at least [01]"):
+                options.read(cls, [*needed, f"{field.name}=-1"])
 
 
 # ---- How far runs are ------------------------------------------------------------------------------------------------
