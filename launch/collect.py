@@ -49,23 +49,20 @@ def rows_of(folder: Path) -> tuple[list[Row], list[tuple[str, str]]]:
         if state.kind != "done":
             others.append((run["name"], state.text))
             continue
-        summary, config = (
-            json.loads((folder / run["name"] / file).read_text(encoding="utf-8"))
-            for file in ("summary.json", "config.json")
-        )
-        own = {SEED: config["train"]["seed"]}  # where a point leaves it to the config, it is a seed all the same
-        rows.append(
-            {"run": run["name"]}
-            | {key: run["overrides"].get(key, own.get(key)) for key in varied}
-            | {f"loss_{branch}": loss for branch, loss in summary["loss"].items()}
-            | {
-                "recovered": summary["recovered"],
-                "bits_per_weight": summary["bits_per_weight"]["quantized"],
-                "tokens": summary["tokens"]["total"],
-                "wall_s": summary["wall_s"],
-            }
-        )
+        # Where a point leaves the seed to the config, it is a seed all the same.
+        own = {SEED: points.read_run(folder / run["name"], "config.json", lambda config: config["train"]["seed"])}
+        settings = {key: run["overrides"].get(key, own.get(key)) for key in varied}
+        rows.append({"run": run["name"]} | settings | points.read_run(folder / run["name"], "summary.json", _results))
     return rows, others
+
+
+def _results(summary: dict[str, Any]) -> Row:
+    return {f"loss_{branch}": loss for branch, loss in summary["loss"].items()} | {
+        "recovered": summary["recovered"],
+        "bits_per_weight": summary["bits_per_weight"]["quantized"],
+        "tokens": summary["tokens"]["total"],
+        "wall_s": summary["wall_s"],
+    }
 
 
 def columns(rows: Sequence[Row]) -> list[str]:

@@ -25,7 +25,7 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launch.algebra import Point, Points
 from qatmoe import metrics
@@ -35,6 +35,8 @@ from qatmoe.files import write_atomically
 from qatmoe.quant.grid import RULES
 from qatmoe.run import quant_plan
 from qatmoe.workdir import FREE_KEYS, differences
+
+T = TypeVar("T")
 
 LONGEST = 150  # characters of a name's readable part
 DIGITS = 10  # of a name's end; two of a thousand runs meet once in two million sweeps
@@ -48,6 +50,22 @@ class Sweep:
     name: str
     config: str
     points: Points
+
+    def __post_init__(self) -> None:
+        """Raises UserError where there is no such sweep."""
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", self.name):
+            raise UserError(f"sweep name={self.name!r}: letters, digits, '_', '.' and '-' make a folder's name")
+        if not isinstance(self.config, str):
+            raise UserError(f"sweep {self.name}: config={self.config!r}: give the file's path as text")
+        if not isinstance(self.points, list):
+            raise UserError(f"sweep {self.name}: points is a {type(self.points).__name__}: make it a list of points")
+        if not self.points:
+            raise UserError(f"sweep {self.name}: has no points: give at least one, {{}} for the config as it is")
+        for n, point in enumerate(self.points, start=1):
+            if not isinstance(point, dict) or not all(isinstance(key, str) for key in point):
+                raise UserError(
+                    f"sweep {self.name}: point {n} is no dict of values under names: write {{'dotted.key': value}}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +125,6 @@ def load(file: str | Path) -> Sweep:
     sweep = called(where, functions_of(where, file, ["get_sweep"], "launch/sweeps/toys.py")["get_sweep"])
     if not isinstance(sweep, Sweep):
         raise UserError(f"sweep {file}: get_sweep() returns a {type(sweep).__name__}; return a launch.points.Sweep")
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", sweep.name):
-        raise UserError(f"sweep {file}: name={sweep.name!r}: letters, digits, '_', '.' and '-' make a folder's name")
-    if not isinstance(sweep.points, list):
-        raise UserError(f"sweep {file}: points is a {type(sweep.points).__name__}: make it a list of points")
-    if not sweep.points:
-        raise UserError(f"sweep {file}: has no points: give at least one, {{}} for the config as it is")
-    for n, point in enumerate(sweep.points, start=1):
-        if not isinstance(point, dict) or not all(isinstance(key, str) for key in point):
-            raise UserError(f"sweep {file}: point {n} is no dict of values under names: write {{'dotted.key': value}}")
     return sweep
 
 
@@ -210,7 +219,11 @@ def read_folder(folder: Path) -> dict[str, Any]:
     file = folder / "sweep.json"
     try:
         asked = json.loads(file.read_text(encoding="utf-8"))
-        return {"name": asked["name"], "config": asked["config"], "runs": asked["runs"]}
+        runs = [{"name": run["name"], "overrides": run["overrides"]} for run in asked["runs"]]
+        texts = [asked["name"], asked["config"], *(run["name"] for run in runs)]
+        if not all(isinstance(t, str) for t in texts) or not all(isinstance(run["overrides"], dict) for run in runs):
+            raise TypeError
+        return {"name": asked["name"], "config": asked["config"], "runs": runs}
     except OSError as e:
         raise UserError(f"{folder} holds no sweep (sweep.json: {e.strerror}): name the folder of one") from e
     except (ValueError, KeyError, TypeError) as e:
@@ -315,12 +328,11 @@ def state(run: Run) -> State:
     """How far a run is.
 
     Raises:
-      UserError: its folder holds a run with another configuration.
+      UserError: its folder holds a run with another configuration, or a damaged one.
     """
-    file = run.folder / "config.json"
-    if not file.exists():
+    if not (run.folder / "config.json").exists():
         return State("missing", "missing")
-    found = differences(_json(file), json.loads(to_json(run.config)))
+    found = differences(read_run(run.folder, "config.json", lambda config: config), json.loads(to_json(run.config)))
     differ = {key: pair for key, pair in found.items() if by_digits(key, pair[0]) != by_digits(key, pair[1])}
     if differ:
         key, (there, here) = min(differ.items())
@@ -332,7 +344,7 @@ def state(run: Run) -> State:
 
 
 def state_of(folder: Path) -> State:
-    """How far the run in a folder is, by its own configuration."""
+    """How far the run in a folder is, by its own configuration. Raises as `read_run`."""
     if finished(folder):
         return State("done", "done")
     if pid := _holder(folder):
@@ -343,19 +355,23 @@ def state_of(folder: Path) -> State:
     if not records:
         return State("partial", "started")
     last = records[-1]
-    steps = _json(folder / "config.json")["train"]["phases"].get(last["phase"], {}).get("steps", "?")
-    return State("partial", f"partial: {last['phase']} at step {last['step']} of {steps}")
+    phase = read_run(folder, "config.json", lambda config: dict(config["train"]["phases"].get(last["phase"], {})))
+    return State("partial", f"partial: {last['phase']} at step {last['step']} of {phase.get('steps', '?')}")
 
 
 def finished(folder: Path) -> bool:
-    """Whether a run has its summary, with every phase and every rounding of the control in it."""
+    """Whether a run has its summary, with every phase and every rounding of the control in it. Raises as `read_run`."""
     if not ((folder / "summary.json").exists() and (folder / "config.json").exists()):
         return False
-    summary, phases = _json(folder / "summary.json"), _json(folder / "config.json")["train"]["phases"]
-    if any(summary["loss"].get(phase) is None for phase in phases):
+    quantized = read_run(
+        folder, "config.json", lambda c: {name: bool(phase["quantize"]) for name, phase in c["train"]["phases"].items()}
+    )
+    loss, rules = read_run(
+        folder, "summary.json", lambda s: (dict(s["loss"].items()), [set(found) for found in s["ptq_rules"].values()])
+    )
+    if any(loss.get(name) is None for name in quantized):
         return False
-    quantized = {bool(p["quantize"]) for p in phases.values()}
-    return len(quantized) < 2 or any(set(RULES) <= set(rules) for rules in summary["ptq_rules"].values())
+    return len(set(quantized.values())) < 2 or any(set(RULES) <= found for found in rules)
 
 
 def _holder(folder: Path) -> str:
@@ -368,8 +384,14 @@ def _holder(folder: Path) -> str:
     return ""
 
 
-def _json(file: Path) -> Any:
+def read_run(folder: Path, name: str, pick: Callable[[Any], T]) -> T:
+    """What `pick` takes from the config.json or summary.json of a run. Raises UserError where that is not in it."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{file} is not JSON: restore it, or move that run's folder away") from e
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError
+        return pick(found)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        again = f"make it again: python -m qatmoe.report --run {folder}"
+        fix = again if name == "summary.json" else "restore it, or move that run's folder away"
+        raise UserError(f"{folder / name} is damaged: {fix}") from e

@@ -134,11 +134,11 @@ def submit(runs: Sequence[Run], folder: Path, options: Options, name: str) -> di
     """Submits those of `runs` that have no job in the queue; returns {run: job}, also kept in FOLDER/slurm/jobs.json.
 
     Raises:
-      UserError: as `executor`.
+      UserError: as `executor`; or jobs.json is damaged.
     """
     found = executor(folder, options, name)
     file = folder / "slurm" / "jobs.json"
-    jobs: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    jobs = _jobs(file)
     job_class = type(found._executor).job_class
     queued = {
         r.name for r in runs if r.name in jobs and not job_class(folder / "slurm", jobs[r.name]).done(force_check=True)
@@ -153,3 +153,13 @@ def submit(runs: Sequence[Run], folder: Path, options: Options, name: str) -> di
     submitted = {r.name: job.job_id for r, job in zip(wanted, new, strict=True)}
     write_atomically(file, json.dumps(jobs | submitted, indent=1) + "\n")
     return submitted
+
+
+def _jobs(file: Path) -> dict[str, str]:
+    try:
+        jobs = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError:
+        jobs = None
+    if not isinstance(jobs, dict) or not all(isinstance(job, str) for job in jobs.values()):
+        raise UserError(f"{file} is damaged: see to it that none of its jobs is in the queue (squeue), then remove it")
+    return jobs

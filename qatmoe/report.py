@@ -9,7 +9,7 @@ import math
 import re
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def write(workdir: str | Path) -> Summary:
     """
     summary = summarize(workdir)
     curves(workdir, Path(workdir) / "curves.png")
-    config = _load(Path(workdir) / "config.json")
+    config = _config(workdir)
     if config.get("train", {}).get("tensorboard"):
         results = {f"final/loss_{branch}": v for branch, v in summary["loss"].items() if v is not None}
         if summary["recovered"] is not None:
@@ -76,10 +76,10 @@ def summarize(workdir: str | Path) -> Summary:
       jax, device, devices     where it was trained
 
     Raises:
-      UserError: the directory is not a run, or nothing was evaluated in it yet.
+      UserError: the directory is not a run, one of its files is damaged, or nothing was evaluated in it yet.
     """
     workdir = Path(workdir)
-    config, plan = _load(workdir / "config.json"), _load(workdir / "plan.json", default={})
+    config, plan = _config(workdir), plan_of(workdir)
     records = metrics.read(workdir)
     finals = {r["phase"]: r for r in records if r["split"] == "final"}  # the last one of each phase
     if not finals:
@@ -189,7 +189,7 @@ def curves(workdir: str | Path, path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     workdir = Path(workdir)
-    config, records = _load(workdir / "config.json"), metrics.read(workdir)
+    config, records = _config(workdir), metrics.read(workdir)
     if not records:
         raise UserError(f"run {workdir} has no metrics yet: nothing to draw")
     phases = [p for p in _phases(config, records) if not p.startswith("ptq:")]
@@ -353,15 +353,34 @@ def _size(n: float | None) -> str:
     return f"{n:.0f} B"
 
 
-def _load(file: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+def plan_of(workdir: str | Path) -> dict[str, Any]:
+    """What a run's plan.json says; {} where there is none. Raises UserError where it is damaged."""
+    file = Path(workdir) / "plan.json"
     if not file.exists():
-        if default is not None:
-            return default
-        raise UserError(f"{file} does not exist: {file.parent} is not the directory of a qatmoe run")
+        return {}
+    fix = "remove it, and the run's own command writes it again"
+    return _load(file, lambda plan: [plan, plan.get("totals", {}), plan.get("environment", {})], fix)
+
+
+def _config(workdir: str | Path) -> dict[str, Any]:
+    file = Path(workdir) / "config.json"
+    if not file.exists():
+        raise UserError(f"{file} does not exist: {workdir} is not the directory of a qatmoe run")
+    fix = "restore it, or train the run again in another workdir"
+    specs = _phase_specs
+    return _load(file, lambda config: [config, config.get("train", {}), specs(config), *specs(config).values()], fix)
+
+
+def _load(file: Path, groups: Callable[[Any], list[Any]], fix: str) -> dict[str, Any]:
+    """A JSON file in which `groups` of what it holds must be objects. Raises UserError, with the fix."""
     try:
-        return json.loads(file.read_text())
-    except ValueError as e:
-        raise UserError(f"{file} is not JSON: restore it from the run") from e
+        found = json.loads(file.read_text(encoding="utf-8"))
+        whole = all(isinstance(group, dict) for group in groups(found))
+    except (ValueError, AttributeError):  # no JSON; no object where a group is asked for another one
+        whole = False
+    if not whole:
+        raise UserError(f"{file} is damaged: {fix}")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:

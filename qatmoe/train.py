@@ -133,15 +133,13 @@ def announce(run: Run, table: list[dict[str, Any]]) -> None:
 def trained_on(run: Run) -> dict[str, Any]:
     """Where a run was trained, as plan.json has it, if nothing of it is left to train; else {}."""
     evaluated = {r["phase"] for r in read_metrics(run.workdir) if r["split"] == "final"}
-    file = run.workdir / "plan.json"
-    whole = file.exists() and all(name in evaluated and finished(run.workdir, name) for name in run.cfg.train.phases)
-    return json.loads(file.read_text())["environment"] if whole else {}
+    whole = all(name in evaluated and finished(run.workdir, name) for name in run.cfg.train.phases)
+    return report.plan_of(run.workdir).get("environment", {}) if whole else {}
 
 
 def note_mesh(run: Run) -> None:
     """Says what to expect where a run goes on in another mesh than it was in."""
-    file = run.workdir / "plan.json"
-    before = json.loads(file.read_text())["environment"].get("mesh") if file.exists() else None
+    before = report.plan_of(run.workdir).get("environment", {}).get("mesh")
     if before in (None, dict(run.mesh.shape)):
         return
     print(f"goes on from mesh {before}: same batches, losses agree up to rounding", end="")

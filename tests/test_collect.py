@@ -88,6 +88,15 @@ def test_a_folder_that_is_no_sweep(tmp_path, capsys):
     assert "nowhere holds no sweep (sweep.json: No such file or directory)" in capsys.readouterr().err
 
 
+def test_a_damaged_run_is_named(runs, tmp_path, capsys):
+    summary = json.loads((runs[0].folder / "summary.json").read_text())
+    for damaged in ({}, summary | {"tokens": {}}, summary | {"bits_per_weight": 3}):
+        (runs[0].folder / "summary.json").write_text(json.dumps(damaged))
+        assert collect.main([str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{runs[0].name}/summary.json is damaged: make it again" in line
+
+
 def test_branches_of_each_seeds_trunk_are_of_one_mean():
     rows = [
         {"run": f"{i}", "init_from": f"runs/t/seed={i}-abc{at}", "train.seed": i, "loss_qat": 4.0 + i}

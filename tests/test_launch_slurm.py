@@ -189,6 +189,14 @@ def test_a_new_folder_is_made_by_the_start_and_not_by_a_dry_run(tmp_path, monkey
     assert points.finished(folder / name)
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 3}'])
+def test_a_damaged_list_of_jobs_is_named(text, runs, tmp_path):
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "jobs.json").write_text(text)
+    with pytest.raises(UserError, match="slurm/jobs.json is damaged: see to it that none of its jobs is in the queue"):
+        slurm.submit(runs, tmp_path, Options(cluster="local"), "s")
+
+
 def test_without_submitit_or_slurm_one_line_says_what_is_missing(tmp_path, monkeypatch, capsys):
     file = ROOT / "launch" / "sweeps" / "toys.py"
     arguments = [str(file), f"--dir={tmp_path / 'd'}", "--backend=slurm"]

@@ -161,6 +161,25 @@ def test_command_line(tmp_path):
     assert "not the directory of a qatmoe run" in failed.stderr
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        *((file, text) for file in ("config.json", "plan.json") for text in ("{", "[]")),
+        ("config.json", '{"train": []}'),
+        ("config.json", '{"train": {"phases": 3}}'),
+        ("config.json", '{"train": {"phases": {"qat": 3}}}'),
+        ("plan.json", '{"totals": []}'),
+        ("plan.json", '{"environment": "here"}'),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_fix(file, text, tmp_path, capsys):
+    run = make_run(tmp_path, final_records())
+    (run / file).write_text(text)
+    assert report.main(["--run", str(run)]) == 2
+    fix = {"config.json": "restore it", "plan.json": "remove it, and the run's own command writes it again"}[file]
+    assert capsys.readouterr().err.startswith(f"error: {run / file} is damaged: {fix}")
+
+
 def test_what_cannot_be_reported(tmp_path):
     run = make_run(tmp_path, [])
     with pytest.raises(UserError, match="no final validation"):

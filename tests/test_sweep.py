@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shlex
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -186,6 +187,11 @@ def test_a_wrong_point_is_named(of, message, tmp_path):
         ("def get_sweep():\n    return {}['nothing']", "KeyError: 'nothing'"),
         ("def get_sweep():\n    return []", "returns a list; return a launch.points.Sweep"),
         (FILE.format(name="a b", config=TOY, points=[{}]), "name='a b': letters, digits"),
+        (FILE.format(name=3, config=TOY, points=[{}]), "name=3: letters, digits"),
+        (
+            "from pathlib import *\n" + FILE.format(name="a", config=Path(TOY), points=[{}]),
+            "give the file's path as text",
+        ),
         (FILE.format(name="a", config=TOY, points=[]), "has no points"),
         (FILE.format(name="a", config=TOY, points="[{}, ('train.seed', 1)]"), "point 2 is no dict"),
         (FILE.format(name="a", config=TOY, points=[{1: 2}]), "point 1 is no dict of values under names"),
@@ -225,9 +231,17 @@ def test_a_folder_of_another_sweep_is_refused(file, tmp_path, capsys):
     (folder / "sweep.json").write_text(json.dumps({"name": "mine", "config": "configs/other.py", "runs": []}))
     assert sweep.main([str(file), f"--dir={folder}", "--dry_run"]) == 2
     assert f"belongs to a sweep of configs/other.py, not {TOY}: choose another name" in capsys.readouterr().err
-    (folder / "sweep.json").write_text("{")
-    assert sweep.main([str(file), f"--dir={folder}"]) == 2
-    assert "sweep.json is damaged" in capsys.readouterr().err
+    asked = {"name": "mine", "config": TOY}
+    runs = [3, [3], {"name": "a"}, [{"name": 3, "overrides": {}}], [{"name": "a", "overrides": []}]]
+    for damaged in (
+        "{",
+        "[]",
+        json.dumps(asked | {"config": 3, "runs": []}),
+        *(json.dumps(asked | {"runs": r}) for r in runs),
+    ):
+        (folder / "sweep.json").write_text(damaged)
+        assert sweep.main([str(file), f"--dir={folder}"]) == 2
+        assert "sweep.json is damaged: remove it" in capsys.readouterr().err
     assert sweep.main([str(file), f"--dir={file}"]) == 2
     assert "is a file" in capsys.readouterr().err
 
@@ -365,6 +379,18 @@ def test_a_folder_with_another_run_is_not_that_run(tmp_path):
     leave(dataclasses.replace(first, config=dataclasses.replace(second.config, name=first.config.name)))
     with pytest.raises(UserError, match="holds a run with train.seed=1, and the sweep asks for 0"):
         points.state(first)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"train": 3, "loss": 3}', '{"train": {"phases": {"qat": 3}}, "loss": {}}']
+)
+def test_a_damaged_file_of_a_run_is_named(text, tmp_path):
+    (run, _) = runs_of(values("train.seed", [0, 1]), tmp_path / "d", "mine")
+    for name, fix in (("summary.json", "make it again: python -m qatmoe.report"), ("config.json", "restore it")):
+        leave(run, losses=LOSSES)
+        (run.folder / name).write_text(text)
+        with pytest.raises(UserError, match=f"{name} is damaged: {fix}"):
+            points.state_of(run.folder)
 
 
 def test_the_sweeps_that_are_here(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """What the main job refuses: one line that names the value and the fix, and nothing written."""
 
 import os
+import types
 
 import pytest
 from test_train import arguments, fails
 
 from launch import sweep
-from qatmoe import export, import_hf
+from qatmoe import export, import_hf, train
+from qatmoe.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,9 @@ def test_unwritable_folder(capsys, tmp_path, cache):
     assert os.path.getsize(tmp_path / "file") == 0
     code, line = fails(capsys, *arguments(tmp_path / ("n" * 300)))
     assert code == 2 and "File name too long" in line
+
+
+def test_a_damaged_plan_is_named_with_the_fix(tmp_path):
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(UserError, match="plan.json is damaged: remove it, and the run's own command writes it again"):
+        train.note_mesh(types.SimpleNamespace(workdir=tmp_path))
