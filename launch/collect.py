@@ -81,11 +81,13 @@ SEED = "train.seed"
 
 def over_seeds(rows: Sequence[Row]) -> list[Row]:
     """Runs that differ in their seed alone, as one row: "seeds" is how many, losses and `recovered` their mean and its
-    standard error as text; [] where no two runs do. A figure that one of them lacks is None. Runs of which two have the
-    same seed, as branches of several trunks have, are left out.
+    standard error as text; [] where no two runs do. A figure that one of them lacks is None. The runs that they start
+    and learn from may be those of their seeds. Runs of which two have the same seed, as branches of several trunks
+    have, are left out.
     """
     figures = [key for key in columns(rows) if key.startswith("loss_") or key == "recovered"]
     results = {*figures, "run", SEED, "init_from", "tokens", "wall_s", "bits_per_weight"}
+    rows = [row | {key: _of_any_seed(row, key, rows) for key in row if key.endswith(".teacher")} for row in rows]
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row.get(SEED) is not None:
@@ -105,6 +107,15 @@ def over_seeds(rows: Sequence[Row]) -> list[Row]:
             mean[key] = None if None in values else with_se([v for v in values if v is not None], form)
         means.append(mean | {"bits_per_weight": group[0]["bits_per_weight"]})
     return means
+
+
+def _of_any_seed(row: Row, key: str, rows: Sequence[Row]) -> Any:
+    """A row's teacher; where that is a run of the row's own seed, and no other seed learns from it, as seed=*."""
+    teacher = row[key]
+    if any(other[key] == teacher and other.get(SEED) != row.get(SEED) for other in rows if key in other):
+        return teacher
+    own = rf"\bseed={row.get(SEED)}\b([^/:]*)-[0-9a-f]+(?=:)"
+    return re.sub(own, r"seed=*\1", teacher) if isinstance(teacher, str) else teacher
 
 
 def _text(key: str, value: Any) -> str:

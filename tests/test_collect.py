@@ -107,3 +107,24 @@ def test_branches_of_each_seeds_trunk_are_of_one_mean():
     assert [(m["seeds"], m["loss_qat"]) for m in collect.over_seeds(rows)] == [(2, "4.5000 ±0.5000")] * 3
     twice = [row | {"init_from": f"runs/{trunk}"} for trunk in "ab" for row in rows[:2]]
     assert collect.over_seeds(twice) == []
+
+
+def test_teachers_that_are_runs_of_each_seed_are_of_one_mean():
+    key = "train.phases.qat.teacher"
+
+    def means(*teachers):
+        rows = [{key: t, "train.seed": seed, "loss_qat": 4.0 + seed, "bits_per_weight": 2.25} for seed, t in teachers]
+        return [(m[key], m["seeds"]) for m in collect.over_seeds(rows)]
+
+    own, wide = ([(i, f"runs/t/{name}seed={i}-01234567{i:02}:control") for i in (0, 1, 10)] for name in ("", "dim=2,"))
+    assert means(*own, *wide) == [("runs/t/seed=*:control", 3), ("runs/t/dim=2,seed=*:control", 3)]
+    above = [(i, ":control") for i in (0, 1, 10)]
+    assert means(*own, *above, *((i, None) for i in (0, 1))) == [
+        ("runs/t/seed=*:control", 3),
+        (":control", 3),
+        (None, 2),
+    ]
+    shared = [(i, own[0][1]) for i in (0, 1, 10)]
+    assert means(*shared) == [(own[0][1], 3)]
+    others = [(0, "runs/t/lr=1-0123456789:qat"), (1, "runs/t/lr=2-1123456789:qat"), (2, own[0][1]), (3, own[1][1])]
+    assert means(*others) == []  # no seed's own: where some runs of a sweep are missing, these would be mixed
