@@ -34,7 +34,7 @@ from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.quant.grid import RULES
 from qatmoe.run import quant_plan
-from qatmoe.workdir import FREE_KEYS, differences
+from qatmoe.workdir import FREE_KEYS, check_path, differences
 
 T = TypeVar("T")
 
@@ -196,7 +196,8 @@ def open_folder(sweep: Sweep, runs: Sequence[Run], folder: Path) -> None:
 
 
 def check_folder(sweep: Sweep, folder: Path) -> None:
-    """Raises UserError where a folder is not empty and holds another sweep, or none."""
+    """Raises UserError where runs cannot be kept in a folder, or it is not empty and holds another sweep, or none."""
+    check_path(folder, "sweep's folder")
     if not folder.exists():
         return
     if not folder.is_dir():

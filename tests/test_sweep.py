@@ -246,6 +246,14 @@ def test_a_folder_of_another_sweep_is_refused(file, tmp_path, capsys):
     assert "is a file" in capsys.readouterr().err
 
 
+def test_a_folder_in_which_no_run_could_save_is_refused_before_it_is_made(file, tmp_path, capsys):
+    for dry_run in ([], ["--dry_run"]):
+        assert sweep.main([str(file), f"--dir={tmp_path / 'a*b'}", *dry_run]) == 2
+        out, err = capsys.readouterr()
+        assert "a*b': checkpoints cannot be written below a folder with '*' in its name" in err and not out
+    assert not (tmp_path / "a*b").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
