@@ -154,8 +154,9 @@ def runs_of(sweep: Sweep, folder: Path) -> list[Run]:
 
     A run's name is made of the keys that vary, sorted, and ten hex digits of its configuration, so neither the order
     of points nor that of factors changes it, nor a key that the configuration gains with a default later. A run that
-    is in the folder under the digits keeps its name when more keys begin to vary. A run that starts or learns from
-    another one has that run's digits in its own, and not its name.
+    is in the folder under the digits keeps its name when more keys begin to vary, and so does one whose digits change
+    then, because a free key is in them only where it varies. A run that starts or learns from another one has that
+    run's digits in its own, and not its name.
 
     Raises:
       UserError: names the point and the key that is wrong, or two points that are the same run.
@@ -164,20 +165,23 @@ def runs_of(sweep: Sweep, folder: Path) -> list[Run]:
     different = varied(sweep.points)
     labels = _labels(different)
     ignored = {"name"} | (FREE_KEYS - set(different))
-    runs: dict[str, Run] = {}
+    found: dict[str, tuple[Point, Config]] = {}
     for n, point in enumerate(sweep.points, start=1):
         where = f"sweep {sweep.name}, point {n} ({_words(point)})"
         cfg = _resolved(base, point, where)
-        digits = _digits(cfg, ignored)
-        if digits in runs:
-            same = next(i for i, p in enumerate(sweep.points, start=1) if p is runs[digits].overrides)
-            raise UserError(f"{where}: the same run as point {same} ({_words(runs[digits].overrides)}); remove one")
+        digits = _digits(json.loads(to_json(cfg)), ignored)
+        if digits in found:
+            same, other = next((i, p) for i, p in enumerate(sweep.points, start=1) if p is found[digits][0])
+            raise UserError(f"{where}: the same run as point {same} ({_words(other)}); remove one")
         _explained(where, lambda cfg=cfg: quant_plan(cfg))  # a grid whose blocks do not divide a row is found here
-        there = next((p.name for p in sorted(folder.glob(f"*-{digits}")) if p.is_dir()), None)
-        name = there or _name(point, labels, digits)
+        found[digits] = (point, cfg)
+    there = _there(folder, set(found), ignored)
+    runs = []
+    for digits, (point, cfg) in found.items():
+        name = there.get(digits) or _name(point, labels, digits)
         cfg = dataclasses.replace(cfg, name=f"{sweep.name}/{name}")
-        runs[digits] = Run(name, point, cfg, sweep.config, folder / name)
-    return list(runs.values())
+        runs.append(Run(name, point, cfg, sweep.config, folder / name))
+    return runs
 
 
 def open_folder(sweep: Sweep, runs: Sequence[Run], folder: Path) -> None:
@@ -308,9 +312,25 @@ def _in_a_name(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", text).strip("_")
 
 
-def _digits(cfg: Config, ignored: set[str]) -> str:
-    """Ten hex digits of the keys that have another value than their default."""
-    there = leaves(json.loads(to_json(cfg)))
+def _there(folder: Path, asked: set[str], ignored: set[str]) -> dict[str, str]:
+    """{digits: name} of the runs in a sweep's folder.
+
+    Where free keys vary, a run that is under none of the digits that are asked for is known by its own settings: it
+    was started when fewer of those keys varied.
+    """
+    runs = [path for path in sorted(folder.glob(f"*-{'[0-9a-f]' * DIGITS}")) if path.is_dir()]
+    found = {path.name[-DIGITS:]: path.name for path in reversed(runs)}
+    if FREE_KEYS - ignored:
+        for path in runs:
+            if path.name[-DIGITS:] not in asked and (path / "config.json").exists():
+                digits = read_run(path, "config.json", lambda config: _digits(config, ignored))
+                found.setdefault(digits, path.name)
+    return found
+
+
+def _digits(config: Mapping[str, Any], ignored: set[str]) -> str:
+    """Ten hex digits of a configuration's keys that have another value than their default."""
+    there = leaves(config)
     special = {key: v for key, v in there.items() if key not in ignored and v != default(key)}
     special |= {key: by_digits(key, value) for key, value in special.items()}
     return hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:DIGITS]

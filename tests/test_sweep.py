@@ -133,6 +133,29 @@ def test_a_run_keeps_its_name_when_more_keys_vary(tmp_path):
     assert any("lr=0.003" in run.name for run in grown)
 
 
+def test_a_run_keeps_its_name_when_a_key_that_did_not_count_begins_to_vary(tmp_path):
+    """Of the points that have its digits without that key, the one with its value is that run."""
+
+    def grown(points):
+        return {
+            (p["data.prefetch"], p.get("train.keep")): run.name
+            for p, run in zip(points, runs_of(points, tmp_path), strict=True)
+        }
+
+    (first,) = runs_of([{"data.prefetch": 4, "train.seed": 1}], tmp_path)
+    leave(first)
+    wider = product(values("data.prefetch", [8, 4]), [{"train.seed": 1}])
+    names = grown(wider)
+    assert names[4, None] == first.name and names[8, None].startswith("prefetch=8-")
+    leave(runs_of(wider, tmp_path)[0])
+    assert grown(wider) == names
+    widest = grown(product(wider, values("train.keep", [2, 3])))
+    assert len(set(widest.values())) == 4 and set(names.values()) < set(widest.values())
+    # Under the digits themselves lies the run of the default, whatever it was started with.
+    names = [run.name for run in runs_of([{"train.seed": 1}, {"data.prefetch": 4, "train.seed": 1}], tmp_path)]
+    assert names[0] == first.name and names[1].startswith("prefetch=4-")
+
+
 def test_the_command_is_the_resolved_run(tmp_path):
     of = [
         {
