@@ -47,9 +47,7 @@ class SkyOptions:
     infra: str = ""  # "gcp", "aws/us-east-1", "k8s"; "" = the cheapest that has them
     nodes: int = at_least(1, default=1)  # GPU machines that train one run together; a TPU slice is one node
     spot: bool = True
-    restarts: int = at_least(
-        0, default=3
-    )  # after failures; preemptions and stops by a signal are always recovered from
+    restarts: int = at_least(0, default=3)  # after failures; preemptions and stops by a signal are not counted
     setup: str = ""  # instead of pip install
 
 
@@ -63,9 +61,7 @@ class JobSetOptions:
     topology: str = "4x4"  # chips of a slice
     chips: int = at_least(1, default=4)  # of one host
     slices: int = at_least(1, default=1)
-    restarts: int = at_least(
-        0, default=100
-    )  # after failures; disruptions of a pod and stops by a signal are not counted
+    restarts: int = at_least(0, default=100)  # after failures; a pod's disruptions and stops by a signal not counted
     spot: bool = False
 
 

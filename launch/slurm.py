@@ -45,6 +45,14 @@ class Options:
     setup: str = ""  # a shell line before the job, as "source env.sh"
     cluster: str = "slurm"  # "local" runs the same jobs on this machine, to try them
 
+    def __post_init__(self) -> None:
+        """Raises UserError where a job would be told to save as soon as it starts."""
+        if self.save_s >= 60 * self.minutes:
+            raise UserError(
+                f"--option save_s={self.save_s}: must be less than the {60 * self.minutes} s of "
+                f"minutes={self.minutes}, or nothing is trained between a job's start and its end"
+            )
+
 
 class Train:
     """The job: training in a process of its own, and what submitit asks for when the job must end."""
@@ -87,13 +95,8 @@ def executor(folder: Path, options: Options, name: str) -> Any:
     """A submitit executor with these options.
 
     Raises:
-      UserError: submitit is not installed, there is no Slurm here, or a job would be told to save as soon as it starts.
+      UserError: submitit is not installed, or there is no Slurm here.
     """
-    if options.save_s >= 60 * options.minutes:
-        raise UserError(
-            f"--option save_s={options.save_s}: must be less than the {60 * options.minutes} s of "
-            f"minutes={options.minutes}, or nothing is trained between a job's start and its end"
-        )
     try:
         import submitit
     except ImportError as e:

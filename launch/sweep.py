@@ -117,7 +117,8 @@ def check(args: argparse.Namespace, sweep: Sweep, runs: Sequence[Run]) -> Given:
     """
     if args.backend == "slurm":
         slurm_options = options.read(slurm.Options, args.option)
-        slurm.check(slurm_options, sweep.name)
+        if not args.dry_run:  # which may be on another machine than the cluster's
+            slurm.check(slurm_options, sweep.name)
         return slurm_options
     if args.backend == "skypilot":
         sky_options = options.read(cloud.SkyOptions, args.option)

@@ -317,6 +317,7 @@ def test_a_dry_run_with_the_options_of_a_backend_writes_nothing(file, tmp_path, 
         ["--slots=2"],
         ["--backend=skypilot", "--option=accelerators=H100:8", "--option=bucket=gs://b"],
         ["--backend=jobset", "--option=image=i", "--option=claim=c"],
+        ["--backend=slurm", "--option=minutes=60"],  # also where there is no Slurm
     ):
         assert sweep.main([str(file), f"--dir={tmp_path / 'd'}", *given, "--dry_run"]) == 0
         assert capsys.readouterr().out.count("missing") == 2
