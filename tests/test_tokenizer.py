@@ -1,6 +1,7 @@
 """Byte-level BPE: lossless, splits documents safely, refuses what does not fit."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -146,3 +147,44 @@ def test_command_line_reports_a_mistake_in_one_line(tmp_path, capsys):
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("size", ["256", "9999"])
+def test_command_line_names_its_own_option(size, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(PROSE)
+    assert tokenizer.main(["--vocab_size", size, "--out", str(tmp_path / "o"), "--source", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "; set --vocab_size=" in message and "config" not in message
+
+
+def test_what_is_at_out_is_replaced_with_force_alone(tmp_path, capsys, monkeypatch):
+    out, text = tmp_path / "keep.json", tmp_path / "t.txt"
+    out.write_text("PRECIOUS")
+    text.write_text(PROSE * 9)
+    command = ["--vocab_size", "270", "--out", str(out), "--source", str(text)]
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "Split", None)  # before any text is read
+        assert tokenizer.main(command) == 2
+        assert tokenizer.main(["--vocab_size", "270", "--out", str(tmp_path), "--force"]) == 2
+        assert tokenizer.main(["--vocab_size", "270", "--out", str(tmp_path / "no" / "t.json")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"error: {out} exists: choose another path, or give --force to replace it"
+    assert "is a folder" in said[1] and "no such folder" in said[2] and len(said) == 3
+    assert out.read_text() == "PRECIOUS"
+    assert tokenizer.main([*command, "--force"]) == 0
+    assert tokenizer.load(str(out)).vocab_size == 270
+
+
+def test_a_full_disk_leaves_what_is_at_out(tmp_path, capsys):
+    out, text = tmp_path / "keep.json", tmp_path / "t.txt"
+    out.write_text("PRECIOUS")
+    text.write_text(PROSE * 9)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+        code = tokenizer.main(["--vocab_size", "270", "--out", str(out), "--source", str(text), "--force"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and f"cannot write {out}: File too large" in capsys.readouterr().err
+    assert out.read_text() == "PRECIOUS"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["keep.json", "t.txt"]

@@ -24,7 +24,7 @@ from qatmoe import cli
 from qatmoe.config import DataConfig
 from qatmoe.data import corpus
 from qatmoe.errors import UserError
-from qatmoe.files import expanded
+from qatmoe.files import atomic_file, check_free, check_place, expanded
 
 END_OF_TEXT = "<|endoftext|>"
 # What other model families call it, for tokenizers that are not ours.
@@ -86,7 +86,7 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     def save(self, path: str | Path) -> None:
-        """Writes the tokenizer.json."""
+        """Writes the tokenizer.json, and not atomically: into a folder that gets its name as a whole."""
         Path(path).write_text(self.json, encoding="utf-8")
 
     def check_vocab(self, vocab_size: int) -> None:
@@ -130,8 +130,13 @@ def _grouped(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]
         yield group
 
 
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train(texts: Iterable[str], vocab_size: int, option: str = "--config.model.vocab_size") -> Tokenizer:
     """Learns a byte-level BPE of exactly `vocab_size` tokens; the same texts give the same tokenizer.
+
+    Args:
+      texts: to learn from.
+      vocab_size: tokens, the end of text among them.
+      option: what sets `vocab_size`, named in errors.
 
     Raises:
       UserError: `vocab_size` is below 257, or more than the text has repeated byte sequences for.
@@ -139,7 +144,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < _SMALLEST_VOCAB:
         raise UserError(
             f"vocab_size={vocab_size} is too small: 256 bytes and {END_OF_TEXT} need {_SMALLEST_VOCAB}; "
-            f"set --config.model.vocab_size={_SMALLEST_VOCAB} or more"
+            f"set {option}={_SMALLEST_VOCAB} or more"
         )
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -160,7 +165,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if reached < vocab_size:
         raise UserError(
             f"the text is too small for vocab_size={vocab_size}: it gives {reached} tokens; "
-            f"set --config.model.vocab_size={reached} or give more text"
+            f"set {option}={reached} or give more text"
         )
     return Tokenizer(backend)
 
@@ -202,23 +207,24 @@ def parse(content: str, name: str) -> Tokenizer:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains a tokenizer on the training text of a source and writes it."""
+    """Trains a tokenizer on the training text of a source and writes it. Exit codes: 0 written, 2 unusable input."""
     parser = argparse.ArgumentParser(prog="python -m qatmoe.data.tokenizer", description=main.__doc__)
     parser.add_argument("--vocab_size", type=int, required=True)
     parser.add_argument("--out", required=True, help="the tokenizer.json to write")
+    parser.add_argument("--force", action="store_true", help="replace what is at --out")
     parser.add_argument("--source", default="default", help="as data.source")
     parser.add_argument("--text_key", default="text", help="as data.text_key")
     args = parser.parse_args(argv)
     try:
+        check_place(args.out, "--out")
+        check_free(Path(args.out), force=args.force)
         split = corpus.Split(DataConfig(source=args.source, text_key=args.text_key))
-        tokenizer = train((document.text for document in split.train()), args.vocab_size)
-        try:
-            tokenizer.save(args.out)
-        except OSError as e:
-            raise UserError(f"--out {args.out!r}: cannot write it ({e.strerror}); give another path") from e
+        tokenizer = train((document.text for document in split.train()), args.vocab_size, "--vocab_size")
+        with atomic_file(args.out, force=args.force) as f:
+            f.write(tokenizer.json.encode("utf-8"))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return e.exit_code
     print(f"{args.out}: {tokenizer.vocab_size} tokens")
     return 0
 
