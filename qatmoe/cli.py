@@ -1,16 +1,21 @@
 """What entry points share: command lines of `--config FILE` and `--config.key=value`, and how a program ends."""
 
+import ast
+import contextlib
 import dataclasses
+import inspect
 import io
 import os
+import runpy
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from qatmoe.config import Config, check_key, resolve
 from qatmoe.errors import UserError
@@ -50,7 +55,6 @@ def parse(argv: Sequence[str], usage: str, options: Mapping[str, str | bool]) ->
       UserError: no or a broken configuration file, an unknown flag or key, an unusable value.
     """
     values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", help_string="file under configs/", flag_values=values)
     found: dict[str, flags.FlagHolder] = {}
     for name, default in options.items():
         if isinstance(default, bool):
@@ -60,14 +64,15 @@ def parse(argv: Sequence[str], usage: str, options: Mapping[str, str | bool]) ->
     if {"--help", "-h"} & set(argv):
         print(usage)
         raise SystemExit(0)
-    given = _config_file(argv)
-    if given and not Path(given.partition(":")[0]).is_file():
-        raise UserError(f"--config {given}: no such file")
-    for key in _overridden(argv):
+    given, words = _apart(argv[1:])
+    for key in _overridden(words):
         check_key(key)
-    before, sys.argv = sys.argv, list(argv)  # config_flags looks for overrides there
+    if not given:
+        raise UserError("no configuration: give --config FILE, e.g. --config configs/moe_2bit.py")
+    loaded = _load(given)
     try:
-        rest = values(list(argv))
+        config = config_flags.DEFINE_config_dict("config", loaded, flag_values=values, sys_argv=words)
+        rest = values([argv[0], *words])
     except flags.UnrecognizedFlagError as e:
         group = e.flagname.partition(".")[0]
         known = {field.name for field in dataclasses.fields(Config)}
@@ -77,37 +82,81 @@ def parse(argv: Sequence[str], usage: str, options: Mapping[str, str | bool]) ->
         raise UserError(_one_line(e)) from e
     except (AttributeError, KeyError) as e:  # how a ConfigDict reports a phase that it does not have
         raise UserError(f"--config.train.phases.*: no such key {_one_line(e)}") from e
+    except Exception as e:  # keys that are no text, and whatever else a ConfigDict may hold
+        raise UserError(f"--config {given}: {type(e).__name__}: {_one_line(e)}") from e
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; write --config.key=value for an override")
+    return resolve(config.value), {name: flag.value for name, flag in found.items()}
+
+
+def _apart(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """What --config names, the last one where there are several, and the other words, those of --flagfile in its place.
+
+    Raises:
+      UserError: a --flagfile cannot be read.
+    """
+    try:
+        words = iter(flags.FlagValues().read_flags_from_files(list(arguments), force_gnu=False))
+    except flags.Error as e:
+        raise UserError(_one_line(e)) from e
+    given, others = "", []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-config"):
+            given = value if equals else next(words, "")
+        else:
+            others.append(word)
+    return given, others
+
+
+def _overridden(words: Sequence[str]) -> list[str]:
+    """Keys of the configuration that a command line sets, as --config.key or, of a switch, --noconfig.key."""
+    names = [word.partition("=")[0].lstrip("-").removeprefix("no") for word in words if word.startswith("-")]
+    return [name.removeprefix("config.") for name in names if name.startswith("config.")]
+
+
+def _load(given: str) -> ConfigDict:
+    """What get_config() of a file returns; after a ":" stands its argument.
+
+    Raises:
+      UserError: there is no such file, it fails, or it returns something else than keys and values.
+    """
+    file, colon, argument = given.partition(":")
+    if not Path(file).is_file():
+        raise UserError(f"--config {given}: no such file")
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+        if not callable(get_config):
+            raise UserError("has no get_config(); configs/toy.py shows one")
+        arguments = [argument] if colon else []
+        _check_call(get_config, arguments)
+        config = get_config(*arguments)
+        if not isinstance(config, Mapping | ConfigDict):
+            raise UserError(f"get_config() returns a {type(config).__name__}; return a ConfigDict")
+        return ConfigDict(config)  # where it was frozen it can be set again
+    except UserError as e:
+        raise UserError(f"--config {given}: {e}") from e
     except ModuleNotFoundError as e:  # a config that builds on another one
         hint = "; run it from the repository's root" if e.name == "configs" else ""
         raise UserError(f"--config {given}: {_one_line(e)}{hint}") from e
     except Exception as e:  # whatever the file's own code raised
-        raise UserError(f"--config {given}: {type(e).__name__}: {_one_line(e)}") from e
-    finally:
-        sys.argv = before
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; write --config.key=value for an override")
-    if config.value is None:
-        raise UserError("no configuration: give --config FILE, e.g. --config configs/moe_2bit.py")
-    return resolve(config.value), {name: flag.value for name, flag in found.items()}
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == file]
+        where = f"line {lines[-1]}: " if lines else ""
+        raise UserError(f"--config {given}: {where}{type(e).__name__}: {_one_line(e)}") from e
 
 
-def _overridden(argv: Sequence[str]) -> list[str]:
-    """Keys of the configuration that a command line sets."""
-    names = [argument.partition("=")[0].lstrip("-") for argument in argv if argument.startswith("-")]
-    return [name.removeprefix("config.") for name in names if name.startswith("config.")]
-
-
-def _config_file(argv: Sequence[str]) -> str:
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, inline = flag.partition("=")
-        if name in ("--config", "-config"):
-            return inline if equals else value
-    return ""
+def _check_call(get_config: Callable[..., Any], arguments: Sequence[str]) -> None:
+    """Raises UserError where a function does not take these arguments, which a command line gives after a ":"."""
+    signature = inspect.signature(get_config)
+    try:
+        signature.bind(*arguments)
+    except TypeError as e:
+        raise UserError(f"get_config{signature}: {e}; what stands after FILE: is its argument") from e
 
 
 def _one_line(error: Exception) -> str:
-    text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'")
-    text = " ".join(text.split())
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # a message that is a quoted string itself
-        text = text[1:-1]
-    return text
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if text[:1] in ("'", '"'):  # a quoted message: what a ConfigDict makes of a KeyError
+        with contextlib.suppress(ValueError, SyntaxError):
+            text = str(ast.literal_eval(text))
+    return " ".join(text.split())

@@ -180,7 +180,15 @@ def test_command_line_overrides(config_files):
             ["--config", "TOY", "--config.model.dim.x=3"],
             r"model\.dim\.x: no such key; config\.model\.dim is a value",
         ),
-        (["--config", "TOY", "--config.train.phases.tunk.steps=3"], r"train\.phases\.\*: no such key 'tunk'.*trunk"),
+        (["--config="], "no configuration: give --config FILE"),
+        (
+            ["--config", "TOY", "--noconfig.model.tie_embedding"],
+            r"config\.model\.tie_embedding: no such key; did you mean config\.model\.tie_embeddings\?",
+        ),
+        (
+            ["--config", "TOY", "--config.train.phases.tunk.steps=3"],
+            r"train\.phases\.\*: no such key 'tunk'.*trunk",
+        ),
         (["--config", "TOY", "--quant.experts=mxfp4"], r"'quant\.experts'; did you mean --config\.quant\.experts\?"),
         (["--config", "MOVED"], "No module named 'configs'; run it from the repository's root"),
         (["--config", "TOY", "--config.model.dim=many"], "--config.model.dim=many"),
@@ -200,3 +208,63 @@ def test_command_line_mistakes_are_one_line(args, message, config_files, tmp_pat
     with pytest.raises(UserError, match=message) as error:
         cli.parse(["x", *(names.get(a, a) for a in args)], "", {})
     assert "\n" not in str(error.value)
+
+
+FILE = """import os
+import numpy as np
+from qatmoe.config import default_config, phase
+def get_config({}):
+    c = default_config()
+    c.train.phases = {{"trunk": {{"steps": 5}}}}
+    {}
+    return c
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("c.modle.dim = 64", """: line 7: AttributeError: 'modle' Did you mean "model" instead of "modle"?"""),
+        ("os.environ['QATMOE_NONE']", ": line 7: KeyError: QATMOE_NONE"),
+        ("open('nothing.txt')", ": line 7: FileNotFoundError: [Errno 2] No such file or directory: 'nothing.txt'"),
+        (
+            "c.train.phases.trunk = phase(step=2)",
+            ": line 7: TypeError: PhaseConfig.__init__() got an unexpected keyword argument 'step'",
+        ),
+        ("return", ": get_config() returns a NoneType; return a ConfigDict"),
+    ],
+)
+def test_a_config_file_that_fails_is_told_by_its_own_line(body, message, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(FILE.format("", body))
+    for overrides in [], ["--config.train.phases.trunk.steps=3"]:
+        with pytest.raises(UserError) as error:
+            cli.parse(["x", f"--config={file}", *overrides], "", {})
+        assert str(error.value) == f"--config {file}{message}"
+
+
+def test_a_value_of_another_type_is_told_by_its_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(FILE.format("", "c.model.dim = np.int64(64)"))
+    with pytest.raises(UserError, match=r"mine\.py: line 7: TypeError: .*'dim'.*numpy\.int64") as error:
+        cli.parse(["x", f"--config={file}"], "", {})
+    assert "Traceback" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_config_file_without_the_function_and_its_argument(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("dim = 64\n")
+    with pytest.raises(UserError, match=r"mine\.py: has no get_config\(\); configs/toy\.py shows one$"):
+        cli.parse(["x", f"--config={file}"], "", {})
+    file.write_text(FILE.format("n", "c.model.dim = int(n)"))
+    with pytest.raises(UserError, match=r"get_config\(n\): missing a required argument: 'n'; what stands after FILE:"):
+        cli.parse(["x", f"--config={file}"], "", {})
+    assert cli.parse(["x", f"--config={file}:96"], "", {})[0].model.dim == 96
+
+
+def test_flags_of_a_file(config_files, tmp_path):
+    toy = next(f for f in config_files if f.stem == "toy")
+    (tmp_path / "flags").write_text(f"--config={toy}\n--config.model.dim=96\n")
+    assert cli.parse(["x", f"--flagfile={tmp_path / 'flags'}"], "", {})[0].model.dim == 96
+    with pytest.raises(UserError, match="nowhere"):
+        cli.parse(["x", "--flagfile=nowhere"], "", {})
