@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qatmoe.config import Config, check_key, resolve
+from qatmoe.config import Config, check_key, default_config, phase, resolve
 from qatmoe.errors import UserError
 
 
@@ -65,14 +65,19 @@ def parse(argv: Sequence[str], usage: str, options: Mapping[str, str | bool]) ->
         print(usage)
         raise SystemExit(0)
     given, words = _apart(argv[1:])
-    for key in _overridden(words):
+    keys = _overridden(words)
+    for key in keys:
         check_key(key)
     if not given:
         raise UserError("no configuration: give --config FILE, e.g. --config configs/moe_2bit.py")
-    loaded = _load(given)
+    raw = _load(given)
     try:
-        config = config_flags.DEFINE_config_dict("config", loaded, flag_values=values, sys_argv=words)
+        for key in keys:
+            _complete(raw, key)
+        config = config_flags.DEFINE_config_dict("config", raw, flag_values=values, sys_argv=words)
         rest = values([argv[0], *words])
+    except UserError:
+        raise
     except flags.UnrecognizedFlagError as e:
         group = e.flagname.partition(".")[0]
         known = {field.name for field in dataclasses.fields(Config)}
@@ -80,8 +85,6 @@ def parse(argv: Sequence[str], usage: str, options: Mapping[str, str | bool]) ->
         raise UserError(f"{_one_line(e)}{hint}") from e
     except flags.Error as e:
         raise UserError(_one_line(e)) from e
-    except (AttributeError, KeyError) as e:  # how a ConfigDict reports a phase that it does not have
-        raise UserError(f"--config.train.phases.*: no such key {_one_line(e)}") from e
     except Exception as e:  # keys that are no text, and whatever else a ConfigDict may hold
         raise UserError(f"--config {given}: {type(e).__name__}: {_one_line(e)}") from e
     if len(rest) > 1:
@@ -152,6 +155,25 @@ def _check_call(get_config: Callable[..., Any], arguments: Sequence[str]) -> Non
         signature.bind(*arguments)
     except TypeError as e:
         raise UserError(f"get_config{signature}: {e}; what stands after FILE: is its argument") from e
+
+
+def _complete(config: ConfigDict, key: str) -> None:
+    """Gives a key that a command line sets its default where the file leaves it out: only what is there can be set.
+
+    Raises:
+      UserError: the key is of a phase that there is not, or of a value in place of a group.
+    """
+    node, known, path = config, default_config(), "config"
+    for part in key.split("."):
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"{path}={node!r}: expected a group of keys, of which --config.{key} sets one")
+        of_phases = path == "config.train.phases"
+        if of_phases and part not in node:
+            raise UserError(f"--config.{key}: there is no phase {part!r}; the file has {', '.join(node) or 'none'}")
+        if part not in node:
+            with node.unlocked():
+                node[part] = known[part]
+        node, known, path = node[part], phase() if of_phases else known[part], f"{path}.{part}"
 
 
 def _one_line(error: Exception) -> str:
