@@ -18,17 +18,19 @@ import json
 import math
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from qatmoe import cli
 from qatmoe.convert.weights import Branch
 from qatmoe.data import cloze
 from qatmoe.errors import UserError
-from qatmoe.files import check_place, write_atomically
+from qatmoe.files import check_place, is_there, write_atomically
 from qatmoe.mesh import local_mesh
 from qatmoe.model import attention
 from qatmoe.text_table import aligned
@@ -41,6 +43,7 @@ _RATIOS: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = 
     "byte_perplexity": (math.exp, math.exp),
     "bits_per_byte": (lambda a: a / math.log(2), lambda a: 1 / math.log(2)),
 }
+_PAIR = ("against", "difference", "difference_stderr")  # what a row has of a pair of branches
 NOTE = (
     "±: standard error over documents; difference: to the first branch, its error from pairs of the same document. "
     "Models of a million parameters score near chance on all but perplexity."
@@ -80,7 +83,7 @@ def evaluate(
       mean or ratio over documents.
 
     Raises:
-      UserError: a data set that cannot be loaded.
+      UserError: a data set that cannot be loaded, or a task with too few solved examples.
     """
     import lm_eval
 
@@ -89,6 +92,14 @@ def evaluate(
         found = lm_eval.simple_evaluate(model=model, tasks=list(tasks), **options)
     except OSError as e:  # what data sets that cannot be reached raise
         raise UserError(f"--tasks {','.join(tasks)}: a data set cannot be loaded: {' '.join(str(e).split())}") from e
+    except (AssertionError, ValueError) as e:  # what the harness's samplers of solved examples raise
+        modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(e.__traceback__)]
+        if "lm_eval.api.samplers" not in modules:
+            raise
+        raise UserError(
+            f"--num_fewshot {num_fewshot}: of --tasks {','.join(tasks)} one has not so many solved examples beside the "
+            f"question ({' '.join(str(e).split())}); give fewer"
+        ) from e
     return [row for task in found["results"] for row in _rows(task, found)]
 
 
@@ -168,33 +179,47 @@ def _number(value: float, stderr: float | None, sign: str = "") -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: prints the table, writes tasks.json. Exit codes: 0 done, 2 unusable input."""
+    """Entry point: prints the table, writes tasks.json. Exit codes: 0 done, 2 unusable input, 130 interrupted."""
     args = _parser().parse_args(argv)
     branches: dict[str, list[Row]] = {}
     steps: dict[str, int] = {}
+    out = _out(args)
     try:
         tasks = list(dict.fromkeys(task for task in args.tasks.split(",") if task))
         _check(args, tasks)
         mesh = local_mesh()
         with opened(tasks) as manager:
-            from qatmoe.harness import Model
-
+            settings = _settings(args, tasks)
+            if other := _kept(out, settings)[1]:
+                print(f"warning: {out} has {other}; it will be replaced", file=sys.stderr)
             for name in args.branch or [""]:
-                with Branch(args.run, name, rest="F32") as branch:
-                    # Rows are of other lengths than training's, which its attention kernel may not take.
-                    cfg = dataclasses.replace(attention.portable(branch.model), scan_layers=False)
-                    context, ends = args.context or branch.context, branch.origin.end_ids
-                    model = Model(branch.numbers(mesh), cfg, mesh, branch.tokenizer, context, end_ids=ends)
-                    branches[branch.phase] = evaluate(model, tasks, manager, args.limit, args.num_fewshot)
-                    steps[branch.phase] = branch.step
+                phase, steps[phase], branches[phase] = _measured(args, name, tasks, manager, mesh)
+                # After every branch: one may take hours. The file may have got other branches meanwhile.
+                report = settings | {"rows": _report(branches, steps, _kept(out, settings)[0])}
+                write_atomically(out, json.dumps(report, indent=1) + "\n")
         print(table(branches))
-        out = _out(args)
-        write_atomically(out, json.dumps(_report(args, branches, steps), indent=1) + "\n")
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
+    except KeyboardInterrupt:
+        print(f"interrupted; {out} has {', '.join(branches)}" if branches else "interrupted", file=sys.stderr)
+        return 130
     print(f"\n{NOTE}\n{out}")
     return 0
+
+
+def _measured(
+    args: argparse.Namespace, name: str, tasks: Sequence[str], manager: Any, mesh: Mesh
+) -> tuple[str, int, list[Row]]:
+    """The phase, the step and the rows of a branch."""
+    from qatmoe.harness import Model
+
+    with Branch(args.run, name, rest="F32") as branch:
+        # Rows are of other lengths than training's, which its attention kernel may not take.
+        cfg = dataclasses.replace(attention.portable(branch.model), scan_layers=False)
+        context, ends = args.context or branch.context, branch.origin.end_ids
+        model = Model(branch.numbers(mesh), cfg, mesh, branch.tokenizer, context, end_ids=ends)
+        return branch.phase, branch.step, evaluate(model, tasks, manager, args.limit, args.num_fewshot)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -230,16 +255,47 @@ def _out(args: argparse.Namespace) -> Path:
     return Path(args.json) if args.json else Path(args.run) / "tasks.json"
 
 
-def _report(args: argparse.Namespace, branches: dict[str, list[Row]], steps: dict[str, int]) -> dict[str, Any]:
-    first = next(iter(branches.values()))
+def _settings(args: argparse.Namespace, tasks: Sequence[str]) -> dict[str, Any]:
+    """What scores in one file have in common."""
+    return {
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "run": Path(args.run).resolve().name,
+        "tasks": sorted(tasks),
+        "limit": args.limit,
+        "num_fewshot": args.num_fewshot,
+        "context": args.context,
+    }
+
+
+def _kept(out: Path, settings: dict[str, Any]) -> tuple[list[Row], str]:
+    """The rows that a file has of the same settings; of a file of others none, and what is other about it."""
+    if not is_there(out):
+        return [], ""
+    try:
+        there = json.loads(out.read_text(encoding="utf-8"))
+        rows = [row for row in there["rows"] if isinstance(row["branch"], str)]
+        found = {key: there.get(key, "unknown") for key in settings}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [], "no scores of tasks"
+    other = [f"{key}={found[key]} (now {value})" for key, value in settings.items() if found[key] != value]
+    return ([], ", ".join(other)) if other else (rows, "")
+
+
+def _report(branches: dict[str, list[Row]], steps: dict[str, int], kept: Sequence[Row]) -> list[Row]:
+    """Rows of branches, then what was kept of others; differences only where both sides are of the same call."""
+    first_name, first = next(iter(branches.items()))
     rows = []
     for name, found in branches.items():
         for base, row in zip(first, found, strict=True):
             difference, error = compare(base, row)
-            kept = {key: value for key, value in row.items() if key != "influence"}
-            against = {} if found is first else {"difference": difference, "difference_stderr": error}
-            rows.append({"branch": name, "step": steps[name], **kept, **against})
-    return {"lm_eval": importlib.metadata.version("lm_eval"), "limit": args.limit, "rows": rows}
+            own = {key: value for key, value in row.items() if key != "influence"}
+            pair = dict(zip(_PAIR, (first_name, difference, error), strict=True))
+            rows.append({"branch": name, "step": steps[name], **own, **({} if found is first else pair)})
+    for row in kept:
+        if row["branch"] not in branches:
+            stale = row.get("against") in branches  # which was measured again, and its documents' scores are gone
+            rows.append({k: v for k, v in row.items() if not (stale and k in _PAIR)})
+    return rows
 
 
 if __name__ == "__main__":

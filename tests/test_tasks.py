@@ -1,5 +1,6 @@
 """The tasks command: from a run to its table, without a network, and what is refused."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -200,6 +201,80 @@ def test_the_table_has_a_column_for_each_branch_and_difference():
     assert line.split() == "t acc 4 0.7500 ±0.2500 0.5000 ±0.2887 -0.2500 ±0.2500".split()
 
 
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(tmp_path, monkeypatch):
+    """Runs the command on two documents of a task, whose scores are given by branch; returns code and file.
+
+    An exception in place of scores is raised.
+    """
+
+    def call(scores, *args):
+        def measured(args, name, *_):
+            if isinstance(scores[name], BaseException):
+                raise scores[name]
+            values = np.array(scores[name], np.float64)
+            row = {"task": "cloze", "metric": "acc", "value": values.mean(), "stderr": None, "documents": 2, "shots": 0}
+            return name, 7, [row | {"influence": tasks._influence("acc", values.mean(), list(values))}]
+
+        monkeypatch.setattr(tasks, "_measured", measured)
+        monkeypatch.setattr(tasks, "opened", contextlib.nullcontext)
+        code = tasks.main([f"--run={tmp_path}", "--tasks=cloze", "--branch", *scores, *args])
+        file = tmp_path / "tasks.json"
+        return code, json.loads(file.read_text()) if file.exists() else None
+
+    return call
+
+
+def values_of(report):
+    return {row["branch"]: row["value"] for row in report["rows"]}
+
+
+def test_finished_branches_outlive_an_interruption(scored, capsys):
+    code, report = scored({"control": KeyboardInterrupt()})
+    assert (code, report, capsys.readouterr().err) == (130, None, "interrupted\n")
+    code, report = scored({"control": [1, 0], "qat": KeyboardInterrupt(), "other": [1, 1]})
+    assert code == 130 and values_of(report) == {"control": 0.5}
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("interrupted; ") and said.err.endswith("tasks.json has control\n")
+
+
+def test_other_branches_of_the_same_settings_are_kept(scored, capsys):
+    _, both = scored({"control": [1, 0], "qat": [1, 1]})
+    qat = both["rows"][1]
+    assert (qat["against"], qat["difference"], qat["difference_stderr"]) == ("control", 0.5, pytest.approx(0.5))
+    _, report = scored({"third": [0, 0]})
+    assert report == both | {"rows": [*report["rows"][:1], *both["rows"]]}  # with its difference: control is the same
+    assert values_of(report) == {"third": 0.0, "control": 0.5, "qat": 1.0}
+    _, report = scored({"control": [0, 0]})
+    assert values_of(report) == {"control": 0.0, "third": 0.0, "qat": 1.0}
+    assert not any("difference" in row or "against" in row for row in report["rows"])  # of the control that was
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("option", ["limit", "num_fewshot", "context"])
+def test_a_file_of_other_settings_is_replaced_and_that_is_said(option, scored, capsys):
+    scored({"control": [1, 0]})
+    _, report = scored({"qat": [1, 1]}, f"--{option}=3")
+    assert values_of(report) == {"qat": 1.0} and report[option] == 3
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: ") and f"tasks.json has {option}=" in warning
+    assert warning.endswith(" (now 3); it will be replaced")
+
+
+def test_a_file_that_holds_no_scores_is_replaced_and_that_is_said(scored, tmp_path, capsys):
+    for content in ("{", "[]", '{"rows": 3}', '{"rows": [{}]}'):
+        (tmp_path / "tasks.json").write_text(content)
+        assert values_of(scored({"qat": [1, 1]})[1]) == {"qat": 1.0}
+        assert "tasks.json has no scores of tasks; it will be replaced" in capsys.readouterr().err
+    old = {"lm_eval": "0.4", "limit": None, "rows": [{"branch": "control"}]}  # from before the settings were written
+    (tmp_path / "tasks.json").write_text(json.dumps(old))
+    assert values_of(scored({"qat": [1, 1]})[1]) == {"qat": 1.0}
+    assert "tasks=unknown (now ['cloze'])" in capsys.readouterr().err
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -247,3 +322,20 @@ def test_a_data_set_that_cannot_be_reached(run, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("lm_eval.simple_evaluate", unreachable)
     line = refused(capsys, f"--run={run}", "--tasks=cloze", f"--json={tmp_path / 'x'}")
     assert line.endswith("a data set cannot be loaded: Couldn't reach 'Rowan/hellaswag' on the Hub (no network)")
+
+
+def test_more_solved_examples_than_there_are(run, offline, capsys, monkeypatch, tmp_path):
+    questions = cloze.questions
+    monkeypatch.setattr(cloze, "questions", lambda text: questions(text)[:4])
+    line = refused(capsys, f"--run={run}", "--tasks=cloze", "--num_fewshot=4", f"--json={tmp_path / 'x'}")
+    assert line.startswith("error: --num_fewshot 4: of --tasks cloze one has not so many solved examples")
+    assert not (tmp_path / "x").exists()
+
+
+def test_other_errors_of_the_harness_are_not_taken_for_it(run, monkeypatch, tmp_path):
+    def broken(**options):
+        raise ValueError("something else")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", broken)
+    with pytest.raises(ValueError, match="something else"):
+        tasks.main([f"--run={run}", "--tasks=cloze", "--num_fewshot=4", f"--json={tmp_path / 'x'}"])
