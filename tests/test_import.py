@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,8 @@ import transformers
 from hf_folders import TINY, config_of, configure, load, refused, store
 from test_huggingface import QWEN, make
 
+from launch import points
+from launch.points import Sweep
 from qatmoe import export, import_hf, metrics, train
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import resolve
@@ -70,6 +73,22 @@ def test_what_comes_next_is_a_command_also_where_the_folder_has_a_space(tiny, tm
     assert import_hf.main([str(tiny), "--out", f"{run}/"]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
     assert command[3:7] == ["--config", f"{run}/qat.py", "--workdir", f"{run}_qat"]
+
+
+def test_runs_of_it_have_the_same_settings_where_the_folder_of_runs_lies_elsewhere(tiny, tmp_path, monkeypatch):
+    """As a cloud has it: brought home, its runs are those that the sweep asks for."""
+    (tmp_path / "there" / "runs").mkdir(parents=True)
+    assert import_hf.main([str(tiny), "--out", str(tmp_path / "there" / "runs" / "imported")]) == 0
+    shutil.copytree(tmp_path / "there", tmp_path / "home")
+    no_grid = {"quant.experts": "none", "quant.shared": "none", "train.phases.qat.quantize": False}
+    found = []
+    for place in ("there", "home"):
+        monkeypatch.chdir(tmp_path / place)
+        asked = Sweep("s", "runs/imported/qat.py", [{"data.source": "default"} | no_grid])
+        (run,) = points.runs_of(asked, Path("runs/s"))
+        found.append((run.name, run.config.init_from, run.config.data.tokenizer))
+    assert found[0] == found[1]
+    assert found[0][1:] == ("runs/imported", "runs/imported/tokenizer.json")
 
 
 def test_what_the_folder_says_of_the_models_use_comes_back(tiny, tmp_path):

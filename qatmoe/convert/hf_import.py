@@ -43,7 +43,7 @@ from pathlib import Path
 
 from qatmoe.config import default_config, phase
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).parent  # as --config names it, so that a run has the same settings where runs lie elsewhere
 MODEL = {model}
 
 
