@@ -27,9 +27,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ml_collections import ConfigDict
+
 from launch.algebra import Point, Points
-from qatmoe import metrics
-from qatmoe.config import Config, default, leaves, resolve, to_json
+from qatmoe import cli, metrics
+from qatmoe.config import Config, check_key, default, leaves, resolve, to_json
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.quant.grid import RULES
@@ -161,7 +163,7 @@ def runs_of(sweep: Sweep, folder: Path) -> list[Run]:
     Raises:
       UserError: names the point and the key that is wrong, or two points that are the same run.
     """
-    base = _base(sweep.config)
+    base = cli.load(sweep.config, "sweep's config")
     different = varied(sweep.points)
     labels = _labels(different)
     ignored = {"name"} | (FREE_KEYS - set(different))
@@ -238,33 +240,37 @@ def read_folder(folder: Path) -> dict[str, Any]:
 # ---- A point ---------------------------------------------------------------------------------------------------------
 
 
-def _base(file: str) -> dict[str, Any]:
-    if not Path(file).is_file():
-        raise UserError(f"sweep's config {file!r}: no such file (paths are from the repository's root)")
-    try:
-        return runpy.run_path(file)["get_config"]().to_dict()
-    except Exception as e:
-        raise UserError(f"sweep's config {file}: {type(e).__name__}: {' '.join(str(e).split())}") from e
-
-
-def _resolved(base: Mapping[str, Any], point: Point, where: str) -> Config:
-    config = copy.deepcopy(dict(base))
-    known = leaves(base)
+def _resolved(base: ConfigDict, point: Point, where: str) -> Config:
+    """A point's configuration, as its run's own command line makes it of the file's."""
+    config, known = copy.deepcopy(base), leaves(base.to_dict())
     for key, value in point.items():
         if key == "name":
             raise UserError(f"{where}: name: runs are named by the sweep; leave it out")
         if key not in known:
-            inside = [k for k in known if k.startswith(f"{key}.")]
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"a group of keys; name one, as {inside[0]}" if inside else "no such key"
-            hint += f"; did you mean {close[0]}?" if close and not inside else ""
-            raise UserError(f"{where}: {key}: {hint}")
+            _complete(config, key, known, where)
         *groups, last = key.split(".")
         node = config
         for group in groups:
             node = node[group]
-        node[last] = value
+        try:
+            node[last] = tuple(value) if isinstance(value, list) else value
+        except (TypeError, ValueError) as e:
+            expected = f"expected {type(node[last]).__name__}, got {type(value).__name__}"
+            raise UserError(f"{where}: config.{key}={value!r}: {expected}") from e
     return _explained(where, lambda: resolve(config))
+
+
+def _complete(config: ConfigDict, key: str, known: Mapping[str, Any], where: str) -> None:
+    """Gives a key that the file leaves out its default."""
+    inside = [k for k in known if k.startswith(f"{key}.")]
+    if inside:
+        raise UserError(f"{where}: {key}: a group of keys; name one, as {inside[0]}")
+    try:
+        check_key(key)
+        cli.complete(config, key)
+    except UserError as e:
+        close = difflib.get_close_matches(key, known, n=1)
+        raise UserError(f"{where}: {key}: no such key" + (f"; did you mean {close[0]}?" if close else "")) from e
 
 
 def _explained(where: str, check: Any) -> Any:
@@ -315,16 +321,15 @@ def _in_a_name(value: Any) -> str:
 def _there(folder: Path, asked: set[str], ignored: set[str]) -> dict[str, str]:
     """{digits: name} of the runs in a sweep's folder.
 
-    Where free keys vary, a run that is under none of the digits that are asked for is known by its own settings: it
-    was started when fewer of those keys varied.
+    A run that is under none of the digits that are asked for is known by its own settings: it was started when more or
+    fewer free keys varied.
     """
     runs = [path for path in sorted(folder.glob(f"*-{'[0-9a-f]' * DIGITS}")) if path.is_dir()]
     found = {path.name[-DIGITS:]: path.name for path in reversed(runs)}
-    if FREE_KEYS - ignored:
-        for path in runs:
-            if path.name[-DIGITS:] not in asked and (path / "config.json").exists():
-                digits = read_run(path, "config.json", lambda config: _digits(config, ignored))
-                found.setdefault(digits, path.name)
+    for path in runs:
+        if path.name[-DIGITS:] not in asked and (path / "config.json").exists():
+            with contextlib.suppress(UserError):  # a damaged one is nobody's
+                found.setdefault(read_run(path, "config.json", lambda config: _digits(config, ignored)), path.name)
     return found
 
 

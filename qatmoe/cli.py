@@ -11,7 +11,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -70,10 +69,10 @@ def parse(argv: Sequence[str], usage: str, options: Mapping[str, str | bool]) ->
         check_key(key)
     if not given:
         raise UserError("no configuration: give --config FILE, e.g. --config configs/moe_2bit.py")
-    raw = _load(given)
+    raw = load(given)
     try:
         for key in keys:
-            _complete(raw, key)
+            complete(raw, key)
         config = config_flags.DEFINE_config_dict("config", raw, flag_values=values, sys_argv=words)
         rest = values([argv[0], *words])
     except UserError:
@@ -90,6 +89,61 @@ def parse(argv: Sequence[str], usage: str, options: Mapping[str, str | bool]) ->
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; write --config.key=value for an override")
     return resolve(config.value), {name: flag.value for name, flag in found.items()}
+
+
+def load(given: str, option: str = "--config") -> ConfigDict:
+    """What get_config() of a file returns; after a ":" stands its argument.
+
+    Args:
+      option: what names the file, for messages.
+
+    Raises:
+      UserError: there is no such file, it fails, or it returns something else than keys and values.
+    """
+    file, colon, argument = given.partition(":")
+    if not os.path.isfile(file):  # and not Path.is_file(), which raises where a name is too long
+        raise UserError(f"{option} {given}: no such file; paths are from the repository's root, or absolute")
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+        if not callable(get_config):
+            raise UserError("has no get_config(); configs/toy.py shows one")
+        arguments = [argument] if colon else []
+        _check_call(get_config, arguments)
+        config = get_config(*arguments)
+        if not isinstance(config, Mapping | ConfigDict):
+            raise UserError(f"get_config() returns a {type(config).__name__}; return a ConfigDict")
+        return ConfigDict(config)  # where it was frozen it can be set again
+    except UserError as e:
+        raise UserError(f"{option} {given}: {e}") from e
+    except ModuleNotFoundError as e:  # a config that builds on another one
+        hint = "; run it from the repository's root" if e.name == "configs" else ""
+        raise UserError(f"{option} {given}: {_one_line(e)}{hint}") from e
+    except Exception as e:  # whatever the file's own code raised
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == file]
+        where = f"line {lines[-1]}: " if lines else ""
+        raise UserError(f"{option} {given}: {where}{type(e).__name__}: {_one_line(e)}") from e
+
+
+def complete(config: ConfigDict, key: str) -> None:
+    """Gives a key that a command line sets its default where the file leaves it out: only what is there can be set.
+
+    Args:
+      key: dotted; `check_key` knows it.
+
+    Raises:
+      UserError: the key is of a phase that there is not, or of a value in place of a group.
+    """
+    node, known, path = config, default_config(), "config"
+    for part in key.split("."):
+        if not isinstance(node, ConfigDict):
+            raise UserError(f"{path}={node!r}: expected a group of keys, of which --config.{key} sets one")
+        of_phases = path == "config.train.phases"
+        if of_phases and part not in node:
+            raise UserError(f"--config.{key}: there is no phase {part!r}; the file has {', '.join(node) or 'none'}")
+        if part not in node:
+            with node.unlocked():
+                node[part] = known[part]
+        node, known, path = node[part], phase() if of_phases else known[part], f"{path}.{part}"
 
 
 def _apart(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -118,36 +172,6 @@ def _overridden(words: Sequence[str]) -> list[str]:
     return [name.removeprefix("config.") for name in names if name.startswith("config.")]
 
 
-def _load(given: str) -> ConfigDict:
-    """What get_config() of a file returns; after a ":" stands its argument.
-
-    Raises:
-      UserError: there is no such file, it fails, or it returns something else than keys and values.
-    """
-    file, colon, argument = given.partition(":")
-    if not Path(file).is_file():
-        raise UserError(f"--config {given}: no such file")
-    try:
-        get_config = runpy.run_path(file).get("get_config")
-        if not callable(get_config):
-            raise UserError("has no get_config(); configs/toy.py shows one")
-        arguments = [argument] if colon else []
-        _check_call(get_config, arguments)
-        config = get_config(*arguments)
-        if not isinstance(config, Mapping | ConfigDict):
-            raise UserError(f"get_config() returns a {type(config).__name__}; return a ConfigDict")
-        return ConfigDict(config)  # where it was frozen it can be set again
-    except UserError as e:
-        raise UserError(f"--config {given}: {e}") from e
-    except ModuleNotFoundError as e:  # a config that builds on another one
-        hint = "; run it from the repository's root" if e.name == "configs" else ""
-        raise UserError(f"--config {given}: {_one_line(e)}{hint}") from e
-    except Exception as e:  # whatever the file's own code raised
-        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == file]
-        where = f"line {lines[-1]}: " if lines else ""
-        raise UserError(f"--config {given}: {where}{type(e).__name__}: {_one_line(e)}") from e
-
-
 def _check_call(get_config: Callable[..., Any], arguments: Sequence[str]) -> None:
     """Raises UserError where a function does not take these arguments, which a command line gives after a ":"."""
     signature = inspect.signature(get_config)
@@ -155,25 +179,6 @@ def _check_call(get_config: Callable[..., Any], arguments: Sequence[str]) -> Non
         signature.bind(*arguments)
     except TypeError as e:
         raise UserError(f"get_config{signature}: {e}; what stands after FILE: is its argument") from e
-
-
-def _complete(config: ConfigDict, key: str) -> None:
-    """Gives a key that a command line sets its default where the file leaves it out: only what is there can be set.
-
-    Raises:
-      UserError: the key is of a phase that there is not, or of a value in place of a group.
-    """
-    node, known, path = config, default_config(), "config"
-    for part in key.split("."):
-        if not isinstance(node, ConfigDict):
-            raise UserError(f"{path}={node!r}: expected a group of keys, of which --config.{key} sets one")
-        of_phases = path == "config.train.phases"
-        if of_phases and part not in node:
-            raise UserError(f"--config.{key}: there is no phase {part!r}; the file has {', '.join(node) or 'none'}")
-        if part not in node:
-            with node.unlocked():
-                node[part] = known[part]
-        node, known, path = node[part], phase() if of_phases else known[part], f"{path}.{part}"
 
 
 def _one_line(error: Exception) -> str:

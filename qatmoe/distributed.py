@@ -232,7 +232,7 @@ def _leave(error: BaseException, me: str) -> NoReturn:
         what = "did not come in time" if "DEADLINE" in str(error) else "has died"
         print(f"error: {me}: another process of the run {what} ({_line(error)}); {CONTINUE}", file=sys.stderr)
     elif waited := coordination_error(error):
-        what = f"another process of the run did not do its part of a checkpoint ({_line(waited)})"
+        what = f"another process of the run was waited for in vain ({_line(waited)})"
         print(f"error: {me}: {what}; {CONTINUE}", file=sys.stderr)
     else:
         traceback.print_exception(error)

@@ -156,6 +156,16 @@ def test_a_run_keeps_its_name_when_a_key_that_did_not_count_begins_to_vary(tmp_p
     assert names[0] == first.name and names[1].startswith("prefetch=4-")
 
 
+def test_a_run_keeps_its_name_when_a_key_that_did_not_count_no_longer_varies(tmp_path):
+    kept, _ = runs_of(product(values("data.prefetch", [8, 4]), [{"train.seed": 1}]), tmp_path)
+    leave(kept)
+    damaged = tmp_path / f"other-{'0' * points.DIGITS}"
+    damaged.mkdir()
+    (damaged / "config.json").write_text("{")
+    (run,) = runs_of([{"data.prefetch": 8, "train.seed": 1}], tmp_path)
+    assert run.name == kept.name
+
+
 def test_the_command_is_the_resolved_run(tmp_path):
     of = [
         {
@@ -174,6 +184,24 @@ def test_the_command_is_the_resolved_run(tmp_path):
     assert cfg == run.config
     assert given["workdir"] == str(tmp_path / run.name)
     assert cfg.name == f"s/{run.name}"
+
+
+@pytest.mark.parametrize("returned", ["config", "config.to_dict()"])
+def test_a_config_file_is_to_a_sweep_what_it_is_to_its_runs(returned, tmp_path):
+    """Also where two keys are one number, and where it leaves keys of a phase out."""
+    (tmp_path / "c.py").write_text(
+        "from ml_collections import FieldReference\nfrom qatmoe.config import default_config\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.model.expert_dim = config.model.dim = FieldReference(64)\n"
+        "    config.train.phases = {'trunk': {'steps': 5}}\n"
+        f"    return {returned}\n"
+    )
+    point = {"model.dim": 128, "train.phases.trunk.warmup": 1}
+    (run,) = points.runs_of(Sweep("s", str(tmp_path / "c.py"), [point]), tmp_path)
+    assert cli.parse(["x", *run.arguments("w")], "", {"workdir": ""})[0] == run.config
+    assert run.config.model.expert_dim == (128 if returned == "config" else 64)
+    assert run.config.train.phases["trunk"].warmup == 1
 
 
 # ---- Mistakes --------------------------------------------------------------------------------------------------------
@@ -219,7 +247,10 @@ def test_a_wrong_point_is_named(of, message, tmp_path):
         (FILE.format(name="a", config=TOY, points="[{}, ('train.seed', 1)]"), "point 2 is no dict"),
         (FILE.format(name="a", config=TOY, points=[{1: 2}]), "point 1 is no dict of values under names"),
         (FILE.format(name="a", config=TOY, points={"train.seed": 1}), "points is a dict: make it a list"),
-        (FILE.format(name="a", config="nowhere.py", points=[{}]), "sweep's config 'nowhere.py': no such file"),
+        (
+            FILE.format(name="a", config="nowhere.py", points=[{}]),
+            "sweep's config nowhere.py: no such file",
+        ),
         (FILE.format(name="a", config=TOY, points="zip_(values('a', [1]), values('b', []))"), "over no values"),
     ],
 )
@@ -331,6 +362,7 @@ def test_all_numbers_among_options_have_a_range_and_defaults_are_allowed():
         (JobSetOptions, ["image=i", "claim=c"]),
     ):
         numbers = [f for f in dataclasses.fields(cls) if f.type is int]
+        assert numbers
         defaults = [f"{f.name}={f.default}" for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING]
         assert options.read(cls, [*needed, *defaults]) == options.read(cls, needed)
         for field in numbers:

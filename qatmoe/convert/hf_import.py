@@ -34,6 +34,8 @@ _DROP = "; --drop_mtp imports the model without its MTP modules"
 
 _QAT = '''"""Late-stage QAT of an imported model. Edit it, then give it to qatmoe.train as --config.
 
+Name it in the same way each time, from the repository's root: the folder that it lies in is among its runs' settings.
+
 The trunk is the imported model; the branches train on `data.source`, which has no default here. Each step trains on
 train.batch_size sequences of data.seq_len tokens, and the devices share the weights (mesh.fsdp); batch_size must be
 a multiple of their number.
