@@ -310,7 +310,7 @@ def _rounds(given: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: prints the table, writes --json. Exit codes: 0 measured, 2 unusable input, 130 interrupted."""
+    """Entry point: prints the table, writes --json. Exit codes: 0 measured, 2 unusable input."""
     options = {"grids": "", "scales": "learned,dynamic", "rounds": "20", "parts": "no", "data": "no", "json": ""}
     try:
         cfg, given = cli.parse(sys.argv if argv is None else argv, __doc__, options)
@@ -330,9 +330,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     print(table(result))
     return 0
 

@@ -24,7 +24,8 @@ def run(main: Callable[[], int]) -> int:
     """Runs an entry point as a program, and returns its exit code.
 
     Characters that the standard output's encoding lacks are written as "?". Where its reader went away, as `head` does,
-    the program ends without a word, with 141 as if SIGPIPE had ended it.
+    the program ends without a word, with 141 as if SIGPIPE had ended it. A KeyboardInterrupt ends it at once, with 130
+    and a line that has what the exception says.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -34,6 +35,9 @@ def run(main: Callable[[], int]) -> int:
         finally:  # also after the SystemExit of --help
             if sys.stdout is not None:
                 sys.stdout.flush()
+    except KeyboardInterrupt as e:
+        print("; ".join(["interrupted", *map(str, e.args)]), file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)  # XLA may compile in a thread: the interpreter would wait for it, and then crash
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return 128 + signal.SIGPIPE

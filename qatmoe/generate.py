@@ -22,7 +22,7 @@ from qatmoe.model.cache import KINDS, CacheType
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 written, 2 unusable input, 130 interrupted."""
+    """Entry point. Exit codes: 0 written, 2 unusable input."""
     args = _parser().parse_args(argv)
     try:
         with contextlib.ExitStack() as stack:
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt:
-        print()
-        return 130
+        print()  # ends the line of the text
+        raise
     return 0
 
 

@@ -179,7 +179,7 @@ def _number(value: float, stderr: float | None, sign: str = "") -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: prints the table, writes tasks.json. Exit codes: 0 done, 2 unusable input, 130 interrupted."""
+    """Entry point: prints the table, writes tasks.json. Exit codes: 0 done, 2 unusable input."""
     args = _parser().parse_args(argv)
     branches: dict[str, list[Row]] = {}
     steps: dict[str, int] = {}
@@ -201,9 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
-    except KeyboardInterrupt:
-        print(f"interrupted; {out} has {', '.join(branches)}" if branches else "interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as e:
+        raise KeyboardInterrupt(*([f"{out} has {', '.join(branches)}"] if branches else [])) from e
     print(f"\n{NOTE}\n{out}")
     return 0
 

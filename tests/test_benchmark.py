@@ -97,17 +97,6 @@ def test_bad_flags_are_named(flag, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_interrupted(capsys, monkeypatch, tmp_path):
-    def stopped(*args):
-        yield {"rows": []}
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(benchmark, "run", stopped)
-    file = tmp_path / "x.json"
-    assert benchmark.main(["benchmark", f"--config={toy.__file__}", "--grids=none", f"--json={file}"]) == 130
-    assert capsys.readouterr().err == "interrupted\n" and json.loads(file.read_text()) == {"rows": []}
-
-
 def test_what_is_asked_for_is_timed_or_refused(capsys):
     cfg = resolve(moe_2bit.get_config())
     mixed = dataclasses.replace(cfg, quant=dataclasses.replace(cfg.quant, shared="q4_0"))

@@ -1,4 +1,4 @@
-"""How programs end where what they write has no reader, or no character for it."""
+"""How programs end where what they write has no reader, or no character for it, and where they are interrupted."""
 
 import subprocess
 import sys
@@ -18,6 +18,14 @@ def test_a_reader_that_went_away_ends_a_program_quietly(body, child_env):
         program.stdout.close()
         assert program.stderr.read() == b""
     assert program.returncode == 141
+
+
+@pytest.mark.parametrize(("said", "line"), [("", "interrupted\n"), ("'x has y'", "interrupted; x has y\n")])
+def test_an_interruption_ends_a_program_in_one_line_and_waits_for_no_thread(said, line, child_env):
+    waits = "import threading, time; threading.Thread(target=time.sleep, args=(600,)).start()"
+    program = PRINTS.format(f"{waits}; print('x'); raise KeyboardInterrupt({said})")
+    done = subprocess.run([sys.executable, "-c", program], env=child_env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "x\n", line)
 
 
 def test_every_program_ends_so():

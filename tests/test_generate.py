@@ -207,4 +207,6 @@ def test_interrupted(run, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "stream_text", stopped)
-    assert generate.main([f"--run={run}", "--prompt=x"]) == 130
+    with pytest.raises(KeyboardInterrupt):
+        generate.main([f"--run={run}", "--prompt=x"])
+    assert capsys.readouterr().out == "\n"
