@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qatmoe import cli
+from qatmoe.checkpoint import Checkpoints
 from qatmoe.convert.weights import Branch
 from qatmoe.data import cloze
 from qatmoe.errors import UserError
@@ -96,8 +97,9 @@ def evaluate(
         modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(e.__traceback__)]
         if "lm_eval.api.samplers" not in modules:
             raise
+        number = "" if num_fewshot is None else f" {num_fewshot}"
         raise UserError(
-            f"--num_fewshot {num_fewshot}: of --tasks {','.join(tasks)} one has not so many solved examples beside the "
+            f"--num_fewshot{number}: of --tasks {','.join(tasks)} one has not so many solved examples beside the "
             f"question ({' '.join(str(e).split())}); give fewer"
         ) from e
     return [row for task in found["results"] for row in _rows(task, found)]
@@ -182,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: prints the table, writes tasks.json. Exit codes: 0 done, 2 unusable input."""
     args = _parser().parse_args(argv)
     branches: dict[str, list[Row]] = {}
-    steps: dict[str, int] = {}
+    checkpoints: dict[str, Row] = {}
     out = _out(args)
     try:
         tasks = list(dict.fromkeys(task for task in args.tasks.split(",") if task))
@@ -190,15 +192,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         mesh = local_mesh()
         with opened(tasks) as manager:
             settings = _settings(args, tasks)
-            if other := _kept(out, settings)[1]:
+            if other := _kept(out, settings, args.run)[1]:
                 print(f"warning: {out} has {other}; it will be replaced", file=sys.stderr)
             for name in args.branch or [""]:
-                phase, steps[phase], branches[phase] = _measured(args, name, tasks, manager, mesh)
+                phase, checkpoints[phase], branches[phase] = _measured(args, name, tasks, manager, mesh)
                 # After every branch: one may take hours. The file may have got other branches meanwhile.
-                report = settings | {"rows": _report(branches, steps, _kept(out, settings)[0])}
+                report = settings | {"rows": _report(branches, checkpoints, _kept(out, settings, args.run)[0])}
                 write_atomically(out, json.dumps(report, indent=1) + "\n")
         print(table(branches))
     except UserError as e:
+        if branches:
+            print(table(branches))
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt as e:
@@ -209,8 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _measured(
     args: argparse.Namespace, name: str, tasks: Sequence[str], manager: Any, mesh: Mesh
-) -> tuple[str, int, list[Row]]:
-    """The phase, the step and the rows of a branch."""
+) -> tuple[str, Row, list[Row]]:
+    """The phase of a branch, what its rows say of its checkpoint, and its rows."""
     from qatmoe.harness import Model
 
     with Branch(args.run, name, rest="F32") as branch:
@@ -218,7 +222,15 @@ def _measured(
         cfg = dataclasses.replace(attention.portable(branch.model), scan_layers=False)
         context, ends = args.context or branch.context, branch.origin.end_ids
         model = Model(branch.numbers(mesh), cfg, mesh, branch.tokenizer, context, end_ids=ends)
-        return branch.phase, branch.step, evaluate(model, tasks, manager, args.limit, args.num_fewshot)
+        checkpoint = {"step": branch.step, "checkpoint": _digest(args.run, branch.phase, branch.step)}
+        return branch.phase, checkpoint, evaluate(model, tasks, manager, args.limit, args.num_fewshot)
+
+
+def _digest(run: str, phase: str, step: int) -> str:
+    """Of a checkpoint; "" where it is gone."""
+    with Checkpoints(run, phase) as checkpoints, contextlib.suppress(OSError):
+        return checkpoints.digest(step)
+    return ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -266,21 +278,23 @@ def _settings(args: argparse.Namespace, tasks: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _kept(out: Path, settings: dict[str, Any]) -> tuple[list[Row], str]:
-    """The rows that a file has of the same settings; of a file of others none, and what is other about it."""
+def _kept(out: Path, settings: dict[str, Any], run: str) -> tuple[list[Row], str]:
+    """The rows that a file has of the same settings and checkpoints; else none, and what is other about the file."""
     if not is_there(out):
         return [], ""
     try:
         there = json.loads(out.read_text(encoding="utf-8"))
-        rows = [row for row in there["rows"] if isinstance(row["branch"], str)]
+        rows = there["rows"]
+        known = {(row["branch"], row.get("step")): row.get("checkpoint") for row in rows}
         found = {key: there.get(key, "unknown") for key in settings}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [], "no scores of tasks"
     other = [f"{key}={found[key]} (now {value})" for key, value in settings.items() if found[key] != value]
+    other += [f"another checkpoint's scores of {at[0]}" for at, digest in known.items() if _digest(run, *at) != digest]
     return ([], ", ".join(other)) if other else (rows, "")
 
 
-def _report(branches: dict[str, list[Row]], steps: dict[str, int], kept: Sequence[Row]) -> list[Row]:
+def _report(branches: dict[str, list[Row]], checkpoints: dict[str, Row], kept: Sequence[Row]) -> list[Row]:
     """Rows of branches, then what was kept of others; differences only where both sides are of the same call."""
     first_name, first = next(iter(branches.items()))
     rows = []
@@ -289,7 +303,7 @@ def _report(branches: dict[str, list[Row]], steps: dict[str, int], kept: Sequenc
             difference, error = compare(base, row)
             own = {key: value for key, value in row.items() if key != "influence"}
             pair = dict(zip(_PAIR, (first_name, difference, error), strict=True))
-            rows.append({"branch": name, "step": steps[name], **own, **({} if found is first else pair)})
+            rows.append({"branch": name, **checkpoints[name], **own, **({} if found is first else pair)})
     for row in kept:
         if row["branch"] not in branches:
             stale = row.get("against") in branches  # which was measured again, and its documents' scores are gone

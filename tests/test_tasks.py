@@ -15,6 +15,7 @@ from qatmoe import tasks
 from qatmoe.config import QuantConfig
 from qatmoe.convert.weights import Branch
 from qatmoe.data import cloze, corpus, tokenizer
+from qatmoe.errors import UserError
 from qatmoe.harness import Model
 from qatmoe.mesh import local_mesh
 
@@ -211,15 +212,24 @@ def scored(tmp_path, monkeypatch):
     An exception in place of scores is raised.
     """
 
-    def call(scores, *args):
+    digests = {}
+
+    def call(scores, *args, retrained=""):
+        digests.update({retrained: "another"})
+
         def measured(args, name, *_):
             if isinstance(scores[name], BaseException):
                 raise scores[name]
             values = np.array(scores[name], np.float64)
             row = {"task": "cloze", "metric": "acc", "value": values.mean(), "stderr": None, "documents": 2, "shots": 0}
-            return name, 7, [row | {"influence": tasks._influence("acc", values.mean(), list(values))}]
+            return (
+                name,
+                {"step": 7, "checkpoint": digests.get(name, "d")},
+                [row | {"influence": tasks._influence("acc", values.mean(), list(values))}],
+            )
 
         monkeypatch.setattr(tasks, "_measured", measured)
+        monkeypatch.setattr(tasks, "_digest", lambda run, phase, step: digests.get(phase, "d"))
         monkeypatch.setattr(tasks, "opened", contextlib.nullcontext)
         assert tasks.main([f"--run={tmp_path}", "--tasks=cloze", "--branch", *scores, *args]) == 0
         return json.loads((tmp_path / "tasks.json").read_text())
@@ -261,6 +271,20 @@ def test_a_file_of_other_settings_is_replaced_and_that_is_said(option, scored, c
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: ") and f"tasks.json has {option}=" in warning
     assert warning.endswith(" (now 3); it will be replaced")
+
+
+def test_scores_of_a_checkpoint_that_was_trained_again_are_not_kept(scored, capsys):
+    """Nor those of another run whose folder has the same name."""
+    scored({"control": [1, 0], "qat": [0, 1]})
+    assert values_of(scored({"qat": [1, 1]}, retrained="control")) == {"qat": 1.0}
+    assert "has another checkpoint's scores of control; it will be replaced" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_shown_where_a_later_branch_fails(scored, capsys):
+    with pytest.raises(AssertionError):
+        scored({"control": [1, 0], "qta": UserError("no such phase")})
+    out, err = capsys.readouterr()
+    assert "control" in out and "error: no such phase" in err
 
 
 def test_a_file_that_holds_no_scores_is_replaced_and_that_is_said(scored, tmp_path, capsys):
