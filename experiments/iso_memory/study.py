@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from experiments import scales
 from experiments.scales import Scale, experts_on, grid_name, taught_name
 from launch.study import Report, Results, Row, Stage, Study, beside
-from launch.study_tables import Group, by_seed, mean_se, minus, numbers_of_seeds, select, with_interval, with_se
+from launch.study_tables import Group, by_seed, mean_se, numbers_of_seeds, select, with_interval, with_se
 from qatmoe.text_table import markdown
 
 FIRST = "from the first step"
@@ -55,7 +55,7 @@ def get_study(scale: str, corpus: str) -> Study:
     """Trunks of N, 2N and 4N; Q4_0 of N and 2N, late and from the first step, there with learned and with dynamic
     scales; Q2_0 and ternary from the first step of 2N and 4N. The trunks make late Q2_0. Both late grids with a teacher
     too."""
-    s = scales.on(scale, corpus)
+    s = scales.on(scale, corpus).on_more_seeds("iso_memory")
     n, middle, large = s.experts[1:]
     trunks = {size: s.size(size, "^(control|qat)$") for size in (n, middle, large)}
     first = [(size, "ternary") for size in (middle, large)]
@@ -110,6 +110,8 @@ def report(results: Results) -> Report:
         found = models(s, rows)
         tables[f"{scale}_models"] = models_table(found)
         tables[f"{scale}_pairs"] = pairs_table(s, found)
+        if "iso_memory" in s.more_seeds:
+            tables[f"{scale}_seeds"] = seeds_table(s, found)
         tables[f"{scale}_same_size"] = same_size_table(s, found)
         tables[f"{scale}_grids"] = grids_table(found)
         draw(axes, found)
@@ -185,23 +187,46 @@ def models_table(found: dict[tuple[int, str], Group]) -> str:
     return markdown(lines)
 
 
-def pairs_table(s: Scale, found: dict[tuple[int, str], Group]) -> str:
-    """Each pair: how much higher the loss of the larger model in fewer bits is, and in how many seeds it is lower."""
-    head = ["pair", "bytes, second / first", "loss of the second minus the first (95 % interval)", "second lower in"]
-    lines = [head]
+def at_both_sizes(s: Scale, found: dict[tuple[int, str], Group]) -> dict[str, list[list[tuple[Row, Row]]]]:
+    """{pair: for N of either size the rows of N and of 2N experts, for each seed that has both}."""
     _, n, middle, large = s.experts
-    for small, big in ((n, middle), (middle, large)):
-        for first, second in pairs_of(s):
-            if not {(small, first), (big, second)} <= found.keys():
-                continue
-            a, b = found[small, first], found[big, second]
-            label, more = f"{a.label}; {b.label}", minus(b, a)
-            if not more:
-                lines.append([label, "", "no seed has both", ""])
-                continue
-            ratio = b.rows[0]["bytes"] / a.rows[0]["bytes"]
-            lower = f"{sum(m < 0 for m in more)} of {len(more)} seeds"
-            lines.append([label, f"{ratio:.3f}", with_interval(more), lower])
+    pairs = {}
+    for first, second in pairs_of(s):
+        groups = [(found.get((a, first)), found.get((b, second))) for a, b in ((n, middle), (middle, large))]
+        pairs[f"{first}; {second}"] = [list(by_seed(a, b)) if a and b else [] for a, b in groups]
+    return pairs
+
+
+def above(rows: Sequence[tuple[Row, Row]]) -> dict[int, float]:
+    """{seed: how much higher the loss of the larger model in fewer bits is}."""
+    return {first["seed"]: second["loss"] - first["loss"] for first, second in rows}
+
+
+def pairs_table(s: Scale, found: dict[tuple[int, str], Group]) -> str:
+    """Each pair at both sizes: how much higher the second's loss is, and in how many seeds it is lower; and how much
+    higher that is at the larger size."""
+    loss = "loss of the second minus the first (95 % interval)"
+    heads = [[f"{n} against {2 * n} experts: {loss}", "second lower in"] for n in s.experts[1:3]]
+    lines = [["N experts; 2N experts", "bytes, second / first", *itertools.chain(*heads), "larger minus smaller N"]]
+    for label, sizes in at_both_sizes(s, found).items():
+        ratios = [f"{rows[0][1]['bytes'] / rows[0][0]['bytes']:.3f}" for rows in sizes if rows]
+        cells, (smaller, larger) = [], map(above, sizes)
+        for more in (smaller, larger):
+            cells += [with_interval([*more.values()]), f"{sum(m < 0 for m in more.values())} of {len(more)} seeds"]
+        moved = [larger[seed] - smaller[seed] for seed in larger if seed in smaller]
+        lines.append([label, ", ".join(ratios), *cells, with_interval(moved)])
+    return markdown(lines)
+
+
+def seeds_table(s: Scale, found: dict[tuple[int, str], Group]) -> str:
+    """Each pair's difference in the seeds that were run first and in those that were added, with standard errors."""
+    heads = [f"{n} against {2 * n} experts, {which} seeds" for n in s.experts[1:3] for which in ("first", "added")]
+    lines = [["N experts; 2N experts", *heads]]
+    for label, sizes in at_both_sizes(s, found).items():
+        parts = [
+            [m for seed, m in above(rows).items() if (seed in s.seeds) == f] for rows in sizes for f in (True, False)
+        ]
+        lines.append([label, *map(with_se, parts)])
     return markdown(lines)
 
 
