@@ -98,6 +98,9 @@ def parse(argv: Sequence[str], usage: str, options: Mapping[str, str | bool]) ->
 def load(given: str, option: str = "--config") -> ConfigDict:
     """What get_config() of a file returns; after a ":" stands its argument.
 
+    ml_collections' own loading folds the traceback of what a file raised into one message, and config files are read by
+    sweeps too.
+
     Args:
       option: what names the file, for messages.
 
