@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import RequiredValueError
 
 from launch.algebra import Point, Points
 from qatmoe import cli, metrics
@@ -242,7 +243,10 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 def _resolved(base: ConfigDict, point: Point, where: str) -> Config:
     """A point's configuration, as its run's own command line makes it of the file's."""
-    config, known = copy.deepcopy(base), leaves(base.to_dict())
+    try:
+        config, known = copy.deepcopy(base), leaves(base.to_dict())
+    except RequiredValueError as e:
+        raise UserError(f"{where}: {' '.join(str(e).split())}: give it a value in the file") from e
     for key, value in point.items():
         if key == "name":
             raise UserError(f"{where}: name: runs are named by the sweep; leave it out")
@@ -254,7 +258,7 @@ def _resolved(base: ConfigDict, point: Point, where: str) -> Config:
             node = node[group]
         try:
             node[last] = tuple(value) if isinstance(value, list) else value
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, OverflowError) as e:
             expected = f"expected {type(node[last]).__name__}, got {type(value).__name__}"
             raise UserError(f"{where}: config.{key}={value!r}: {expected}") from e
     return _explained(where, lambda: resolve(config))
@@ -270,7 +274,8 @@ def _complete(config: ConfigDict, key: str, known: Mapping[str, Any], where: str
         cli.complete(config, key)
     except UserError as e:
         close = difflib.get_close_matches(key, known, n=1)
-        raise UserError(f"{where}: {key}: no such key" + (f"; did you mean {close[0]}?" if close else "")) from e
+        hint = f"{key}: no such key; did you mean {close[0]}?" if close else str(e)
+        raise UserError(f"{where}: {hint}") from e
 
 
 def _explained(where: str, check: Any) -> Any:

@@ -36,7 +36,8 @@ def run(main: Callable[[], int]) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except KeyboardInterrupt as e:
-        print("; ".join(["interrupted", *map(str, e.args)]), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            print("; ".join(["interrupted", *map(str, e.args)]), file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)  # XLA may compile in a thread: the interpreter would wait for it, and then crash
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more

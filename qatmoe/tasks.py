@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with opened(tasks) as manager:
             settings = _settings(args, tasks)
             if other := _kept(out, settings, args.run)[1]:
-                print(f"warning: {out} has {other}; it will be replaced", file=sys.stderr)
+                print(f"warning: {out} has {other}", file=sys.stderr)
             for name in args.branch or [""]:
                 phase, checkpoints[phase], branches[phase] = _measured(args, name, tasks, manager, mesh)
                 # After every branch: one may take hours. The file may have got other branches meanwhile.
@@ -279,19 +279,26 @@ def _settings(args: argparse.Namespace, tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def _kept(out: Path, settings: dict[str, Any], run: str) -> tuple[list[Row], str]:
-    """The rows that a file has of the same settings and checkpoints; else none, and what is other about the file."""
+    """The rows that a file has of the same settings and checkpoints, and what else it has, which is not kept.
+
+    Differences to a branch of another checkpoint are taken out.
+    """
     if not is_there(out):
         return [], ""
     try:
         there = json.loads(out.read_text(encoding="utf-8"))
         rows = there["rows"]
-        known = {(row["branch"], row.get("step")): row.get("checkpoint") for row in rows}
+        known = {(str(row["branch"]), row.get("step")): row.get("checkpoint") for row in rows}
         found = {key: there.get(key, "unknown") for key in settings}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return [], "no scores of tasks"
+        return [], "no scores of tasks; it will be replaced"
     other = [f"{key}={found[key]} (now {value})" for key, value in settings.items() if found[key] != value]
-    other += [f"another checkpoint's scores of {at[0]}" for at, digest in known.items() if _digest(run, *at) != digest]
-    return ([], ", ".join(other)) if other else (rows, "")
+    if other:
+        return [], f"{', '.join(other)}; it will be replaced"
+    gone = [branch for (branch, step), digest in known.items() if _digest(run, branch, step) != digest]
+    kept = [row for row in rows if row["branch"] not in gone]
+    kept = [{k: v for k, v in row.items() if not (row.get("against") in gone and k in _PAIR)} for row in kept]
+    return kept, f"another checkpoint's scores of {', '.join(gone)}, which are left out" if gone else ""
 
 
 def _report(branches: dict[str, list[Row]], checkpoints: dict[str, Row], kept: Sequence[Row]) -> list[Row]:

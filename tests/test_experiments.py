@@ -21,7 +21,7 @@ from experiments.fp4_experts.pairs import (
     machines_table,
     roundings_table,
 )
-from experiments.iso_memory.study import FIRST, grids_table, pairs_table, same_size_table
+from experiments.iso_memory.study import FIRST, grids_table, pairs_table, same_size_table, seeds_table
 from experiments.late_qat_2bit import machines, tables
 from experiments.resilience.laws import CONTROL, FULL_TAUGHT, exponents
 from experiments.resilience.pairs import growth_table, shares_table, taught_table
@@ -229,6 +229,7 @@ def test_models_of_one_size_and_pairs_of_equal_bytes():
     of = {"bf16": (4.0, 4.0), "Q4_0": (4.1, 4.1), "Q2_0": (4.2, 4.3), f"Q4_0 {taught}": (4.05, 4.07)}
     of |= {f"Q2_0 {taught}": (4.12, 4.16), f"Q4_0 dynamic {FIRST}": (4.0, 4.2)}
     found = {(16, kind): seeds_of(f"16 experts, {kind}", *losses, bytes=1_000) for kind, losses in of.items()}
+    found[8, "bf16"] = seeds_of("8 experts, bf16", 4.1, 4.1, bytes=800)
     found[32, "bf16"] = seeds_of("32 experts, bf16", 3.9, 4.0, bytes=1_500)
     found[32, "Q2_0"] = seeds_of("32 experts, Q2_0", 4.09, 4.15, bytes=990)
     lines = same_size_table(scales.SMALL, found).splitlines()
@@ -240,8 +241,14 @@ def test_models_of_one_size_and_pairs_of_equal_bytes():
     assert sum("minus" in line for line in lines) == 11 and not any("ternary" in line for line in lines)
     pairs = pairs_table(scales.SMALL, found).splitlines()
     late = f"{0.02 - half * 0.06:+.4f} .. +{0.02 + half * 0.06:.4f}"
-    assert f"| 16 experts, Q4_0; 32 experts, Q2_0 | 0.990 | +0.0200 ({late}) | 1 of 2 seeds |" in pairs
-    assert any(line.startswith("| 16 experts, bf16; 32 experts, bf16 | 1.500 | -0.0500 (") for line in pairs)
+    assert f"| Q4_0; Q2_0 | 0.990 |  |  | +0.0200 ({late}) | 1 of 2 seeds |  |" in pairs
+    (full,) = (line for line in pairs if line.startswith("| bf16; bf16 |"))
+    moved = f"{0.05 - half * 0.1:+.4f} .. +{0.05 + half * 0.1:.4f}"  # -0.1 and 0, less -0.1 and -0.1
+    assert full.startswith("| bf16; bf16 | 1.250, 1.500 | -0.1000 (-0.1000 .. -0.1000) | 2 of 2 seeds | -0.0500 (")
+    assert full.endswith(f"| 1 of 2 seeds | +0.0500 ({moved}) |")
+    found |= {(8, "bf16"): seeds_of("", 4.1, 4.1, 4.1, 4.2), (16, "bf16"): seeds_of("", 4.0, 4.2, 4.1, 4.5)}
+    (full,) = (line for line in seeds_table(scales.SMALL, found).splitlines() if line.startswith("| bf16; bf16 |"))
+    assert full == "| bf16; bf16 | 0.0000 ±0.0577 | 0.3000 | -0.1500 ±0.0500 |  |"  # seed 3 was added
     health = [{"weight_error": error, "scale_drift": 0.1} for error in (0.7, 0.8)]
     found[16, f"Q4_0 {FIRST}"] = Group("16 experts, learned", [
         row("t", "x", seed, 4.0, health=of, kld=0.2) for seed, of in enumerate(health)

@@ -275,9 +275,11 @@ def test_a_file_of_other_settings_is_replaced_and_that_is_said(option, scored, c
 
 def test_scores_of_a_checkpoint_that_was_trained_again_are_not_kept(scored, capsys):
     """Nor those of another run whose folder has the same name."""
-    scored({"control": [1, 0], "qat": [0, 1]})
-    assert values_of(scored({"qat": [1, 1]}, retrained="control")) == {"qat": 1.0}
-    assert "has another checkpoint's scores of control; it will be replaced" in capsys.readouterr().err
+    scored({"control": [1, 0], "qat": [0, 1], "third": [0, 0]})
+    report = scored({"qat": [1, 1]}, retrained="control")
+    assert values_of(report) == {"qat": 1.0, "third": 0.0}
+    assert not any("difference" in row for row in report["rows"])
+    assert "has another checkpoint's scores of control, which are left out" in capsys.readouterr().err
 
 
 def test_what_was_measured_is_shown_where_a_later_branch_fails(scored, capsys):
@@ -288,7 +290,7 @@ def test_what_was_measured_is_shown_where_a_later_branch_fails(scored, capsys):
 
 
 def test_a_file_that_holds_no_scores_is_replaced_and_that_is_said(scored, tmp_path, capsys):
-    for content in ("{", "[]", '{"rows": 3}', '{"rows": [{}]}'):
+    for content in ("{", "[]", '{"rows": 3}', '{"rows": [{}]}', '{"rows": [null]}'):
         (tmp_path / "tasks.json").write_text(content)
         assert values_of(scored({"qat": [1, 1]})) == {"qat": 1.0}
         assert "tasks.json has no scores of tasks; it will be replaced" in capsys.readouterr().err

@@ -212,7 +212,8 @@ def pairs_table(s: Scale, found: dict[tuple[int, str], Group]) -> str:
         ratios = [f"{rows[0][1]['bytes'] / rows[0][0]['bytes']:.3f}" for rows in sizes if rows]
         cells, (smaller, larger) = [], map(above, sizes)
         for more in (smaller, larger):
-            cells += [with_interval([*more.values()]), f"{sum(m < 0 for m in more.values())} of {len(more)} seeds"]
+            lower = f"{sum(m < 0 for m in more.values())} of {len(more)} seeds" if more else ""
+            cells += [with_interval([*more.values()]), lower]
         moved = [larger[seed] - smaller[seed] for seed in larger if seed in smaller]
         lines.append([label, ", ".join(ratios), *cells, with_interval(moved)])
     return markdown(lines)
