@@ -19,7 +19,7 @@ import math
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -296,9 +296,7 @@ def _kept(out: Path, settings: dict[str, Any], run: str) -> tuple[list[Row], str
     if other:
         return [], f"{', '.join(other)}; it will be replaced"
     gone = [branch for (branch, step), digest in known.items() if _digest(run, branch, step) != digest]
-    kept = [row for row in rows if row["branch"] not in gone]
-    kept = [{k: v for k, v in row.items() if not (row.get("against") in gone and k in _PAIR)} for row in kept]
-    return kept, f"another checkpoint's scores of {', '.join(gone)}, which are left out" if gone else ""
+    return _others(rows, gone), f"another checkpoint's scores of {', '.join(gone)}, which are left out" if gone else ""
 
 
 def _report(branches: dict[str, list[Row]], checkpoints: dict[str, Row], kept: Sequence[Row]) -> list[Row]:
@@ -311,11 +309,13 @@ def _report(branches: dict[str, list[Row]], checkpoints: dict[str, Row], kept: S
             own = {key: value for key, value in row.items() if key != "influence"}
             pair = dict(zip(_PAIR, (first_name, difference, error), strict=True))
             rows.append({"branch": name, **checkpoints[name], **own, **({} if found is first else pair)})
-    for row in kept:
-        if row["branch"] not in branches:
-            stale = row.get("against") in branches  # which was measured again, and its documents' scores are gone
-            rows.append({k: v for k, v in row.items() if not (stale and k in _PAIR)})
-    return rows
+    return rows + _others(kept, branches)  # which were measured again: their documents' scores of before are gone
+
+
+def _others(rows: Sequence[Row], gone: Collection[str]) -> list[Row]:
+    """The rows of other branches, without their differences to those that are gone."""
+    kept = [row for row in rows if row["branch"] not in gone]
+    return [{k: v for k, v in row.items() if not (row.get("against") in gone and k in _PAIR)} for row in kept]
 
 
 if __name__ == "__main__":
