@@ -40,6 +40,12 @@ if jax.__version_info__ < (0, 11):
 gc.set_threshold(50_000, 20, 100)
 
 
+def pytest_configure(config):
+    """No worker takes a dead one's place: pytest-xdist 3.8 waits forever for tests that are done (its issue 1378)."""
+    if getattr(config.option, "maxworkerrestart", "none") is None:
+        config.option.maxworkerrestart = "0"
+
+
 @pytest.fixture(scope="session")
 def config_files():
     return sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
