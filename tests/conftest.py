@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dead_workers import pytest_configure, pytest_sessionfinish, pytest_testnodedown  # noqa: F401
 
 from qatmoe import train
 from qatmoe.convert import llama_numerics, names
@@ -38,12 +39,6 @@ if jax.__version_info__ < (0, 11):
 
 # Tracing makes many objects and few cycles; looking for one after every 700 took 4 % of the time.
 gc.set_threshold(50_000, 20, 100)
-
-
-def pytest_configure(config):
-    """No worker takes a dead one's place: pytest-xdist 3.8 waits forever for tests that are done (its issue 1378)."""
-    if getattr(config.option, "maxworkerrestart", "none") is None:
-        config.option.maxworkerrestart = "0"
 
 
 @pytest.fixture(scope="session")
