@@ -16,7 +16,6 @@ A sweep's folder holds `sweep.json`, what was asked for, a folder for each run (
 import contextlib
 import copy
 import dataclasses
-import difflib
 import fcntl
 import hashlib
 import json
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import RequiredValueError
 
 from launch.algebra import Point, Points
 from qatmoe import cli, metrics
@@ -243,10 +241,7 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
 def _resolved(base: ConfigDict, point: Point, where: str) -> Config:
     """A point's configuration, as its run's own command line makes it of the file's."""
-    try:
-        config, known = copy.deepcopy(base), leaves(base.to_dict())
-    except RequiredValueError as e:
-        raise UserError(f"{where}: {' '.join(str(e).split())}: give it a value in the file") from e
+    config, known = copy.deepcopy(base), leaves(base.to_dict())
     for key, value in point.items():
         if key == "name":
             raise UserError(f"{where}: name: runs are named by the sweep; leave it out")
@@ -258,7 +253,9 @@ def _resolved(base: ConfigDict, point: Point, where: str) -> Config:
             node = node[group]
         try:
             node[last] = tuple(value) if isinstance(value, list) else value
-        except (TypeError, ValueError, OverflowError) as e:
+        except OverflowError as e:  # a whole number for a float
+            raise UserError(f"{where}: config.{key}: a number of {len(str(value))} digits is too large") from e
+        except (TypeError, ValueError) as e:
             expected = f"expected {type(node[last]).__name__}, got {type(value).__name__}"
             raise UserError(f"{where}: config.{key}={value!r}: {expected}") from e
     return _explained(where, lambda: resolve(config))
@@ -273,9 +270,7 @@ def _complete(config: ConfigDict, key: str, known: Mapping[str, Any], where: str
         check_key(key)
         cli.complete(config, key)
     except UserError as e:
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"{key}: no such key; did you mean {close[0]}?" if close else str(e)
-        raise UserError(f"{where}: {hint}") from e
+        raise UserError(f"{where}: {e}") from e
 
 
 def _explained(where: str, check: Any) -> Any:

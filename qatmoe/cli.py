@@ -15,6 +15,7 @@ from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import RequiredValueError
 
 from qatmoe.config import Config, check_key, default_config, phase, resolve
 from qatmoe.errors import UserError
@@ -32,13 +33,15 @@ def run(main: Callable[[], int]) -> int:
     try:
         try:
             return main()
+        except KeyboardInterrupt as e:
+            for stream, line in ((sys.stdout, ""), (sys.stderr, "; ".join(["interrupted", *map(str, e.args)]) + "\n")):
+                with contextlib.suppress(OSError, AttributeError):  # nobody may read it any more, or there is none
+                    stream.write(line)
+                    stream.flush()
+            os._exit(128 + signal.SIGINT)  # XLA may compile in a thread, which the interpreter waits for, to crash then
         finally:  # also after the SystemExit of --help
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except KeyboardInterrupt as e:
-        with contextlib.suppress(OSError):  # nobody may read it any more
-            print("; ".join(["interrupted", *map(str, e.args)]), file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGINT)  # XLA may compile in a thread: the interpreter would wait for it, and then crash
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return 128 + signal.SIGPIPE
@@ -120,7 +123,10 @@ def load(given: str, option: str = "--config") -> ConfigDict:
         config = get_config(*arguments)
         if not isinstance(config, Mapping | ConfigDict):
             raise UserError(f"get_config() returns a {type(config).__name__}; return a ConfigDict")
-        return ConfigDict(config)  # where it was frozen it can be set again
+        config = ConfigDict(config)  # where it was frozen it can be set again
+        if unset := _unset(config, "config"):
+            raise UserError(f"{', '.join(unset)}: a required placeholder without a value; give it one in the file")
+        return config
     except UserError as e:
         raise UserError(f"{option} {given}: {e}") from e
     except ModuleNotFoundError as e:  # a config that builds on another one
@@ -130,6 +136,17 @@ def load(given: str, option: str = "--config") -> ConfigDict:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == file]
         where = f"line {lines[-1]}: " if lines else ""
         raise UserError(f"{option} {given}: {where}{type(e).__name__}: {_one_line(e)}") from e
+
+
+def _unset(config: ConfigDict, path: str) -> list[str]:
+    """The keys whose required placeholder has no value."""
+    found: list[str] = []
+    for key in config:
+        try:
+            found += _unset(config[key], f"{path}.{key}") if isinstance(config[key], ConfigDict) else []
+        except RequiredValueError:
+            found.append(f"{path}.{key}")
+    return found
 
 
 def complete(config: ConfigDict, key: str) -> None:

@@ -28,6 +28,19 @@ def test_an_interruption_ends_a_program_in_one_line_and_waits_for_no_thread(said
     assert (done.returncode, done.stdout, done.stderr) == (130, "x\n", line)
 
 
+def test_an_interruption_whose_reader_went_away_is_one_too(child_env):
+    """`PROGRAM | tee FILE`, where Ctrl-C ends both."""
+    body = "sys.stdin.read(); print('x'); raise KeyboardInterrupt"
+    command = [sys.executable, "-c", PRINTS.format(body)]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    child_env = child_env | {"PYTHONUNBUFFERED": ""}  # the line is still in the buffer when Ctrl-C comes
+    with subprocess.Popen(command, env=child_env, **streams) as program:
+        program.stdout.close()
+        program.stdin.close()
+        assert program.stderr.read() == b"interrupted\n"
+    assert program.returncode == 130
+
+
 def test_every_program_ends_so():
     modules = [*(ROOT / "qatmoe").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]
     programs = [p for p in modules if "__main__" in p.read_text()]

@@ -232,6 +232,10 @@ def get_config({}):
             ": line 7: TypeError: PhaseConfig.__init__() got an unexpected keyword argument 'step'",
         ),
         ("return", ": get_config() returns a NoneType; return a ConfigDict"),
+        (
+            "import ml_collections; c.optim.lr = ml_collections.config_dict.required_placeholder(float)",
+            ": config.optim.lr: a required placeholder without a value; give it one in the file",
+        ),
     ],
 )
 def test_a_config_file_that_fails_is_told_by_its_own_line(body, message, tmp_path):

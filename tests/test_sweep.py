@@ -212,10 +212,11 @@ def test_a_config_file_is_to_a_sweep_what_it_is_to_its_runs(returned, tmp_path):
     [
         (
             [{"quant.expert": "q2_0"}],
-            r"point 1 \(quant.expert='q2_0'\): quant.expert: no such key; did you mean quant.ex",
+            r"point 1 \(quant.expert='q2_0'\): config.quant.expert: no such key; did you mean config.quant.experts\?",
         ),
         ([{"optim": 3}], "optim: a group of keys; name one, as optim\\."),
-        ([{"train.phases.tunk.steps": 3}], "no such key; did you mean train.phases.trunk.steps"),
+        ([{"train.phases.tunk.steps": 3}], "there is no phase 'tunk'; the file has control, qat, trunk"),
+        ([{"optim.lr": 10**400}], "config.optim.lr: a number of 401 digits is too large"),
         ([{}, {"optim.lr": "fast"}], r"point 2 \(optim.lr='fast'\): config.optim.lr='fast': expected float, got str"),
         ([{"model.n_kv_heads": 3}], "n_kv_heads=3 must divide"),
         ([{"model.dim": 48}], r"point 1 \(model.dim=48\): .*block"),
