@@ -192,13 +192,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         mesh = local_mesh()
         with opened(tasks) as manager:
             settings = _settings(args, tasks)
-            if other := _kept(out, settings, args.run)[1]:
-                print(f"warning: {out} has {other}", file=sys.stderr)
+            to_come = {(name, args.branch[0]) for name in args.branch[1:]}
+            said = _say(out, [_kept(out, settings, args.run)[1]], set())
             for name in args.branch or [""]:
                 phase, checkpoints[phase], branches[phase] = _measured(args, name, tasks, manager, mesh)
                 # After every branch: one may take hours. The file may have got other branches meanwhile.
-                report = settings | {"rows": _report(branches, checkpoints, _kept(out, settings, args.run)[0])}
-                write_atomically(out, json.dumps(report, indent=1) + "\n")
+                kept, other = _kept(out, settings, args.run)
+                rows = _report(branches, checkpoints, kept)
+                said = _say(out, [other, _lost(kept, rows, to_come)], said)
+                write_atomically(out, json.dumps(settings | {"rows": rows}, indent=1) + "\n")
         print(table(branches))
     except UserError as e:
         if branches:
@@ -278,24 +280,43 @@ def _settings(args: argparse.Namespace, tasks: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _say(out: Path, found: Sequence[str], said: Collection[str]) -> set[str]:
+    """Warns of what a file has that is not kept, once each; returns what has been said."""
+    for what in found:
+        if what and what not in said:
+            print(f"warning: {out} has {what}", file=sys.stderr)
+    return {*said, *found}
+
+
+def _lost(before: Sequence[Row], after: Sequence[Row], to_come: Collection[tuple[str, str]]) -> str:
+    """Which differences are left out, but for those that this call will make again."""
+    pairs_before, pairs_after = (
+        {(r["branch"], r["against"]) for r in rows if "against" in r} for rows in (before, after)
+    )
+    lost = [f"{name} to {base}" for name, base in sorted(pairs_before - pairs_after - set(to_come))]
+    return f"differences of {', '.join(lost)}, which are left out: they are of branches of one call" if lost else ""
+
+
 def _kept(out: Path, settings: dict[str, Any], run: str) -> tuple[list[Row], str]:
     """The rows that a file has of the same settings and checkpoints, and what else it has, which is not kept.
 
-    Differences to a branch of another checkpoint are taken out.
+    Differences to a branch of another checkpoint are taken out. What is there of a checkpoint that was deleted stays.
     """
     if not is_there(out):
         return [], ""
     try:
         there = json.loads(out.read_text(encoding="utf-8"))
         rows = there["rows"]
-        known = {(str(row["branch"]), row.get("step")): row.get("checkpoint") for row in rows}
+        if not all(isinstance(name, str) for row in rows for name in (row["branch"], row.get("against", ""))):
+            raise TypeError
+        known = {(row["branch"], row.get("step")): row.get("checkpoint") for row in rows}
         found = {key: there.get(key, "unknown") for key in settings}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [], "no scores of tasks; it will be replaced"
     other = [f"{key}={found[key]} (now {value})" for key, value in settings.items() if found[key] != value]
     if other:
         return [], f"{', '.join(other)}; it will be replaced"
-    gone = [branch for (branch, step), digest in known.items() if _digest(run, branch, step) != digest]
+    gone = [branch for (branch, step), digest in known.items() if _digest(run, branch, step) not in ("", digest)]
     return _others(rows, gone), f"another checkpoint's scores of {', '.join(gone)}, which are left out" if gone else ""
 
 

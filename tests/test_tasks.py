@@ -209,15 +209,15 @@ def test_the_table_has_a_column_for_each_branch_and_difference():
 def scored(tmp_path, monkeypatch):
     """Runs the command on two documents of a task, whose scores are given by branch; returns the file.
 
-    An exception in place of scores is raised.
+    An exception in place of scores is raised. `digests`: of checkpoints, where they are not as ever; `meanwhile` is
+    called as a branch is measured.
     """
 
-    digests = {}
-
-    def call(scores, *args, retrained=""):
-        digests.update({retrained: "another"})
+    def call(scores, *args, digests=(), meanwhile=lambda: None):
+        digests = dict(digests)
 
         def measured(args, name, *_):
+            meanwhile()
             if isinstance(scores[name], BaseException):
                 raise scores[name]
             values = np.array(scores[name], np.float64)
@@ -260,7 +260,29 @@ def test_other_branches_of_the_same_settings_are_kept(scored, capsys):
     report = scored({"control": [0, 0]})
     assert values_of(report) == {"control": 0.0, "third": 0.0, "qat": 1.0}
     assert not any("difference" in row or "against" in row for row in report["rows"])  # of the control that was
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "has differences of qat to control, which are left out: they are of branches of one call" in warning
+    scored({"control": [1, 0], "qat": [1, 1]})
+    scored({"control": [1, 0], "qat": [0, 1]})  # made again
     assert capsys.readouterr().err == ""
+
+
+def test_what_another_call_wrote_meanwhile_is_kept_or_named(scored, tmp_path, capsys):
+    """Of the same settings it is kept; what is not kept is said, once."""
+    out = tmp_path / "tasks.json"
+
+    def other_call(limit):
+        there = json.loads(out.read_text())
+        new = there["rows"][0] | {"branch": "new"}
+        out.write_text(json.dumps(there | {"limit": limit, "rows": [*there["rows"], new]}))
+
+    scored({"control": [1, 0]})
+    report = scored({"qat": [1, 1]}, meanwhile=lambda: other_call(None))
+    assert set(values_of(report)) == {"control", "new", "qat"} and capsys.readouterr().err == ""
+    report = scored({"qat": [1, 1], "third": [0, 0]}, meanwhile=lambda: other_call(5))
+    assert set(values_of(report)) == {"qat", "third"}
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "has limit=5 (now None); it will be replaced" in warning
 
 
 @pytest.mark.parametrize("option", ["limit", "num_fewshot", "context"])
@@ -276,10 +298,16 @@ def test_a_file_of_other_settings_is_replaced_and_that_is_said(option, scored, c
 def test_scores_of_a_checkpoint_that_was_trained_again_are_not_kept(scored, capsys):
     """Nor those of another run whose folder has the same name."""
     scored({"control": [1, 0], "qat": [0, 1], "third": [0, 0]})
-    report = scored({"qat": [1, 1]}, retrained="control")
+    report = scored({"qat": [1, 1]}, digests={"control": "another"})
     assert values_of(report) == {"qat": 1.0, "third": 0.0}
     assert not any("difference" in row for row in report["rows"])
     assert "has another checkpoint's scores of control, which are left out" in capsys.readouterr().err
+
+
+def test_scores_of_a_checkpoint_that_was_deleted_are_kept(scored, capsys):
+    scored({"control": [1, 0], "qat": [0, 1]})
+    report = scored({"third": [1, 1]}, digests={"qat": ""})
+    assert values_of(report) == {"third": 1.0, "control": 0.5, "qat": 0.5} and capsys.readouterr().err == ""
 
 
 def test_what_was_measured_is_shown_where_a_later_branch_fails(scored, capsys):
@@ -290,7 +318,7 @@ def test_what_was_measured_is_shown_where_a_later_branch_fails(scored, capsys):
 
 
 def test_a_file_that_holds_no_scores_is_replaced_and_that_is_said(scored, tmp_path, capsys):
-    for content in ("{", "[]", '{"rows": 3}', '{"rows": [{}]}', '{"rows": [null]}'):
+    for content in ("{", "[]", '{"rows": 3}', '{"rows": [{}]}', '{"rows": [null]}', '{"rows": [{"branch": 3}]}'):
         (tmp_path / "tasks.json").write_text(content)
         assert values_of(scored({"qat": [1, 1]})) == {"qat": 1.0}
         assert "tasks.json has no scores of tasks; it will be replaced" in capsys.readouterr().err
