@@ -48,6 +48,7 @@ class Scale:
     texts: tuple[str, ...] = ()
     seeds: Sequence[int] = (0, 1, 2)
     more_seeds: dict[str, Sequence[int]] = dataclasses.field(default_factory=dict)  # {study: those that it has besides}
+    fp4_rate_seeds: Sequence[int] = (0,)  # of those of fp4_experts: on which its rates are searched
 
     def study(self, *stages: Stage, needs_llama: bool = True) -> Study:
         """Stages, judged on this size's text."""
@@ -115,6 +116,13 @@ class Scale:
         """QAT of all experts on a grid, from trunks of any size."""
         return branches(trunks, grid_name(trunks.sweep.name, grid), self.branch, experts_on(grid))
 
+    def at_rates(self, trunks: Stage, grid: str, seeds: Sequence[int]) -> Stage:
+        """As `on_grid`, at each rate that is searched besides the config's, from the trunks of some seeds. FULL: on no
+        grid."""
+        variants = product(in_full_or_on(grid), values(RATE, self.rates))
+        name = rates_name(trunks.sweep.name, grid)
+        return joined(*(branches(trunks, name, self.branch, variants, at={"train.seed": seed}) for seed in seeds))
+
     def with_teacher(self, trunks: Stage, grid: str) -> list[Stage]:
         """As `on_grid` with the size's recipes that have a teacher; no stage where there is none. FULL: on no grid."""
         variants = product(in_full_or_on(grid), self.taught.get(grid, []))
@@ -125,7 +133,7 @@ class Scale:
         """{what each of those recipes is called: what is set, None for what is not}."""
         unset = {TEACHER: None, DISTILL: None, RATE: None}
         return {
-            "taught" + (f", rate {point[RATE]:g}" if RATE in point else ""): unset | point
+            f"taught, {rate_kind(point[RATE])}" if RATE in point else "taught": unset | point
             for point in self.taught.get(grid, [])
         }
 
@@ -139,9 +147,19 @@ def grid_name(trunks: str, grid: str) -> str:
     return f"{trunks.removesuffix('_trunks')}_{grid}"
 
 
+def rates_name(trunks: str, grid: str) -> str:
+    """The sweep of a grid's branches at other rates, by the name of their trunks' sweep."""
+    return f"{grid_name(trunks, grid)}_rates"
+
+
 def taught_name(trunks: str, grid: str) -> str:
     """The sweep of a grid's branches with a teacher, by the name of their trunks' sweep."""
     return f"{grid_name(trunks, grid)}_taught"
+
+
+def rate_kind(rate: float) -> str:
+    """What branches at another rate than the config's are called."""
+    return f"rate {rate:g}"
 
 
 def taught_by(teacher: str, share: float) -> Points:
@@ -194,7 +212,8 @@ SMALL = Scale(
     longer={"twice as long": of_branch(1100), "four times as long": of_branch(2200)},
     k_quants=False,
     tokens=32_768,
-    more_seeds={"fp4_experts": (3, 4, 5), "iso_memory": (3, 4), "late_qat_2bit": (3, 4, 5)},
+    more_seeds={"fp4_experts": (3, 4, 5, 6, 7, 8), "iso_memory": (3, 4), "late_qat_2bit": (3, 4, 5)},
+    fp4_rate_seeds=(6, 7, 8),  # one machine ran these with all of their branches
     widths=chain(*map(of_width, (64, 128, 192))),
     width_rates=((0.0025, 0.005, 0.01), (0.0025, 0.005, 0.01), (0.00125, 0.0025, 0.005)),
     best_rates=(0.005, 0.005, 0.0025),

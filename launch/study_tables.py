@@ -64,10 +64,13 @@ def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **over
     if not (found or failed) or len(set(seeds)) < len(seeds):
         which = "more than one row of a seed" if found else "no row"
         raise UserError(f"the results have {which} {row!r} of {stage} with {overrides}: run the study again")
-    if not found and all(r["failed"] == "not run" for r in failed):
+    seeds_by_reason: dict[str, list[str]] = {}
+    for r in failed:
+        seeds_by_reason.setdefault(r["failed"], []).append(str(r["seed"]))
+    if not found and list(seeds_by_reason) == ["not run"]:
         label += " (not run)"
-    elif failed:
-        label += "".join(f" (seed {r['seed']}: {r['failed']})" for r in failed)
+    else:
+        label += "".join(f" (seed {' '.join(of)}: {reason})" for reason, of in seeds_by_reason.items())
     return Group(label, sorted(found, key=lambda r: r["seed"]))
 
 

@@ -20,7 +20,9 @@ from experiments.fp4_experts.pairs import (
     goals_table,
     machines_table,
     roundings_table,
+    searched_table,
 )
+from experiments.fp4_experts.study import as_added, get_study
 from experiments.iso_memory.study import FIRST, grids_table, pairs_table, same_size_table, seeds_table
 from experiments.late_qat_2bit import machines, tables
 from experiments.resilience.laws import CONTROL, FULL_TAUGHT, exponents
@@ -360,19 +362,52 @@ def test_more_steps_are_held_against_the_configs_seed_by_seed():
 
 
 def test_fp4_on_two_machines():
-    """The seeds that were run first, those that were added, those of the other machine, and all, each once."""
+    """The seeds as they were added, those of the other machine, and all, each once."""
 
     def kinds(*losses):
         control = seeds_of("c", *[4.0] * len(losses))
         return {FULL: {UNTAUGHT: control}, "mxfp4": {UNTAUGHT: seeds_of("m", *losses)}}
 
     before = kinds(4.02, 4.02, 4.02)
-    (line,) = machines_table(kinds(4.01, 4.02, 4.0), before, (0, 1, 2)).splitlines()[2:]
+    added = [(0, 1, 2), (3, 4)]
+    head, _, line = machines_table(kinds(4.01, 4.02, 4.0), before, added).splitlines()
+    assert "| seeds 0 1 2 | seeds 3 4 | seeds 0 1 2, before |" in head
     both = "+0.50 (+0.50 .. +0.50) | +0.37 (+0.06 .. +0.69) | not met | no, holds 0.3 |"  # of 0.375, 0.5 and 0.25
     assert line == f"| m | +0.25 (-0.37 .. +0.87) |  | {both}"
-    (line,) = machines_table(kinds(4.01, 4.02, 4.0, 4.04, 4.02), before, (0, 1, 2)).splitlines()[2:]
+    (line,) = machines_table(kinds(4.01, 4.02, 4.0, 4.04, 4.02), before, added).splitlines()[2:]
     assert line.startswith("| m | +0.25 (-0.37 .. +0.87) | +0.75 (-2.43 .. +3.93) | +0.50 (+0.50 .. +0.50) | ")
     assert "| +0.52 (+0.17 .. +0.88) | not met | no, holds 0.3 |" in line
+
+
+def test_fp4_at_the_best_of_its_rates():
+    """Each by its own mean, over the seeds of other rates; what is taught does not count, nor a rate that failed."""
+    slow = "untaught, rate 0.1"
+    taught = {"taught": seeds_of("t", 3.0, 3.0, 3.0)}
+    of = {
+        FULL: {UNTAUGHT: seeds_of("c", 4.0, 4.0, 1.0), slow: seeds_of("c, slow", 4.2, 4.0)} | taught,
+        "mxfp4": {UNTAUGHT: seeds_of("m", 4.04, 4.04, 1.0), slow: seeds_of("m, slow", 4.02, 4.02)} | taught,
+    }
+    (line,) = searched_table(of).splitlines()[2:]
+    assert line == "| m, slow | c | 0 1 | +0.50 (+0.50 .. +0.50) | not met | yes |  |"
+    found = differences_table(of, []).splitlines()
+    faster = "-0.0200 (-0.0200 .. -0.0200)"
+    assert any(line.startswith("| m, slow | 0 1 | +0.0200 (+0.0200 .. +0.0200) |  | " + faster) for line in found)
+    of["mxfp4"]["untaught, rate 9"] = seeds_of("m, fast (seed 1: failed)", 3.0)
+    assert searched_table(of).splitlines()[2] == line.removesuffix(" |") + "m, fast (seed 1: failed) |"
+    of["mxfp4"][slow] = of[FULL][slow] = Group("slow (not run)", [])
+    assert searched_table(of).splitlines()[2].startswith("| m, fast (seed 1: failed) | c | 0 | -25.00 |")
+    of["mxfp4"].pop("untaught, rate 9")
+    assert searched_table(of).splitlines()[2] == "| m | c |  |  |  |  |  |"
+
+
+def test_fp4_rates_are_searched_on_seeds_of_the_study():
+    s = scales.SMALL
+    assert sorted(seed for seeds in as_added(s) for seed in seeds) == sorted(s.on_more_seeds("fp4_experts").seeds)
+    searched = [stage for stage in get_study("small", "").stages if stage.sweep.name.endswith("_rates")]
+    assert len(searched) == 4
+    for stage in searched:
+        tried = [(point["train.seed"], point[scales.RATE]) for point in stage.sweep.points]
+        assert sorted(tried) == sorted(itertools.product(s.fp4_rate_seeds, s.rates))
 
 
 def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():

@@ -287,6 +287,9 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     group = study_tables.select([*rows[:3], failed], "x", "b")
     assert group == (f"x (seed 0: {failed['failed']})", [])
     assert group.label in study_tables.table([group], [], rows)
+    several = [*rows[:3], failed, failed | {"seed": 1}, failed | {"seed": 2, "failed": "not run"}]
+    both = study_tables.select(several, "x", "b")
+    assert both.label == f"x (seed 0 1: {failed['failed']}) (seed 2: not run)"
     longer = Stage(branch.sweep, branch.judged, (branch.references[0].replace(":control", ":trunk"),))
     with pytest.raises(UserError, match="qat was trained on 1,024 tokens and .*:trunk on 512: give both"):
         judge(asked, longer, False, NOTHING)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from experiments.scales import FULL
 from launch.study_tables import Group, by_seed, mean_se, minus, seeds_of, student, with_interval
@@ -11,7 +11,13 @@ from qatmoe.text_table import markdown
 UNTAUGHT = "untaught"
 GOAL = 0.3  # percent of full precision's loss
 
-Kinds = dict[str, dict[str, Group]]  # {grid or FULL: {UNTAUGHT, then kinds with a teacher, the config's rate first}}
+# {grid or FULL: {UNTAUGHT, then that at other rates ("untaught, rate R"), then the same with a teacher}}
+Kinds = dict[str, dict[str, Group]]
+
+
+def at_config_rate(kind: str) -> str:
+    """The kind that differs in the rate alone, and has the config's."""
+    return kind.partition(",")[0]
 
 
 def goals_table(of: Kinds) -> str:
@@ -27,17 +33,45 @@ def goals_table(of: Kinds) -> str:
     return markdown(lines)
 
 
-def machines_table(here: Kinds, before: Kinds, first: Sequence[int]) -> str:
-    """How far the loss of each untaught QAT is from the control's, in percent of it: on two machines, and over both.
+def searched_table(of: Kinds) -> str:
+    """Untaught QAT at the best of its rates beside full precision at the best of its own, in percent of its loss.
+
+    The best by the mean loss over the seeds that have any other rate than the config's. A rate that lacks one of them,
+    where its run failed, is not chosen and is named.
+    """
+    rates = {grid: [g for kind, g in kinds.items() if at_config_rate(kind) == UNTAUGHT] for grid, kinds in of.items()}
+    head = ["untaught, at the best of its rates", "beside", "seeds", "found, % (95 % interval)"]
+    lines = [[*head, "by the mean", "settled", "not chosen from"]]
+    for grid in [grid for grid in of if grid != FULL]:
+        seeds = {row["seed"] for group in (*rates[grid][1:], *rates[FULL][1:]) for row in group.rows}
+        one, full = (lowest(rates[which], seeds) for which in (grid, FULL))
+        percent = list(percent_above(one, full).values())
+        lacking = [g.label for g in (*rates[grid], *rates[FULL]) if not seeds <= {row["seed"] for row in g.rows}]
+        lines.append([one.label, full.label, seeds_of(one, full), *reached(percent), ", ".join(lacking)])
+    return markdown(lines)
+
+
+def lowest(groups: Sequence[Group], seeds: Collection[int]) -> Group:
+    """Of the groups that have these seeds the one of the lowest mean loss there, with their rows alone; or the first
+    without rows."""
+    cut = [Group(group.label, [row for row in group.rows if row["seed"] in seeds]) for group in groups]
+    whole = [group for group in cut if seeds and len(group.rows) == len(seeds)]
+    return min(whole or [Group(groups[0].label, [])], key=lambda group: mean_se([row["loss"] for row in group.rows])[0])
+
+
+def machines_table(here: Kinds, before: Kinds, added: Sequence[Sequence[int]]) -> str:
+    """How far the loss of each untaught QAT is from the control's, in percent of it: as seeds were added, and over all.
 
     Args:
-      first: the seeds that were run first, and on the other machine too; those that were added stand apart.
+      here: the results; before: those of another machine on the first seeds.
+      added: the seeds, in the order in which they were run.
     """
-    head = ["% of the control's loss (95 % interval)", "here, first seeds", "here, added seeds", "earlier"]
+    columns = ["seeds " + " ".join(map(str, seeds)) for seeds in added]
+    head = ["% of the control's loss (95 % interval)", *columns, f"{columns[0]}, before"]
     lines = [[*head, "all seeds, two runs of one averaged", "by the mean", "settled"]]
     for grid in [grid for grid in here if grid != FULL]:
         now, then = (percent_above(of[grid][UNTAUGHT], of[FULL][UNTAUGHT]) for of in (here, before))
-        parts = [[x for seed, x in now.items() if seed in first], [x for seed, x in now.items() if seed not in first]]
+        parts = [[x for seed, x in now.items() if seed in seeds] for seeds in added]
         cells = [with_interval(part, "+.2f") for part in (*parts, list(then.values()))]
         runs = {seed: [of[seed] for of in (now, then) if seed in of] for seed in sorted(now.keys() | then.keys())}
         averages = [sum(of_seed) / len(of_seed) for of_seed in runs.values()]
@@ -60,25 +94,26 @@ def reached(percent: Sequence[float]) -> list[str]:
 
 
 def differences_table(of: Kinds, others: Sequence[tuple[Group, Group]]) -> str:
-    """How much higher each branch's loss is than the control's and the plain branch's, and what twice the rate does.
+    """How much higher each branch's loss is than the control's and the plain branch's, and what its rate does.
 
     Args:
       others: branches that differ from a plain one in something else than a teacher, each with that one.
     """
     control = of[FULL][UNTAUGHT]
     plain: dict[str, Group] = {group.label: beside for group, beside in others}
-    slower: dict[str, Group] = {}
+    at_config: dict[str, Group] = {}
     for kinds in of.values():
-        first, *taught = kinds.values()
-        plain |= {group.label: first for group in taught}
-        slower |= {group.label: taught[0] for group in taught[1:]}
+        for kind, group in kinds.items():
+            base = at_config_rate(kind)
+            plain |= {group.label: kinds[UNTAUGHT]} if base != UNTAUGHT else {}
+            at_config |= {group.label: kinds[base]} if base != kind else {}
     head = ["(95 % interval)", "seeds", "loss minus the control's", "minus the plain one's"]
     lines = [[*head, "minus the config's rate's", "KLD minus the config's rate's"]]
     for group in (*(g for kinds in of.values() for g in kinds.values()), *(g for g, _ in others)):
         if group != control:
-            beside, slow = plain.get(group.label, control), slower.get(group.label)
+            beside, same = plain.get(group.label, control), at_config.get(group.label)
             own = "" if beside == control else with_interval(minus(group, beside))
-            rate = [with_interval(minus(group, slow, key)) if slow else "" for key in ("loss", "kld")]
+            rate = [with_interval(minus(group, same, key)) if same else "" for key in ("loss", "kld")]
             lines.append([group.label, seeds_of(group, control), with_interval(minus(group, control)), own, *rate])
     return markdown(lines)
 
