@@ -180,6 +180,7 @@ def train(study: Study, options: argparse.Namespace, only: str = "", partial: bo
         unfinished = [run for stage in stages for run in _runs(stage, only) if not points.finished(run.folder)]
         if code or unfinished:
             print(f"{len(unfinished)} runs are not finished. The same command continues.", file=sys.stderr)
+            _name_missing(unfinished, own, only)
             worst = max(worst, code or 1)
             if worst > 1 or not partial:
                 break
@@ -242,6 +243,14 @@ def _can_start(run: Run, own: set[Path]) -> bool:
     What is not, such as an imported model, is there or is refused when the run is started.
     """
     return all(points.finished(folder) for folder in _needed(run) & own)
+
+
+def _name_missing(unfinished: Sequence[Run], own: set[Path], only: str) -> None:
+    """Says which runs of the study, not among those asked for, others start or learn from, and are not finished."""
+    needed = set().union(*(_needed(run) for run in unfinished)) & own
+    missing = sorted(str(f) for f in needed if not points.finished(f) and not re.search(only, str(f)))
+    if missing:
+        print(f"They start or learn from {', '.join(missing)}, which --only {only} leaves out.", file=sys.stderr)
 
 
 def _runs(stage: Stage, only: str = "") -> list[Run]:

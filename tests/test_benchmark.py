@@ -119,17 +119,37 @@ def test_the_gpu_benchmark_that_is_killed_keeps_what_was_measured(tmp_path, monk
     def peer(batch, *flags):
         if batch == 16:
             raise KeyboardInterrupt
-        return {"variant": "new", "batch_size": batch, "tokens_per_s": 9.0}
+        return {"variant": "new", "batch_size": batch, "tokens_per_s": 9.0, "device": "x"}
 
     monkeypatch.setattr(gpu, "peer", peer)
-    old = [{"variant": "old", "batch_size": b, "tokens_per_s": 1.0} for b in (8, 16, 32, 8)]
-    kept = {"config": "h100_1b", "batch_size": 8, "device": "x", "rows": [{"variant": "f", "tokens_per_s": 18.0}]}
+    old = [{"variant": "old", "batch_size": b, "tokens_per_s": 1.0, "device": "x"} for b in (8, 16, 32)]
+    kept = [measured_on("x", batch, 18.0) for batch in (8, 16, 32)]
     with pytest.raises(KeyboardInterrupt):
-        gpu.measure({"peer"}, {"peer": old, "bf16": [kept]}, tmp_path)
+        gpu.measure({"peer"}, {"peer": old, "bf16": kept}, tmp_path)
     result = json.loads((tmp_path / "h100.json").read_text())
-    assert [(r["variant"], r["batch_size"]) for r in result["rows"]] == [("new", 8), *[("old", b) for b in (16, 32, 8)],
-                                                                         ("f", 8)]  # fmt: skip
+    found = [(r["variant"], r["batch_size"]) for r in result["rows"]]
+    assert found == [("new", 8), ("old", 16), ("old", 32), *[("f", b) for b in (8, 16, 32)]]
     assert result["ratio_to_peer"] == 2.0
+
+
+def measured_on(device, batch, tokens_per_s):
+    rows = [{"variant": "f", "tokens_per_s": tokens_per_s}]
+    return {"config": "h100_1b", "batch_size": batch, "device": device, "rows": rows}
+
+
+def test_a_ratio_to_the_peer_takes_every_batch_size_of_both_on_one_gpu():
+    """A batch that did not fit counts as tried; the peer without its compiler does not count."""
+    peers = [{"variant": "p", "batch_size": b, "tokens_per_s": 5.0, "device": "x"} for b in (8, 16)]
+    peers.append({"variant": "p", "batch_size": 32, "failed": "exit 1: out of memory"})
+    found = {"peer": peers, "bf16": [measured_on("x", b, 10.0) for b in (8, 16, 32)]}
+    found["eager"] = [{"variant": "e", "batch_size": 8, "tokens_per_s": 99.0, "device": "x"}]
+    assert gpu.summary(found)["ratio_to_peer"] == 2.0
+    for cut in (
+        {"peer": peers[:2]},
+        {"bf16": found["bf16"][:1]},
+        {"bf16": [measured_on("y", b, 9.0) for b in (8, 16, 32)]},
+    ):
+        assert gpu.summary(found | cut)["ratio_to_peer"] is None
 
 
 def test_rows_of_a_gpu_benchmark_that_failed_are_kept_with_its_reason(tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def test_the_studies_can_be_run_and_reported(file, scale, corpus):
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.parent.name)
-@pytest.mark.parametrize("seeds", [{0}, {0, 1}], ids=str)
+@pytest.mark.parametrize("seeds", [set(), {0}, {0, 1}], ids=str)
 def test_the_studies_can_be_reported_before_all_is_run(file, seeds):
     """Of the first seeds trunks and their own branches are judged, and of the last of them nothing else."""
     functions = study.load(str(file))

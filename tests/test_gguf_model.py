@@ -188,10 +188,12 @@ def export(run: Path, out: Path, *, tokens: int = L, **options) -> tuple[Report,
         return report, file.tensors
 
 
-def check(report: Report) -> None:
+def check(report: Report, fine: bool = False) -> None:
     """All that was written is exact, and llama.cpp computes with it what JAX does.
 
     A rounding of activations that falls the other way on some CPU may swap the two best of these few random tokens.
+    Where they are rounded to a fine type (float16: 11 bits) one in every few tokens falls so, by the order of sums, and
+    the tokens after it see it: half of the rows may differ, by less than half of what rounding itself does.
     """
     assert all(fault.startswith("L2: mean KLD") for fault in report.faults), report.text()
     assert [what.split(":")[0] for what in report.unchecked] in ([], ["L2 of the MTP modules"])
@@ -202,8 +204,8 @@ def check(report: Report) -> None:
         if row.kind in other.GGMLQuantizationType.__members__ and row.kind not in PLAIN:
             who.add("gguf")
         assert set(row.max_diff) == who
-    figures = list(report.l2.values())[-1]
-    assert figures["median_diff"] <= 1e-4
+    as_it_is, figures = (list(report.l2.values())[i] for i in (0, -1))
+    assert figures["median_diff"] <= (as_it_is["median_diff"] / 2 if fine else 1e-4)
     assert figures["kld"] <= 1e-3
     assert figures["same_top1"] >= 0.9
 
@@ -277,7 +279,7 @@ def test_weights_on_no_grid(rest, tmp_path, small_tokenizer):
     model = dataclasses.replace(GLM, dim=64, n_layers=2, n_dense_layers=0)  # rows of 64 and 40 weights
     make_run(tmp_path / "run", small_tokenizer, model)
     report, tensors = export(tmp_path / "run", tmp_path / "m.gguf", rest=rest)
-    check(report)
+    check(report, fine=rest == "F16")
     for name, tensor in tensors.items():
         if name.endswith(("norm.weight", ".bias", "ffn_gate_inp.weight")):
             assert tensor.kind == "F32", name

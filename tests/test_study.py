@@ -109,6 +109,8 @@ def test_what_starts_from_others_waits_for_them(trunks, tmp_path, monkeypatch, c
         monkeypatch.setattr(points, "finished", lambda folder, known=known: known and folder.parent.name == "trunks")
         assert study.train(Study([trunks, Stage(taught)]), options, "/e/") == 1
         assert started[-1][0] == ["e"] * (1 + known)  # without what learns from a trunk that is not finished
+        missing = f"They start or learn from {runs_of(trunks)[0].folder}, which --only /e/ leaves out."
+        assert (missing in capsys.readouterr().err) == (not known)
     seed_1 = runs_of(trunks)[1].folder
     monkeypatch.setattr(points, "finished", lambda folder: folder in finished and folder != seed_1)
     finished.clear()

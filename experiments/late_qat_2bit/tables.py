@@ -130,7 +130,7 @@ def tables_of(
 
 def domains_table(groups: Sequence[Group]) -> str:
     """Bits per byte on each domain."""
-    names = list(next(r["domains"] for group in groups for r in group.rows))
+    names = list(next((r["domains"] for group in groups for r in group.rows), []))
     lines = [["bits per byte", *names]]
     for group in groups:
         cells = [with_se([r["domains"][name]["bits_per_byte"] for r in group.rows]) for name in names]

@@ -73,6 +73,7 @@ def main() -> None:
     result = {
         "variant": f"transformers {'eager' if o.no_compile else 'compiled'}",
         "batch_size": o.batch,
+        "device": torch.cuda.get_device_name(),
         "params": params,
         "active": active,
         "step_ms": step_s * 1e3,

@@ -10,10 +10,11 @@ of the one that runs are in running.json.
 
 Needs an NVIDIA GPU, `pip install -e '.[gpu]'`, and torch and transformers for the peer (peer.py). Both programs are
 timed at several batch sizes, and each program's best counts: `ratio_to_peer` is qatmoe's tokens per second by the
-peer's, `qat_overhead` the cost of Q2_0 with learned scales at batch 16, measured step by step beside the bf16 step.
-Not the same in both: the peer drops no tokens and keeps bf16 parameters and moments; qatmoe drops what its capacity
-does not hold (the column says how much), keeps f32 masters and second moments, clips by the gradient's norm and
-balances its router. GiB: buffers that XLA plans for qatmoe, the allocator's peak for the peer.
+peer's, and there is none before all sizes were tried in both on one GPU; `qat_overhead` the cost of Q2_0 with learned
+scales at batch 16, measured step by step beside the bf16 step. Not the same in both: the peer drops no tokens and keeps
+bf16 parameters and moments; qatmoe drops what its capacity does not hold (the column says how much), keeps f32 masters
+and second moments, clips by the gradient's norm and balances its router. GiB: buffers that XLA plans for qatmoe, the
+allocator's peak for the peer.
 """
 
 import argparse
@@ -32,7 +33,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BATCHES = (8, 16, 32)
 GRIDS = {"grids2": "q2_0,ternary,ternary_256", "grids4": "q2_k,q3_k,q4_0", "gridsfp": "iq4_nl,mxfp4,nvfp4,q8_0"}
-STEPS = ("peer", "bf16", "best", *GRIDS, "parts", "fine", "small")
+STEPS = ("peer", "bf16", "best", *GRIDS, "parts", "fine", "small", "eager")
 PROGRAM_S = 540  # that one program may take
 
 
@@ -80,13 +81,14 @@ def measure(only: set[str], found: dict, out: Path) -> None:
     running = out / "running.json"
     of = lambda *arguments: functools.partial(ours, running, *arguments)  # noqa: E731
     programs: dict[str, list[Callable[[], dict]]] = {
-        "peer": [functools.partial(peer, b) for b in BATCHES] + [lambda: peer(BATCHES[0], "--no-compile")],
+        "peer": [functools.partial(peer, b) for b in BATCHES],
         "bf16": [of(big, b, "--grids=none") for b in BATCHES],
         "best": [of(big, 16, "--grids=q2_0", "--scales=learned")],
         **{name: [of(big, 8, f"--grids={grids}", "--scales=learned", "--rounds=10")] for name, grids in GRIDS.items()},
         "parts": [of(big, 8, "--grids=q2_0", "--scales=learned", "--parts=yes", "--data=yes")],
         "fine": [of(fine, 8, "--grids=none", "--parts=yes")],
         "small": [of(small, 128, "--grids=q2_0")],
+        "eager": [lambda: peer(BATCHES[0], "--no-compile")],
     }
     for name in [n for n in STEPS if n in only]:
         before = found.get(name, [])
@@ -98,9 +100,13 @@ def measure(only: set[str], found: dict, out: Path) -> None:
 
 def summary(found: dict) -> dict:
     """The figures that are asked of it, and all rows."""
+    theirs = [*found.get("peer", []), *found.get("eager", [])]
     peers = [r["tokens_per_s"] for r in found.get("peer", []) if "failed" not in r]
-    results = [r for name in STEPS[1:] for r in found.get(name, [])]
+    results = [r for name in STEPS if name not in ("peer", "eager") for r in found.get(name, [])]
     bf16 = [r["rows"][0]["tokens_per_s"] for r in found.get("bf16", []) if r["rows"]]
+    # The best of some batch sizes is no program's best, and another GPU's figures are no comparison.
+    tried = all(len(found.get(name, [])) == len(BATCHES) for name in ("peer", "bf16"))
+    devices = {r["device"] for r in (*found.get("peer", []), *found.get("bf16", [])) if "device" in r}
     learned = [
         row["cost"]
         for r in found.get("best", [])
@@ -113,10 +119,10 @@ def summary(found: dict) -> dict:
         for row in r["rows"] + ([{"variant": "the rest", "failed": r["failed"]}] if "failed" in r else [])
     ]
     return {
-        "ratio_to_peer": max(bf16) / max(peers) if bf16 and peers else None,
+        "ratio_to_peer": max(bf16) / max(peers) if bf16 and peers and tried and len(devices) == 1 else None,
         "qat_overhead": learned[0] if learned else None,
         "device": next((r["device"] for r in results if r["rows"]), None),
-        "rows": [*found.get("peer", []), *rows],
+        "rows": [*theirs, *rows],
         "results": found,
     }
 
