@@ -28,7 +28,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ Results = dict[str, list[Row]]  # scale -> rows
 NOT_RUN, NO_CHECKPOINT = "not run", "it has no last checkpoint"
 NO_CONTROL, UNFINISHED_CONTROL = "its control has no last checkpoint", "its control is not finished"
 GONE = (NOT_RUN, NO_CONTROL, UNFINISHED_CONTROL, NO_CHECKPOINT)
+OTHER_CONTROL = "its rows were of another training of its control"
+SAME_LOSS = 1e-4  # nats: two trainings differ by more, two audits of one by less
 IDENTITY = ("stage", "config", "overrides", "seed", "run")  # of a row: which run it is of
 FIGURES = ("loss", "bits_per_byte", "kld", "kld_p99", "same_top1", "expert_agreement")
 HEALTH = ("flip_rate", "flipped", "weight_error", "scale_drift")
@@ -380,6 +382,7 @@ def _row(stage: Stage, run: Run, reference: str, judged: Row) -> Row:
         "bytes": None if judged["rule"] else deployed,
         "tokens": judged["trained_tokens"],
         "steps": judged["step"],
+        "loss_above": judged["loss_above"],
         **{key: judged[key] for name in FIGURES for key in (name, f"{name}_se")},
         "drafts": (judged["mtp_acceptance"] or [None])[0],
         "domains": {
@@ -450,13 +453,39 @@ def _enter(
 ) -> None:
     """Puts a run's rows into the results, which have a place for every run of the study, in the study's order.
 
-    That a run is not here to be judged does not replace what was found when it was.
+    That a run is not here to be judged does not replace what was found when it was. But rows of other runs that were
+    judged beside another training of its control, or are that, go: losses would be compared with the wrong one.
     """
     rows = _known(file, every)
     here = any(row.get("failed") not in GONE for row in new)
     if own and (here or all(row.get("failed") in GONE for row in rows.get(own, ()))):
-        rows[own] = list(new)
+        outdated = sorted(_outdated(rows, own, new) & every.keys())
+        rows |= {key: [every[key] | {"failed": OTHER_CONTROL}] for key in outdated} | {own: list(new)}
+        if outdated:
+            runs = ", ".join(run for _, run in outdated)
+            print(f"{own[1]}: a control was trained again, and rows of another training of it are left out: {runs}")
     write_results(file, [row for own, run in every.items() for row in rows.get(own) or [run | {"failed": NOT_RUN}]])
+
+
+def _outdated(
+    rows: Mapping[tuple[str, str], Sequence[Row]], own: tuple[str, str], new: Sequence[Row]
+) -> set[tuple[str, str]]:
+    """The other runs that have, or were judged beside, another training of what `new` has or was judged beside."""
+    judged = [row for row in new if "failed" not in row]
+    now = {row["reference"]: row["loss"] - row["loss_above"] for row in judged} | losses(judged)
+    before = losses(itertools.chain(*rows.values()))
+    changed = {name for name, loss in now.items() if name in before and abs(before[name] - loss) > SAME_LOSS}
+    return {
+        key
+        for key, found in rows.items()
+        for row in found
+        if key != own and "failed" not in row and {row["reference"], f"{row['run']}:{row['row']}"} & changed
+    }
+
+
+def losses(rows: Iterable[Row]) -> dict[str, float]:
+    """{RUN:ROW, as references name it: loss} of the rows that have figures."""
+    return {f"{row['run']}:{row['row']}": row["loss"] for row in rows if "failed" not in row}
 
 
 def _known(file: Path, every: Mapping[tuple[str, str], Row]) -> dict[tuple[str, str], list[Row]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from scipy import stats
 
-from launch.study import Row
+from launch.study import Row, losses
 from qatmoe.errors import UserError
 from qatmoe.text_table import markdown
 
@@ -36,11 +36,6 @@ def judged(rows: Sequence[Row]) -> list[Row]:
     return [r for r in rows if "failed" not in r]
 
 
-def _losses(rows: Sequence[Row]) -> dict[str, float]:
-    """{RUN:ROW, as references name it: loss}."""
-    return {f"{r['run']}:{r['row']}": r["loss"] for r in judged(rows)}
-
-
 def _of(rows: Sequence[Row], stage: str, overrides: dict[str, Any]) -> list[Row]:
     """The rows of a stage whose runs have these overrides; None: do not set it."""
     return [r for r in rows if r["stage"] == stage and all(r["overrides"].get(k) == v for k, v in overrides.items())]
@@ -57,7 +52,7 @@ def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **over
     runs = _of(rows, stage, overrides)
     found = [r for r in judged(runs) if r["row"] == row]
     failed = [r for r in runs if "failed" in r and r.get("row", row) == row]
-    controls = _losses(rows)
+    controls = losses(rows)
     failed += [r | {"failed": "its control failed"} for r in found if r["reference"] not in controls]
     found = [r for r in found if r["reference"] in controls]
     seeds = [r["seed"] for r in found]
@@ -92,7 +87,7 @@ def roundings(rows: Sequence[Row], stage: str, pattern: str, **overrides: Any) -
 
 def above_control(group: Group, rows: Sequence[Row]) -> list[float]:
     """Loss of each row minus that of the control it is compared with, which must be among `rows`."""
-    controls = _losses(rows)
+    controls = losses(rows)
     missing = [r["reference"] for r in group.rows if r["reference"] not in controls]
     if missing:
         raise UserError(f"the results have no row of {missing[0]}, the control of {group.label}: run the study again")

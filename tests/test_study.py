@@ -225,7 +225,7 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     with pytest.raises(UserError, match="is not finished"):
         judge(asked, branch, False, NOTHING)
     old = rows[3] | {"loss": 9.0}
-    study.write_results(tmp_path / "r.json", [rows[0] | {"loss": 9.0}, old])
+    study.write_results(tmp_path / "r.json", [rows[0] | {"kld": 9.0}, old])
     with pytest.raises(UserError, match="is not finished"):
         study.judge_all(asked, tmp_path / "r.json", False, NOTHING)
     assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # what was judged is kept
@@ -295,6 +295,33 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     longer = Stage(branch.sweep, branch.judged, (branch.references[0].replace(":control", ":trunk"),))
     with pytest.raises(UserError, match="qat was trained on 1,024 tokens and .*:trunk on 512: give both"):
         judge(asked, longer, False, NOTHING)
+
+
+def test_rows_beside_another_training_of_a_control_are_left_out(tmp_path, capsys):
+    """Where a trunk is trained again, and where a branch of such a one is judged; not for the noise of an audit."""
+    file = tmp_path / "r.json"
+
+    def of(stage, run, loss, above=0.0, trunk="runs/t0"):
+        name = "qat" if stage == "b" else "control"
+        return row(stage, name, 0, loss, run=run, reference=f"{trunk}:control", loss_above=above)
+
+    control, other_control = of("t", "runs/t0", 4.0), of("t", "runs/t1", 4.5, trunk="runs/t1")
+    first, second = of("b", "runs/b0", 4.1, 0.1), of("b", "runs/b1", 4.2, 0.2)
+    other = of("b", "runs/b2", 4.6, 0.1, trunk="runs/t1")
+    before = [control, other_control, first, second, other]
+    every = {(r["stage"], r["run"]): {key: r[key] for key in study.IDENTITY} for r in before}
+    gone = study.OTHER_CONTROL
+
+    def entered(new):
+        study.write_results(file, before)
+        study._enter(file, every, (new["stage"], new["run"]), [new])
+        assert ("a control was trained again" in capsys.readouterr().out) == (gone in file.read_text())
+        return [r.get("failed", r.get("loss")) for r in json.loads(file.read_text())]
+
+    assert entered(control | {"loss": 4.02}) == [4.02, 4.5, gone, gone, 4.6]
+    assert entered(first | {"loss": 4.12}) == [gone, 4.5, 4.12, gone, 4.6]  # beside a control of 4.02
+    assert entered(first | {"loss": 4.12, "loss_above": 0.12001}) == [4.0, 4.5, 4.12, 4.2, 4.6]
+    assert entered(control | {"loss": 4.00001}) == [4.00001, 4.5, 4.1, 4.2, 4.6]
 
 
 # ---- Figures over seeds ----------------------------------------------------------------------------------------------
