@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -33,18 +33,25 @@ def run(main: Callable[[], int]) -> int:
     try:
         try:
             return main()
-        except KeyboardInterrupt as e:
-            for stream, line in ((sys.stdout, ""), (sys.stderr, "; ".join(["interrupted", *map(str, e.args)]) + "\n")):
-                with contextlib.suppress(OSError, AttributeError):  # nobody may read it any more, or there is none
-                    stream.write(line)
-                    stream.flush()
-            os._exit(128 + signal.SIGINT)  # XLA may compile in a thread, which the interpreter waits for, to crash then
         finally:  # also after the SystemExit of --help
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except BrokenPipeError:
+    except KeyboardInterrupt as e:
+        _end_interrupted(e)
+    except OSError as e:
+        if isinstance(e.__context__, KeyboardInterrupt):  # of the flush, as where Ctrl-C ended the reader too
+            _end_interrupted(e.__context__)
+        if not isinstance(e, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
         return 128 + signal.SIGPIPE
+
+
+def _end_interrupted(why: KeyboardInterrupt) -> NoReturn:
+    """Ends the process: XLA may compile in a thread, which the interpreter would wait for, to crash then."""
+    with contextlib.suppress(OSError, AttributeError):  # nobody may read it any more, or there is no stderr
+        print("; ".join(["interrupted", *map(str, why.args)]), file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGINT)
 
 
 def parse(argv: Sequence[str], usage: str, options: Mapping[str, str | bool]) -> tuple[Config, dict[str, Any]]:
@@ -125,7 +132,9 @@ def load(given: str, option: str = "--config") -> ConfigDict:
             raise UserError(f"get_config() returns a {type(config).__name__}; return a ConfigDict")
         config = ConfigDict(config)  # where it was frozen it can be set again
         if unset := _unset(config, "config"):
-            raise UserError(f"{', '.join(unset)}: a required placeholder without a value; give it one in the file")
+            raise UserError(
+                f"{', '.join(unset)}: a required placeholder; give it a value in the file, not on the command line"
+            )
         return config
     except UserError as e:
         raise UserError(f"{option} {given}: {e}") from e

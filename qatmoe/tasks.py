@@ -21,7 +21,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -185,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     branches: dict[str, list[Row]] = {}
     checkpoints: dict[str, Row] = {}
+    lost: set[tuple[str, str]] = set()
     out = _out(args)
     try:
         tasks = list(dict.fromkeys(task for task in args.tasks.split(",") if task))
@@ -192,14 +193,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         mesh = local_mesh()
         with opened(tasks) as manager:
             settings = _settings(args, tasks)
-            to_come = {(name, args.branch[0]) for name in args.branch[1:]}
-            said = _say(out, [_kept(out, settings, args.run)[1]], set())
+            said = _say(out, _kept(out, settings, args.run).other, "")
             for name in args.branch or [""]:
                 phase, checkpoints[phase], branches[phase] = _measured(args, name, tasks, manager, mesh)
                 # After every branch: one may take hours. The file may have got other branches meanwhile.
-                kept, other = _kept(out, settings, args.run)
-                rows = _report(branches, checkpoints, kept)
-                said = _say(out, [other, _lost(kept, rows, to_come)], said)
+                kept = _kept(out, settings, args.run)
+                said = _say(out, kept.other, said)
+                rows = _report(branches, checkpoints, kept.rows)
+                lost = (lost | kept.pairs) - _pairs(rows)
                 write_atomically(out, json.dumps(settings | {"rows": rows}, indent=1) + "\n")
         print(table(branches))
     except UserError as e:
@@ -209,6 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return e.exit_code
     except KeyboardInterrupt as e:
         raise KeyboardInterrupt(*([f"{out} has {', '.join(branches)}"] if branches else [])) from e
+    finally:
+        if lost:
+            of = ", ".join(f"{name} to {base}" for name, base in sorted(lost))
+            print(f"warning: {out} has lost differences of {of}: give these in one call", file=sys.stderr)
     print(f"\n{NOTE}\n{out}")
     return 0
 
@@ -228,11 +233,12 @@ def _measured(
         return branch.phase, checkpoint, evaluate(model, tasks, manager, args.limit, args.num_fewshot)
 
 
-def _digest(run: str, phase: str, step: int) -> str:
-    """Of a checkpoint; "" where it is gone."""
-    with Checkpoints(run, phase) as checkpoints, contextlib.suppress(OSError):
-        return checkpoints.digest(step)
-    return ""
+def _digest(run: str, phase: str, step: int) -> str | None:
+    """Of a checkpoint; "" where there are others of the phase, None where there is none."""
+    with Checkpoints(run, phase) as checkpoints:
+        with contextlib.suppress(OSError):
+            return checkpoints.digest(step)
+        return "" if checkpoints.steps() else None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -280,30 +286,34 @@ def _settings(args: argparse.Namespace, tasks: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _say(out: Path, found: Sequence[str], said: Collection[str]) -> set[str]:
-    """Warns of what a file has that is not kept, once each; returns what has been said."""
-    for what in found:
-        if what and what not in said:
-            print(f"warning: {out} has {what}", file=sys.stderr)
-    return {*said, *found}
+class _Kept(NamedTuple):
+    """What a file has: rows of the same settings and checkpoints, what else, and which branches' differences."""
+
+    rows: list[Row]
+    other: str
+    pairs: set[tuple[str, str]]
 
 
-def _lost(before: Sequence[Row], after: Sequence[Row], to_come: Collection[tuple[str, str]]) -> str:
-    """Which differences are left out, but for those that this call will make again."""
-    pairs_before, pairs_after = (
-        {(r["branch"], r["against"]) for r in rows if "against" in r} for rows in (before, after)
-    )
-    lost = [f"{name} to {base}" for name, base in sorted(pairs_before - pairs_after - set(to_come))]
-    return f"differences of {', '.join(lost)}, which are left out: they are of branches of one call" if lost else ""
+def _say(out: Path, what: str, said: str) -> str:
+    """Warns of what a file has that is not kept, unless that has been said; returns it."""
+    if what and what != said:
+        print(f"warning: {out} has {what}", file=sys.stderr)
+    return what or said
 
 
-def _kept(out: Path, settings: dict[str, Any], run: str) -> tuple[list[Row], str]:
-    """The rows that a file has of the same settings and checkpoints, and what else it has, which is not kept.
+def _pairs(rows: Sequence[Row]) -> set[tuple[str, str]]:
+    """The differences among them: (branch, which other one it is to)."""
+    return {(row["branch"], row["against"]) for row in rows if "against" in row}
 
-    Differences to a branch of another checkpoint are taken out. What is there of a checkpoint that was deleted stays.
+
+def _kept(out: Path, settings: dict[str, Any], run: str) -> _Kept:
+    """What stays of a file: rows of the same settings whose checkpoints are those that there are.
+
+    Where all checkpoints of a phase were deleted its rows stay, unless other rows show that the run is another one.
+    Differences to a branch that goes are taken out.
     """
     if not is_there(out):
-        return [], ""
+        return _Kept([], "", set())
     try:
         there = json.loads(out.read_text(encoding="utf-8"))
         rows = there["rows"]
@@ -312,12 +322,15 @@ def _kept(out: Path, settings: dict[str, Any], run: str) -> tuple[list[Row], str
         known = {(row["branch"], row.get("step")): row.get("checkpoint") for row in rows}
         found = {key: there.get(key, "unknown") for key in settings}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return [], "no scores of tasks; it will be replaced"
+        return _Kept([], "no scores of tasks; it will be replaced", set())
     other = [f"{key}={found[key]} (now {value})" for key, value in settings.items() if found[key] != value]
     if other:
-        return [], f"{', '.join(other)}; it will be replaced"
-    gone = [branch for (branch, step), digest in known.items() if _digest(run, branch, step) not in ("", digest)]
-    return _others(rows, gone), f"another checkpoint's scores of {', '.join(gone)}, which are left out" if gone else ""
+        return _Kept([], f"{', '.join(other)}; it will be replaced", set())
+    now = {(branch, step): _digest(run, branch, step) for branch, step in known}
+    gone = [branch for (branch, step), digest in known.items() if now[branch, step] not in (None, digest)]
+    gone += [branch for (branch, step) in known if now[branch, step] is None] if gone else []
+    what = f"another checkpoint's scores of {', '.join(gone)}, which are left out" if gone else ""
+    return _Kept(_others(rows, gone), what, _pairs(rows))
 
 
 def _report(branches: dict[str, list[Row]], checkpoints: dict[str, Row], kept: Sequence[Row]) -> list[Row]:

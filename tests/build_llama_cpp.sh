@@ -22,9 +22,10 @@ if ! there; then
         [ -f "$source.tar.gz" ] || "${PYTHON:-python3}" -m pip download --no-deps --no-binary :all: "llama-cpp-python==$version"
         tar xzf "$source.tar.gz"
         [ "$(cat "$options" 2>/dev/null)" = "${CMAKE_ARGS:-}" ] || rm -rf "$source/build"
+        mkdir -p "$source/build"
+        echo "${CMAKE_ARGS:-}" > "$options"
         cmake -S "$source/vendor/llama.cpp" -B "$source/build" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
             -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF ${CMAKE_ARGS:-}
-        echo "${CMAKE_ARGS:-}" > "$options"
         cmake --build "$source/build" --target "${programs[@]}" -j "$(nproc)"
     } >&2
 fi

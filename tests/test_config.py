@@ -234,7 +234,7 @@ def get_config({}):
         ("return", ": get_config() returns a NoneType; return a ConfigDict"),
         (
             "import ml_collections; c.optim.lr = ml_collections.config_dict.required_placeholder(float)",
-            ": config.optim.lr: a required placeholder without a value; give it one in the file",
+            ": config.optim.lr: a required placeholder; give it a value in the file, not on the command line",
         ),
     ],
 )

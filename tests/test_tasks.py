@@ -261,7 +261,7 @@ def test_other_branches_of_the_same_settings_are_kept(scored, capsys):
     assert values_of(report) == {"control": 0.0, "third": 0.0, "qat": 1.0}
     assert not any("difference" in row or "against" in row for row in report["rows"])  # of the control that was
     (warning,) = capsys.readouterr().err.splitlines()
-    assert "has differences of qat to control, which are left out: they are of branches of one call" in warning
+    assert "tasks.json has lost differences of qat to control: give these in one call" in warning
     scored({"control": [1, 0], "qat": [1, 1]})
     scored({"control": [1, 0], "qat": [0, 1]})  # made again
     assert capsys.readouterr().err == ""
@@ -301,13 +301,33 @@ def test_scores_of_a_checkpoint_that_was_trained_again_are_not_kept(scored, caps
     report = scored({"qat": [1, 1]}, digests={"control": "another"})
     assert values_of(report) == {"qat": 1.0, "third": 0.0}
     assert not any("difference" in row for row in report["rows"])
-    assert "has another checkpoint's scores of control, which are left out" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "has another checkpoint's scores of control, which are left out" in err
+    assert "has lost differences of qat to control, third to control" in err
 
 
 def test_scores_of_a_checkpoint_that_was_deleted_are_kept(scored, capsys):
     scored({"control": [1, 0], "qat": [0, 1]})
-    report = scored({"third": [1, 1]}, digests={"qat": ""})
+    report = scored({"third": [1, 1]}, digests={"qat": None})
     assert values_of(report) == {"third": 1.0, "control": 0.5, "qat": 0.5} and capsys.readouterr().err == ""
+    report = scored({"third": [1, 1]}, digests={"qat": None, "control": ""})  # another run, or trained for longer
+    assert values_of(report) == {"third": 1.0}
+    assert "has another checkpoint's scores of control, qat, which are left out" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_told_from_none_and_from_another_step(tmp_path):
+    folder = tmp_path / "checkpoints" / "qat" / "7"
+    assert tasks._digest(str(tmp_path), "qat", 7) is None
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{}")
+    assert tasks._digest(str(tmp_path), "qat", 8) == "" and len(tasks._digest(str(tmp_path), "qat", 7)) == 32
+
+
+def test_differences_that_an_interruption_lost_are_named(scored, capsys):
+    scored({"control": [1, 0], "qat": [1, 1]})
+    with pytest.raises(KeyboardInterrupt):
+        scored({"control": [1, 0], "qat": KeyboardInterrupt()})
+    assert "tasks.json has lost differences of qat to control" in capsys.readouterr().err
 
 
 def test_what_was_measured_is_shown_where_a_later_branch_fails(scored, capsys):

@@ -106,7 +106,7 @@ def differences_table(of: Kinds, others: Sequence[tuple[Group, Group]]) -> str:
         for kind, group in kinds.items():
             base = at_config_rate(kind)
             plain |= {group.label: kinds[UNTAUGHT]} if base != UNTAUGHT else {}
-            at_config |= {group.label: kinds[base]} if base != kind else {}
+            at_config |= {group.label: kinds[base]} if base != kind and base in kinds else {}
     head = ["(95 % interval)", "seeds", "loss minus the control's", "minus the plain one's"]
     lines = [[*head, "minus the config's rate's", "KLD minus the config's rate's"]]
     for group in (*(g for kinds in of.values() for g in kinds.values()), *(g for g, _ in others)):
