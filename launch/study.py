@@ -56,7 +56,7 @@ NOT_RUN, NO_CHECKPOINT = "not run", "it has no last checkpoint"
 NO_CONTROL, UNFINISHED_CONTROL = "its control has no last checkpoint", "its control is not finished"
 GONE = (NOT_RUN, NO_CONTROL, UNFINISHED_CONTROL, NO_CHECKPOINT)
 OTHER_CONTROL = "its rows were of another training of its control"
-SAME_LOSS = 1e-4  # nats: two trainings differ by more, two audits of one by less
+SAME_LOSS = 1e-4  # nats: two trainings differ by more; that two audits of one, on two devices, do not is not measured
 IDENTITY = ("stage", "config", "overrides", "seed", "run")  # of a row: which run it is of
 FIGURES = ("loss", "bits_per_byte", "kld", "kld_p99", "same_top1", "expert_agreement")
 HEALTH = ("flip_rate", "flipped", "weight_error", "scale_drift")
@@ -473,13 +473,17 @@ def _outdated(
     """The other runs that have, or were judged beside, another training of what `new` has or was judged beside."""
     judged = [row for row in new if "failed" not in row]
     now = {row["reference"]: row["loss"] - row["loss_above"] for row in judged} | losses(judged)
-    before = losses(itertools.chain(*rows.values()))
-    changed = {name for name, loss in now.items() if name in before and abs(before[name] - loss) > SAME_LOSS}
+
+    def differs(name: str, loss: float) -> bool:
+        return name in now and abs(now[name] - loss) > SAME_LOSS
+
     return {
         key
         for key, found in rows.items()
         for row in found
-        if key != own and "failed" not in row and {row["reference"], f"{row['run']}:{row['row']}"} & changed
+        if key != own and "failed" not in row
+        if differs(row["reference"], row["loss"] - row["loss_above"])
+        or differs(f"{row['run']}:{row['row']}", row["loss"])
     }
 
 

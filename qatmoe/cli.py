@@ -30,17 +30,21 @@ def run(main: Callable[[], int]) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    interrupted = None
     try:
         try:
             return main()
+        except KeyboardInterrupt as e:
+            interrupted = e
+            raise
         finally:  # also after the SystemExit of --help
             if sys.stdout is not None:
                 sys.stdout.flush()
     except KeyboardInterrupt as e:
         _end_interrupted(e)
     except OSError as e:
-        if isinstance(e.__context__, KeyboardInterrupt):  # of the flush, as where Ctrl-C ended the reader too
-            _end_interrupted(e.__context__)
+        if interrupted:  # of the flush, as where Ctrl-C ended the reader too
+            _end_interrupted(interrupted)
         if not isinstance(e, BrokenPipeError):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more
@@ -49,8 +53,9 @@ def run(main: Callable[[], int]) -> int:
 
 def _end_interrupted(why: KeyboardInterrupt) -> NoReturn:
     """Ends the process: XLA may compile in a thread, which the interpreter would wait for, to crash then."""
-    with contextlib.suppress(OSError, AttributeError):  # nobody may read it any more, or there is no stderr
-        print("; ".join(["interrupted", *map(str, why.args)]), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody may read it any more
+        if sys.stderr is not None:
+            print("; ".join(["interrupted", *map(str, why.args)]), file=sys.stderr, flush=True)
     os._exit(128 + signal.SIGINT)
 
 

@@ -213,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if lost:
             of = ", ".join(f"{name} to {base}" for name, base in sorted(lost))
-            print(f"warning: {out} has lost differences of {of}: give these in one call", file=sys.stderr)
+            with contextlib.suppress(OSError):  # Ctrl-C may have ended its reader
+                print(f"warning: {out} has lost differences of {of}: give these in one call", file=sys.stderr)
     print(f"\n{NOTE}\n{out}")
     return 0
 
@@ -309,7 +310,7 @@ def _pairs(rows: Sequence[Row]) -> set[tuple[str, str]]:
 def _kept(out: Path, settings: dict[str, Any], run: str) -> _Kept:
     """What stays of a file: rows of the same settings whose checkpoints are those that there are.
 
-    Where all checkpoints of a phase were deleted its rows stay, unless other rows show that the run is another one.
+    Where all checkpoints of a phase were deleted its rows stay, unless those of others are another run's.
     Differences to a branch that goes are taken out.
     """
     if not is_there(out):
@@ -328,7 +329,10 @@ def _kept(out: Path, settings: dict[str, Any], run: str) -> _Kept:
         return _Kept([], f"{', '.join(other)}; it will be replaced", set())
     now = {(branch, step): _digest(run, branch, step) for branch, step in known}
     gone = [branch for (branch, step), digest in known.items() if now[branch, step] not in (None, digest)]
-    gone += [branch for (branch, step) in known if now[branch, step] is None] if gone else []
+    states = [(now[key], digest) for key, digest in known.items()]
+    another = any(is_now and is_now != digest for is_now, digest in states)
+    if another and not any(is_now == digest for is_now, digest in states):
+        gone += [branch for branch, step in known if now[branch, step] is None]
     what = f"another checkpoint's scores of {', '.join(gone)}, which are left out" if gone else ""
     return _Kept(_others(rows, gone), what, _pairs(rows))
 

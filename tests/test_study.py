@@ -224,7 +224,7 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     (Path(other["run"]) / "summary.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
         judge(asked, branch, False, NOTHING)
-    old = rows[3] | {"loss": 9.0}
+    old = rows[3] | {"kld": 9.0}
     study.write_results(tmp_path / "r.json", [rows[0] | {"kld": 9.0}, old])
     with pytest.raises(UserError, match="is not finished"):
         study.judge_all(asked, tmp_path / "r.json", False, NOTHING)
@@ -312,9 +312,10 @@ def test_rows_beside_another_training_of_a_control_are_left_out(tmp_path, capsys
     every = {(r["stage"], r["run"]): {key: r[key] for key in study.IDENTITY} for r in before}
     gone = study.OTHER_CONTROL
 
-    def entered(new):
+    def entered(*entries):
         study.write_results(file, before)
-        study._enter(file, every, (new["stage"], new["run"]), [new])
+        for new in entries:
+            study._enter(file, every, (new["stage"], new["run"]), [new])
         assert ("a control was trained again" in capsys.readouterr().out) == (gone in file.read_text())
         return [r.get("failed", r.get("loss")) for r in json.loads(file.read_text())]
 
@@ -322,6 +323,11 @@ def test_rows_beside_another_training_of_a_control_are_left_out(tmp_path, capsys
     assert entered(first | {"loss": 4.12}) == [gone, 4.5, 4.12, gone, 4.6]  # beside a control of 4.02
     assert entered(first | {"loss": 4.12, "loss_above": 0.12001}) == [4.0, 4.5, 4.12, 4.2, 4.6]
     assert entered(control | {"loss": 4.00001}) == [4.00001, 4.5, 4.1, 4.2, 4.6]
+    under_way = every["t", "runs/t0"] | {"failed": "trunk at step 5"}
+    assert entered(under_way, control | {"loss": 4.02}) == [4.02, 4.5, gone, gone, 4.6]
+    assert entered(under_way, control) == [4.0, 4.5, 4.1, 4.2, 4.6]
+    before[0] = control | {"loss": 4.02}  # a merged file: the branches are of the other training
+    assert entered(control) == [4.0, 4.5, 4.1, 4.2, 4.6]
 
 
 # ---- Figures over seeds ----------------------------------------------------------------------------------------------

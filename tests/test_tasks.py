@@ -310,9 +310,13 @@ def test_scores_of_a_checkpoint_that_was_deleted_are_kept(scored, capsys):
     scored({"control": [1, 0], "qat": [0, 1]})
     report = scored({"third": [1, 1]}, digests={"qat": None})
     assert values_of(report) == {"third": 1.0, "control": 0.5, "qat": 0.5} and capsys.readouterr().err == ""
-    report = scored({"third": [1, 1]}, digests={"qat": None, "control": ""})  # another run, or trained for longer
-    assert values_of(report) == {"third": 1.0}
-    assert "has another checkpoint's scores of control, qat, which are left out" in capsys.readouterr().err
+    report = scored({"third": [1, 1]}, digests={"qat": None, "control": ""})  # of which there is a later step
+    assert values_of(report) == {"third": 1.0, "qat": 0.5}
+    assert "has another checkpoint's scores of control, which are left out" in capsys.readouterr().err
+    scored({"control": [1, 0]})
+    digests = {"third": "other", "control": "other"}  # another run
+    report = scored({"third": [1, 1]}, digests=digests | {"qat": None})
+    assert values_of(report) == {"third": 1.0} and "scores of control, third, qat, which" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_told_from_none_and_from_another_step(tmp_path):
