@@ -327,12 +327,10 @@ def _kept(out: Path, settings: dict[str, Any], run: str) -> _Kept:
     other = [f"{key}={found[key]} (now {value})" for key, value in settings.items() if found[key] != value]
     if other:
         return _Kept([], f"{', '.join(other)}; it will be replaced", set())
-    now = {(branch, step): _digest(run, branch, step) for branch, step in known}
-    gone = [branch for (branch, step), digest in known.items() if now[branch, step] not in (None, digest)]
-    states = [(now[key], digest) for key, digest in known.items()]
-    another = any(is_now and is_now != digest for is_now, digest in states)
-    if another and not any(is_now == digest for is_now, digest in states):
-        gone += [branch for branch, step in known if now[branch, step] is None]
+    states = [(branch, _digest(run, branch, step), digest) for (branch, step), digest in known.items()]
+    gone = [branch for branch, now, then in states if now not in (None, then)]
+    if any(now and now != then for _, now, then in states) and not any(now == then for _, now, then in states):
+        gone += [branch for branch, now, _ in states if now is None]  # the file is of another run
     what = f"another checkpoint's scores of {', '.join(gone)}, which are left out" if gone else ""
     return _Kept(_others(rows, gone), what, _pairs(rows))
 
