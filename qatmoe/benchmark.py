@@ -256,13 +256,16 @@ def table(result: Row) -> str:
         lines.append(f"{'part, alone, forward and backward':<40}{'ms each':>9}{'times':>7}{'ms':>9}{'of a step':>11}")
         step_ms = result["rows"][0]["step_ms"]
         for p in result["parts"]:
+            if "failed" in p:
+                lines.append(f"{p['part']:<40} failed: {p['failed'][:80]}")
+                continue
             total = p["ms"] * p["times"]
             lines.append(f"{p['part']:<40}{p['ms']:>9.2f}{p['times']:>7}{total:>9.2f}{total / step_ms:>11.1%}")
     return "\n".join(lines)
 
 
 def run(cfg: Config, quants: dict[str, QuantConfig], rounds: int, with_parts: bool, data: bool) -> Iterator[Row]:
-    """What was asked for, as the JSON that --json writes: after every row all that is known."""
+    """What was asked for, as the JSON that --json writes: after every row and part all that is known."""
     with jax.set_mesh(make_mesh(cfg.mesh)):
         with_text = measure_data(cfg, rounds) if data else None  # first: its settings may be unusable
         top = ceiling(cfg.model.dtype)
@@ -285,11 +288,10 @@ def run(cfg: Config, quants: dict[str, QuantConfig], rounds: int, with_parts: bo
             result["rows"].append(row)
             yield result
         if with_parts:
-            try:
-                result["parts"] = parts.measure(cfg, rounds)
-            except jax.errors.JaxRuntimeError as e:  # memory: the rows are worth having
-                print(f"parts: failed: {' '.join(str(e).split())[:200]}", file=sys.stderr)
-            yield result
+            result["parts"] = []
+            for part in parts.measure(cfg, rounds):
+                result["parts"].append(part)
+                yield result
 
 
 def _listed(given: str, name: str) -> list[str]:

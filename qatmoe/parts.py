@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,42 +29,50 @@ from qatmoe.tree import leaves_by_path
 Part = dict[str, Any]
 
 
-def measure(cfg: Config, rounds: int) -> list[Part]:
-    """One row per part: `part`, `ms` (median of one call), `times` (calls in a step)."""
+def measure(cfg: Config, rounds: int) -> Iterator[Part]:
+    """One row per part: `part`, `ms` (median of one call), `times` (calls in a step).
+
+    Each is yielded when it is measured. A part that does not fit in memory alone has `failed`, the reason, for `ms`.
+    """
     m = dataclasses.replace(cfg.model, scan_layers=False)
     n_moe = m.n_layers - m.n_dense_layers + m.n_mtp
     depth = m.n_layers + m.n_mtp
     micro = dataclasses.replace(cfg, model=m)
-    found = [
-        ("attention", depth, _attention(micro)),
-        ("router", n_moe, _router(micro)),
+    found: list[tuple[str, int, Callable[[], Call]]] = [
+        ("attention", depth, lambda: _attention(micro)),
+        ("router", n_moe, lambda: _router(micro)),
     ]
     if m.experts == "dense":
-        found += [("dispatch and combine", n_moe, _dispatch(micro)), ("expert matmuls", n_moe, _matmuls(micro))]
+        found.append(("dispatch and combine", n_moe, lambda: _dispatch(micro)))
+        found.append(("expert matmuls", n_moe, lambda: _matmuls(micro)))
     else:
-        found += [(f"experts ({m.experts}), dispatch included", n_moe, _experts(micro))]
+        found.append((f"experts ({m.experts}), dispatch included", n_moe, lambda: _experts(micro)))
     if m.n_shared_experts:
-        found += [("shared experts", n_moe, _ffn(micro, "layers", "shared"))]
+        found.append(("shared experts", n_moe, lambda: _ffn(micro, "layers", "shared")))
     if m.n_dense_layers:
-        found += [("dense FFN", m.n_dense_layers, _ffn(micro, "dense_layers", "ffn"))]
-    found += [("head and loss", 1 + m.n_mtp, _head(micro))]
-    accumulated = cfg.train.grad_accum
-    rows = [{"part": p, "ms": _time(*f, rounds), "times": n * accumulated} for p, n, f in found]
-    del found
+        found.append(("dense FFN", m.n_dense_layers, lambda: _ffn(micro, "dense_layers", "ffn")))
+    found.append(("head and loss", 1 + m.n_mtp, lambda: _head(micro)))
+    for part, times, make in found:
+        yield _row(part, times * cfg.train.grad_accum, functools.partial(_seconds, make, rounds))
     if quant_plan(cfg)[0]:
-        rows.append(
-            {"part": f"fake quantization ({cfg.quant.scale})", "ms": _time(*_quantize(cfg), rounds), "times": 1}
-        )
-    rows.append({"part": "optimizer", "ms": _optimizer_ms(cfg, rounds), "times": 1})
-    return rows
+        name = f"fake quantization ({cfg.quant.scale})"
+        yield _row(name, 1, functools.partial(_seconds, lambda: _quantize(cfg), rounds))
+    yield _row("optimizer", 1, functools.partial(_optimizer_seconds, cfg, rounds))
 
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-def _time(call: Callable[..., Any], args: tuple[Any, ...], rounds: int) -> float:
-    """Milliseconds, median of `rounds` after two more."""
-    return seconds_of(jax.jit(call).lower(*args).compile(), args, rounds) * 1e3
+def _row(part: str, times: int, seconds: Callable[[], float]) -> Part:
+    try:
+        return {"part": part, "ms": seconds() * 1e3, "times": times}
+    except jax.errors.JaxRuntimeError as e:  # memory: the other parts are worth having
+        return {"part": part, "failed": " ".join(str(e).split())[:200], "times": times}
+
+
+def _seconds(make: Callable[[], Call], rounds: int) -> float:
+    call, args = make()
+    return seconds_of(jax.jit(call).lower(*args).compile(), args, rounds)
 
 
 def seconds_of(call: Callable[..., Any], args: tuple[Any, ...], rounds: int) -> float:
@@ -187,7 +195,7 @@ def _quantize(cfg: Config) -> Call:
     return both, (state.params, jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes))
 
 
-def _optimizer_ms(cfg: Config, rounds: int) -> float:
+def _optimizer_seconds(cfg: Config, rounds: int) -> float:
     """The update of all weights in place, their gradients bf16 or f32 as the step makes them."""
     optimizer = make_optimizer(cfg.optim)
 
@@ -206,4 +214,4 @@ def _optimizer_ms(cfg: Config, rounds: int) -> float:
         held[:] = compiled(*held, grads)
         return held
 
-    return seconds_of(again, (), rounds) * 1e3
+    return seconds_of(again, (), rounds)

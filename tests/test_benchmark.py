@@ -152,6 +152,40 @@ def test_a_ratio_to_the_peer_takes_every_batch_size_of_both_on_one_gpu():
         assert gpu.summary(found | cut)["ratio_to_peer"] is None
 
 
+def test_what_the_gpu_benchmark_times_beside_other_things_stands_in_its_page_once():
+    """The full-precision step that grids, parts and data are measured beside is a row of bf16 alone."""
+    step = {"step_ms": 10.0, "tokens_per_s": 5.0, "model_tflops": 1.0, "peak_bytes": 2**30, "compile_s": 3.0}
+    one = measured_on("x", 8, 5.0) | {"rows": [{"variant": "full precision", "cost": 0.0} | step]}
+    other = {"variant": "mxfp4, learned scales", "cost": 0.04} | step
+    parts = [{"part": "attention", "ms": 0.5, "times": 4}, {"part": "optimizer", "failed": "memory|full", "times": 1}]
+    found = {
+        "bf16": [one],
+        "mxfp4": [one | {"rows": [*one["rows"], other]}],
+        "parts": [one | {"parts": parts}],
+        "data": [one | {"data": {"real_tokens_per_s": 4.9, "ratio": 0.98}}],
+    }
+    page = gpu.table(gpu.summary(found))
+    assert page.count("full precision") == 1 and page.count("+4.0%") == 1
+    assert "| attention | 0.50 | 4 | 20.0% |\n| optimizer | memory/full | 1 | |" in page
+    assert "h100_1b over its text: 5 tokens/s, 98.0% of those" in page
+
+
+def test_the_gpu_benchmark_keeps_results_of_its_own_folder_where_the_given_one_has_none(tmp_path, monkeypatch):
+    home, out = tmp_path / "home", tmp_path / "out"
+    home.mkdir()
+    (home / "README.md").write_text("<!-- gpu: x -->\n<!-- end -->\n")
+    row = {"variant": "p", "batch_size": 8, "tokens_per_s": 5.0, "device": "x", "step_ms": 1.0, "model_tflops": 1.0}
+    row |= {"peak_bytes": 1, "compile_s": 1.0}
+    (home / "h100.json").write_text(json.dumps(gpu.summary({"eager": [row]})))
+    monkeypatch.setattr(gpu, "HERE", home)
+    monkeypatch.setattr(gpu, "peer", lambda batch, *flags: row | {"batch_size": batch, "variant": "new"})
+    monkeypatch.setattr("sys.argv", ["run.py", "--only=peer", f"--out={out}"])
+    gpu.main()
+    rows = json.loads((out / "h100.json").read_text())["rows"]
+    assert [r["variant"] for r in rows] == ["new", "new", "new", "p"]
+    assert [r["variant"] for r in json.loads((home / "h100.json").read_text())["rows"]] == ["p"]
+
+
 def test_rows_of_a_gpu_benchmark_that_failed_are_kept_with_its_reason(tmp_path, monkeypatch):
     def program(*args):
         (file,) = (a.partition("=")[2] for a in args if a.startswith("--json="))
@@ -162,6 +196,7 @@ def test_rows_of_a_gpu_benchmark_that_failed_are_kept_with_its_reason(tmp_path, 
     monkeypatch.setattr(gpu, "_python", program)
     gpu.measure({"small"}, {}, tmp_path)
     done, rest = json.loads((tmp_path / "h100.json").read_text())["rows"]
-    assert (done["variant"], rest["failed"]) == ("full precision", "exit 124: Error: it took more than 540 s")
+    assert done["variant"] == "full precision"
+    assert (rest["variant"], rest["failed"]) == ("small: the rest", "exit 124: Error: it took more than 540 s")
     assert done["config"] == rest["config"] == "h100_study"
     assert [p.name for p in tmp_path.iterdir()] == ["h100.json"]

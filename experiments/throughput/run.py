@@ -1,8 +1,9 @@
 """The training step on one GPU beside the peer's: every grid, parts, memory, compile time, loading data.
 
     python experiments/throughput/run.py            measures, writes h100.json and the table of the README; 25 minutes
-    python experiments/throughput/run.py --only peer,bf16      measures these anew, and keeps the rest of h100.json
-    python experiments/throughput/run.py --out FOLDER          h100.json there, and there are earlier results looked for
+    python experiments/throughput/run.py --only peer,mxfp4     measures these anew, and keeps the rest of h100.json
+    python experiments/throughput/run.py --out FOLDER          h100.json there; where there is none, what it keeps is
+                                                               that of this folder
     python experiments/throughput/run.py --write    writes the table from h100.json
 
 What a program has measured is in FOLDER when it is killed, too: h100.json is written after every program, and the rows
@@ -32,8 +33,9 @@ from qatmoe.report import fill_tables
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BATCHES = (8, 16, 32)
-GRIDS = {"grids2": "q2_0,ternary,ternary_256", "grids4": "q2_k,q3_k,q4_0", "gridsfp": "iq4_nl,mxfp4,nvfp4,q8_0"}
-STEPS = ("peer", "bf16", "best", *GRIDS, "parts", "fine", "small", "eager")
+GRIDS = ("q2_0", "ternary", "ternary_256", "q2_k", "q3_k", "q4_0", "iq4_nl", "mxfp4", "nvfp4", "q8_0")
+STEPS = ("peer", "bf16", "best", *GRIDS, "parts", "data", "fine", "small", "eager")
+BESIDE = (*GRIDS, "parts", "data")  # of these the full-precision step is not a row again
 PROGRAM_S = 540  # that one program may take
 
 
@@ -63,8 +65,9 @@ def _python(*args: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             command, capture_output=True, text=True, cwd=ROOT, env=os.environ | own, timeout=PROGRAM_S
         )
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 124, "", f"Error: it took more than {PROGRAM_S} s")
+    except subprocess.TimeoutExpired as e:
+        said = e.stderr.decode(errors="replace") if isinstance(e.stderr, bytes) else e.stderr or ""
+        return subprocess.CompletedProcess(command, 124, "", f"{said}\nError: it took more than {PROGRAM_S} s")
 
 
 def _failure(done: subprocess.CompletedProcess) -> dict[str, str]:
@@ -84,8 +87,9 @@ def measure(only: set[str], found: dict, out: Path) -> None:
         "peer": [functools.partial(peer, b) for b in BATCHES],
         "bf16": [of(big, b, "--grids=none") for b in BATCHES],
         "best": [of(big, 16, "--grids=q2_0", "--scales=learned")],
-        **{name: [of(big, 8, f"--grids={grids}", "--scales=learned", "--rounds=10")] for name, grids in GRIDS.items()},
-        "parts": [of(big, 8, "--grids=q2_0", "--scales=learned", "--parts=yes", "--data=yes")],
+        **{grid: [of(big, 8, f"--grids={grid}", "--scales=learned", "--rounds=10")] for grid in GRIDS},
+        "parts": [of(big, 8, "--grids=none", "--parts=yes")],
+        "data": [of(big, 8, "--grids=none", "--data=yes")],
         "fine": [of(fine, 8, "--grids=none", "--parts=yes")],
         "small": [of(small, 128, "--grids=q2_0")],
         "eager": [lambda: peer(BATCHES[0], "--no-compile")],
@@ -102,7 +106,7 @@ def summary(found: dict) -> dict:
     """The figures that are asked of it, and all rows."""
     theirs = [*found.get("peer", []), *found.get("eager", [])]
     peers = [r["tokens_per_s"] for r in found.get("peer", []) if "failed" not in r]
-    results = [r for name in STEPS if name not in ("peer", "eager") for r in found.get(name, [])]
+    results = [(name, r) for name in STEPS if name not in ("peer", "eager") for r in found.get(name, [])]
     bf16 = [r["rows"][0]["tokens_per_s"] for r in found.get("bf16", []) if r["rows"]]
     # The best of some batch sizes is no program's best, and another GPU's figures are no comparison.
     tried = all(len(found.get(name, [])) == len(BATCHES) for name in ("peer", "bf16"))
@@ -113,18 +117,21 @@ def summary(found: dict) -> dict:
         for row in r["rows"]
         if row["variant"] == "q2_0, learned scales" and "failed" not in row
     ]
-    rows = [
-        {"config": r["config"], "batch_size": r["batch_size"], **row}
-        for r in results
-        for row in r["rows"] + ([{"variant": "the rest", "failed": r["failed"]}] if "failed" in r else [])
-    ]
+    rows = [row for name, r in results for row in _rows(name, r)]
     return {
         "ratio_to_peer": max(bf16) / max(peers) if bf16 and peers and tried and len(devices) == 1 else None,
         "qat_overhead": learned[0] if learned else None,
-        "device": next((r["device"] for r in results if r["rows"]), None),
+        "device": next((r["device"] for _, r in results if r["rows"]), None),
         "rows": [*theirs, *rows],
         "results": found,
     }
+
+
+def _rows(name: str, r: dict) -> list[dict]:
+    """The rows of one program, the last of which says why it did not come to its end."""
+    rows = r["rows"][1:] if name in BESIDE else r["rows"]
+    failed = [{"variant": f"{name}: the rest", "failed": r["failed"]}] if "failed" in r else []
+    return [{"config": r["config"], "batch_size": r["batch_size"], **row} for row in rows + failed]
 
 
 def table(result: dict) -> str:
@@ -146,7 +153,31 @@ def table(result: dict) -> str:
             f"{r['peak_bytes'] / 2**30:.1f} | {r['compile_s']:.0f} | {dropped} |"
         )
     lines.append(f"\nOn {result['device']}. Ratio to the peer {result['ratio_to_peer']}, QAT {result['qat_overhead']}.")
+    lines += [line for name in STEPS for r in result["results"].get(name, []) for line in _more(r)]
     return "\n".join(lines)
+
+
+def _more(r: dict) -> list[str]:
+    """What a program measured beside steps: loading data, and the parts of a step, each alone."""
+    lines = []
+    if d := r.get("data"):
+        lines.append(
+            f"\n{r['config']} over its text: {d['real_tokens_per_s']:,.0f} tokens/s, {d['ratio']:.1%} of those without "
+            "loading."
+        )
+    if r.get("parts"):
+        step_ms = r["rows"][0]["step_ms"]
+        lines += [
+            f"\n| {r['config']}, batch {r['batch_size']}: part | ms each | times | of the step |",
+            "|---|---|---|---|",
+        ]
+        for p in r["parts"]:
+            if "failed" in p:
+                lines.append(f"| {p['part']} | {p['failed'].replace('|', '/')} | {p['times']} | |")
+                continue
+            share = p["ms"] * p["times"] / step_ms
+            lines.append(f"| {p['part']} | {p['ms']:.2f} | {p['times']} | {share:.1%} |")
+    return lines
 
 
 def main() -> None:
@@ -162,7 +193,8 @@ def main() -> None:
     result = args.out / "h100.json"
     if not args.write:
         args.out.mkdir(parents=True, exist_ok=True)
-        before = json.loads(result.read_text())["results"] if result.exists() else {}
+        earlier = [file for file in (result, HERE / result.name) if file.exists()]
+        before = json.loads(earlier[0].read_text())["results"] if earlier else {}
         measure(set(args.only.split(",")), before, args.out.absolute())
     fill_tables(HERE / "README.md", {"gpu": table(json.loads(result.read_text()))})
 
