@@ -118,6 +118,8 @@ def announce(run: Run, table: list[dict[str, Any]]) -> None:
         f"text: {stats['train_tokens']:,} tokens to train on, {stats['valid_tokens']:,} held out, "
         f"{stats['valid_bytes_per_token']:.2f} bytes per token"
     )
+    longest = longest_branch(run.cfg)
+    print(f"longest branch: {longest:,} tokens, {longest / stats['train_tokens']:.2g} passes over the text")
     if run.cfg.model.top_k == 1 < run.cfg.model.n_experts and run.cfg.model.norm_topk:
         print("with top_k=1 model.norm_topk makes every weight 1, and the loss teaches the router nothing")
     print(format_coverage(table))
@@ -128,6 +130,15 @@ def announce(run: Run, table: list[dict[str, Any]]) -> None:
     write_atomically(run.workdir / "tokenizer.json", run.data.tokenizer.json)
     run.metrics.text("config", to_json(run.cfg))
     run.metrics.text("plan", format_coverage(table))
+
+
+def longest_branch(cfg: Config) -> int:
+    """Tokens from a run's first step to the end of its longest branch; what init_from names was trained before."""
+    steps: dict[str, int] = {}
+    for name, phase in cfg.train.phases.items():
+        own = 0 if cfg.init_from and not steps else phase.steps
+        steps[name] = own + (steps[phase.start] if phase.start else 0)
+    return max(steps.values()) * cfg.train.batch_size * cfg.data.seq_len
 
 
 def trained_on(run: Run) -> dict[str, Any]:

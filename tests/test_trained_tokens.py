@@ -1,6 +1,7 @@
 """How many tokens a checkpoint was trained on, also where its run began at another run's."""
 
 import json
+import re
 import shutil
 import zlib
 
@@ -106,3 +107,13 @@ def test_checkpoints_of_before_are_counted_by_their_run(chain, job, copy, tmp_pa
     assert begun == {"trunk": 7 * STEP, "control": (7 + 2) * STEP}
     shutil.rmtree(copy / "checkpoints" / "trunk")  # what is gone had the steps of the configuration
     assert audit.open_run(copy)[0].trained_tokens == {"control": 8 * STEP}
+
+
+def test_a_run_says_how_often_its_longest_branch_sees_the_text(chain, job, tmp_path, capsys):
+    """Of a run that starts at another one's phase what it trains itself counts."""
+    for options, steps in (((), 5 + 3), ((f"--config.init_from={chain[0]}/first",), 3)):
+        job(tmp_path / f"{steps} steps", *options)
+        said = capsys.readouterr().out
+        train_tokens = int(re.search(r"text: ([\d,]+) tokens to train on", said)[1].replace(",", ""))
+        passes = f"{steps * STEP / train_tokens:.2g}"
+        assert f"longest branch: {steps * STEP:,} tokens, {passes} passes over the text\n" in said
