@@ -187,7 +187,8 @@ class Queue:
     def _note(self, number: int, _: object) -> None:
         self.signal = self.signal or number
         self._signals += 1
-        os.write(2, b"\nwaiting for the runs to save; once more to stop them at once\n")
+        with contextlib.suppress(OSError):  # the reader may be gone
+            os.write(2, b"\nwaiting for the runs to save; once more to stop them at once\n")
 
     def _pass_on(self) -> None:
         while self._passed_on < self._signals:

@@ -30,21 +30,20 @@ def run(main: Callable[[], int]) -> int:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    interrupted = None
     try:
         try:
             return main()
-        except KeyboardInterrupt as e:
-            interrupted = e
-            raise
         finally:  # also after the SystemExit of --help
             if sys.stdout is not None:
                 sys.stdout.flush()
     except KeyboardInterrupt as e:
         _end_interrupted(e)
     except OSError as e:
-        if interrupted:  # of the flush, as where Ctrl-C ended the reader too
-            _end_interrupted(interrupted)
+        before = e.__context__
+        while before:  # of the flush or of a last word, as where Ctrl-C ended the reader too
+            if isinstance(before, KeyboardInterrupt):
+                _end_interrupted(before)
+            before = before.__context__
         if not isinstance(e, BrokenPipeError):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more

@@ -77,7 +77,8 @@ class Stop:
         if self._at_once:
             self._at_once = False  # what cleans up is not interrupted again
             raise KeyboardInterrupt
-        os.write(2, b"\nstopping where nothing is lost; once more to stop at once\n")  # print is not safe in a handler
+        with contextlib.suppress(OSError):  # the reader may be gone; print is not safe in a handler
+            os.write(2, b"\nstopping where nothing is lost; once more to stop at once\n")
 
     @contextlib.contextmanager
     def at_once(self, where: str) -> Iterator[None]:

@@ -44,6 +44,7 @@ _RATIOS: dict[str, tuple[Callable[[float], float], Callable[[float], float]]] = 
     "byte_perplexity": (math.exp, math.exp),
     "bits_per_byte": (lambda a: a / math.log(2), lambda a: 1 / math.log(2)),
 }
+TRAINED_AGAIN = "trained again"  # for a digest, where a phase has earlier steps alone
 _PAIR = ("against", "difference", "difference_stderr")  # what a row has of a pair of branches
 NOTE = (
     "±: standard error over documents; difference: to the first branch, its error from pairs of the same document. "
@@ -235,11 +236,17 @@ def _measured(
 
 
 def _digest(run: str, phase: str, step: int) -> str | None:
-    """Of a checkpoint; "" where there are others of the phase, None where there is none."""
+    """Of a checkpoint. "" where there is a later one of the phase, which may go on from it, None where there is none.
+
+    Where all are earlier ones the phase was trained again: TRAINED_AGAIN, which is no checkpoint's digest.
+    """
     with Checkpoints(run, phase) as checkpoints:
         with contextlib.suppress(OSError):
             return checkpoints.digest(step)
-        return "" if checkpoints.steps() else None
+        steps = checkpoints.steps()
+    if not steps:
+        return None
+    return "" if steps[-1] > step else TRAINED_AGAIN
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -329,7 +336,8 @@ def _kept(out: Path, settings: dict[str, Any], run: str) -> _Kept:
         return _Kept([], f"{', '.join(other)}; it will be replaced", set())
     states = [(branch, _digest(run, branch, step), digest) for (branch, step), digest in known.items()]
     gone = [branch for branch, now, then in states if now not in (None, then)]
-    if any(now and now != then for _, now, then in states) and not any(now == then for _, now, then in states):
+    same, changed = ([b for b, now, then in states if now and (now == then) is equal] for equal in (True, False))
+    if changed and not same:
         gone += [branch for branch, now, _ in states if now is None]  # the file is of another run
     what = f"another checkpoint's scores of {', '.join(gone)}, which are left out" if gone else ""
     return _Kept(_others(rows, gone), what, _pairs(rows))

@@ -28,12 +28,24 @@ def test_an_interruption_ends_a_program_in_one_line_and_waits_for_no_thread(said
     assert (done.returncode, done.stdout, done.stderr) == (130, "x\n", line)
 
 
-def test_an_interruption_whose_reader_went_away_is_one_too(child_env):
-    """`PROGRAM | tee FILE`, where Ctrl-C ends both."""
-    body = "sys.stdin.read(); print('x'); raise KeyboardInterrupt"
+LAST_WORD = """
+    sys.stdin.read()
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        print()
+        raise"""
+
+
+@pytest.mark.parametrize("body", ["sys.stdin.read(); print('x'); raise KeyboardInterrupt", LAST_WORD])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_interruption_whose_reader_went_away_is_one_too(body, unbuffered, child_env):
+    """`PROGRAM | tee FILE`, where Ctrl-C ends both: what it prints is in a buffer then, or cannot be written."""
+    if unbuffered:
+        body = body.replace("print('x'); ", "")
     command = [sys.executable, "-c", PRINTS.format(body)]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    child_env = child_env | {"PYTHONUNBUFFERED": ""}  # the line is still in the buffer when Ctrl-C comes
+    child_env = child_env | {"PYTHONUNBUFFERED": unbuffered}
     with subprocess.Popen(command, env=child_env, **streams) as program:
         program.stdout.close()
         program.stdin.close()

@@ -313,10 +313,27 @@ def test_scores_of_a_checkpoint_that_was_deleted_are_kept(scored, capsys):
     report = scored({"third": [1, 1]}, digests={"qat": None, "control": ""})  # of which there is a later step
     assert values_of(report) == {"third": 1.0, "qat": 0.5}
     assert "has another checkpoint's scores of control, which are left out" in capsys.readouterr().err
-    scored({"control": [1, 0]})
+
+
+@pytest.mark.parametrize(
+    ("digest", "kept", "gone"),
+    [("", {"qat": 0.5}, "control"), (tasks.TRAINED_AGAIN, {}, "control, qat")],
+    ids=["trained for longer", "trained again"],
+)
+def test_scores_of_branches_that_another_run_does_not_have_yet_are_not_kept(digest, kept, gone, scored, capsys):
+    scored({"control": [1, 0], "qat": [0, 1]})
+    report = scored({"third": [1, 1]}, digests={"control": digest, "qat": None})
+    assert values_of(report) == {"third": 1.0} | kept
+    assert f"has another checkpoint's scores of {gone}, which are left out" in capsys.readouterr().err
+
+
+def test_scores_of_another_run_are_not_kept(scored, capsys):
+    scored({"third": [1, 1], "control": [1, 0]})
+    scored({"qat": [0, 1]})
+    capsys.readouterr()
     digests = {"third": "other", "control": "other"}  # another run
     report = scored({"third": [1, 1]}, digests=digests | {"qat": None})
-    assert values_of(report) == {"third": 1.0} and "scores of control, third, qat, which" in capsys.readouterr().err
+    assert values_of(report) == {"third": 1.0} and "scores of third, control, qat, which" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_told_from_none_and_from_another_step(tmp_path):
@@ -324,7 +341,8 @@ def test_a_checkpoint_is_told_from_none_and_from_another_step(tmp_path):
     assert tasks._digest(str(tmp_path), "qat", 7) is None
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text("{}")
-    assert tasks._digest(str(tmp_path), "qat", 8) == "" and len(tasks._digest(str(tmp_path), "qat", 7)) == 32
+    assert tasks._digest(str(tmp_path), "qat", 6) == "" and len(tasks._digest(str(tmp_path), "qat", 7)) == 32
+    assert tasks._digest(str(tmp_path), "qat", 8) == tasks.TRAINED_AGAIN
 
 
 def test_differences_that_an_interruption_lost_are_named(scored, capsys):
