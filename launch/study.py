@@ -28,7 +28,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +37,29 @@ from matplotlib.figure import Figure
 from launch import local, points, sweep
 from launch.algebra import Point, Points, chain, product
 from launch.points import Run, Sweep
+from launch.study_results import (
+    NO_CHECKPOINT,
+    NO_CONTROL,
+    NOT_RUN,
+    UNFINISHED_CONTROL,
+    Row,
+    enter,
+    has_figures,
+    known,
+    read_results,
+)
 from qatmoe import audit, cli, evaluate, metrics
 from qatmoe.convert import llama
 from qatmoe.convert.weights import NotFinite
 from qatmoe.errors import UserError
-from qatmoe.files import write_atomically
 from qatmoe.initial import source_of
 from qatmoe.mesh import local_mesh
 from qatmoe.phases import finished as phase_finished
 from qatmoe.report import fill_tables
 from qatmoe.run import Interrupted, Stop
 
-Row = dict[str, Any]
 Results = dict[str, list[Row]]  # scale -> rows
 
-# Why a run that may have been judged cannot be: its rows stay.
-NOT_RUN, NO_CHECKPOINT = "not run", "it has no last checkpoint"
-NO_CONTROL, UNFINISHED_CONTROL = "its control has no last checkpoint", "its control is not finished"
-GONE = (NOT_RUN, NO_CONTROL, UNFINISHED_CONTROL, NO_CHECKPOINT)
-OTHER_CONTROL = "its rows were of another training of its control"
-SAME_LOSS = 1e-4  # nats: two trainings differ by more; that two audits of one, on two devices, do not is not measured
-IDENTITY = ("stage", "config", "overrides", "seed", "run")  # of a row: which run it is of
 FIGURES = ("loss", "bits_per_byte", "kld", "kld_p99", "same_top1", "expert_agreement")
 HEALTH = ("flip_rate", "flipped", "weight_error", "scale_drift")
 
@@ -410,13 +412,6 @@ def load(file: str) -> dict[str, Any]:
     return points.functions_of(f"study {file}", file, ["get_study", "report"], "experiments/late_qat_2bit/study.py")
 
 
-def _read(file: Path) -> list[Row]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise UserError(f"{file} is not JSON: restore it; what it holds cannot be made again without the runs") from e
-
-
 def _check(args: argparse.Namespace, options: argparse.Namespace, study: Study) -> None:
     """Raises UserError for what cannot be done, before anything is started."""
     if study.needs_llama and not llama.installed():
@@ -438,99 +433,14 @@ def judge_all(study: Study, file: Path, partial: bool, check: Callable[[str], No
     them. Arguments and errors as `judge` has them.
     """
     every = {(s.sweep.name, str(run.folder)): _identity(s, run) for s in study.stages for run in _runs(s)}
-    lost = {run for (stage, run), rows in _known(file, every).items() if (stage, run) not in every if _figures(rows)}
+    lost = {run for (stage, run), rows in known(file, every).items() if (stage, run) not in every if has_figures(rows)}
     if lost:
         print(f"{file}: rows of {len(lost)} runs that the study no longer has are left out: {', '.join(sorted(lost))}")
     for stage in study.stages:
         for run, rows, reason in judge(study, stage, partial, check, only):
             own = (stage.sweep.name, str(run.folder))
-            _enter(file, every, own, rows or [every[own] | {"failed": reason}])
-    _enter(file, every)
-
-
-def _enter(
-    file: Path, every: Mapping[tuple[str, str], Row], own: tuple[str, str] | None = None, new: Sequence[Row] = ()
-) -> None:
-    """Puts a run's rows into the results, which have a place for every run of the study, in the study's order.
-
-    That a run is not here to be judged does not replace what was found when it was. But rows of other runs that were
-    judged beside another training of its control, or are that, go: losses would be compared with the wrong one.
-    """
-    rows = _known(file, every)
-    here = any(row.get("failed") not in GONE for row in new)
-    if own and (here or all(row.get("failed") in GONE for row in rows.get(own, ()))):
-        outdated = sorted(_outdated(rows, own, new) & every.keys())
-        rows |= {key: [every[key] | {"failed": OTHER_CONTROL}] for key in outdated} | {own: list(new)}
-        if outdated:
-            runs = ", ".join(run for _, run in outdated)
-            print(f"{own[1]}: a control was trained again, and rows of another training of it are left out: {runs}")
-    write_results(file, [row for own, run in every.items() for row in rows.get(own) or [run | {"failed": NOT_RUN}]])
-
-
-def _outdated(
-    rows: Mapping[tuple[str, str], Sequence[Row]], own: tuple[str, str], new: Sequence[Row]
-) -> set[tuple[str, str]]:
-    """The other runs that have, or were judged beside, another training of what `new` has or was judged beside."""
-    judged = [row for row in new if "failed" not in row]
-    now = {row["reference"]: row["loss"] - row["loss_above"] for row in judged} | losses(judged)
-
-    def differs(name: str, loss: float) -> bool:
-        return name in now and abs(now[name] - loss) > SAME_LOSS
-
-    return {
-        key
-        for key, found in rows.items()
-        for row in found
-        if key != own and "failed" not in row
-        if differs(row["reference"], row["loss"] - row["loss_above"])
-        or differs(f"{row['run']}:{row['row']}", row["loss"])
-    }
-
-
-def losses(rows: Iterable[Row]) -> dict[str, float]:
-    """{RUN:ROW, as references name it: loss} of the rows that have figures."""
-    return {f"{row['run']}:{row['row']}": row["loss"] for row in rows if "failed" not in row}
-
-
-def _known(file: Path, every: Mapping[tuple[str, str], Row]) -> dict[tuple[str, str], list[Row]]:
-    """The rows of a file by stage and run, under the names that runs have now: a name may change, its digits do not."""
-    now_called = {_digits(own): own for own in every}
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in _read(file) if file.exists() else []:
-        found.setdefault((row["stage"], row["run"]), []).append(row)
-    known: dict[tuple[str, str], list[Row]] = {}
-    now = {}
-    # A merged file may have a run under two names: what was judged counts, then how it failed, then today's name.
-    for before, rows in sorted(found.items(), key=lambda item: (*_worth(item[1]), item[0] not in every)):
-        own = before if before in every else now_called.get(_digits(before), before)
-        now[before[1]] = own[1]
-        known.setdefault(own, [row | {key: every[own][key] for key in IDENTITY if own in every} for row in rows])
-    for row in itertools.chain(*known.values()):
-        if "reference" in row:
-            folder, _, phase = row["reference"].rpartition(":")
-            row["reference"] = f"{now.get(folder, folder)}:{phase}"
-    return known
-
-
-def _worth(rows: Sequence[Row]) -> tuple[bool, bool]:
-    """Sorts a run's rows: those with figures, then those that say how it failed, then those of one that is not here."""
-    return not _figures(rows), all(row.get("failed") in GONE for row in rows)
-
-
-def _digits(own: tuple[str, str]) -> tuple[str, str]:
-    stage, run = own
-    return stage, run[-points.DIGITS :]
-
-
-def _figures(rows: Sequence[Row]) -> bool:
-    """Whether a run was judged."""
-    return any("failed" not in row for row in rows)
-
-
-def write_results(file: Path, rows: Sequence[Row]) -> None:
-    """One line a row, so that a change shows what changed."""
-    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
-    write_atomically(file, f"[\n{lines}\n]\n")
+            enter(file, every, own, rows or [every[own] | {"failed": reason}])
+    enter(file, every)
 
 
 def report(file: str, make: Callable[[Results], Report]) -> None:
@@ -540,7 +450,7 @@ def report(file: str, make: Callable[[Results], Report]) -> None:
       UserError: there are no results, they are damaged or lack a row, or README.md lacks a table's markers.
     """
     folder = Path(file).parent
-    results = {found.stem: _read(found) for found in sorted(folder.glob("*.json"))}
+    results = {found.stem: read_results(found) for found in sorted(folder.glob("*.json"))}
     if not results:
         raise UserError(f"{folder} has no results yet: run the study without --report")
     if not (folder / "README.md").is_file():

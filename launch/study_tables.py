@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from scipy import stats
 
-from launch.study import Row, losses
+from launch.study_results import OTHER_CONTROL, Row, control_loss, losses, other_loss
 from qatmoe.errors import UserError
 from qatmoe.text_table import markdown
 
@@ -53,8 +53,9 @@ def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **over
     found = [r for r in judged(runs) if r["row"] == row]
     failed = [r for r in runs if "failed" in r and r.get("row", row) == row]
     controls = losses(rows)
-    failed += [r | {"failed": "its control failed"} for r in found if r["reference"] not in controls]
-    found = [r for r in found if r["reference"] in controls]
+    faults = [(r, _control_fault(r, controls)) for r in found]
+    failed += [r | {"failed": fault} for r, fault in faults if fault]
+    found = [r for r, fault in faults if not fault]
     seeds = [r["seed"] for r in found]
     if not (found or failed) or len(set(seeds)) < len(seeds):
         which = "more than one row of a seed" if found else "no row"
@@ -67,6 +68,14 @@ def select(rows: Sequence[Row], label: str, stage: str, row: str = "qat", **over
     else:
         label += "".join(f" (seed {' '.join(of)}: {reason})" for reason, of in seeds_by_reason.items())
     return Group(label, sorted(found, key=lambda r: r["seed"]))
+
+
+def _control_fault(row: Row, controls: dict[str, float]) -> str:
+    """Why a row cannot be compared with its control; "" where it can."""
+    control = controls.get(row["reference"])
+    if control is None:
+        return "its control has no figures"
+    return OTHER_CONTROL if other_loss(control, control_loss(row)) else ""
 
 
 def roundings(rows: Sequence[Row], stage: str, pattern: str, **overrides: Any) -> list[Group]:

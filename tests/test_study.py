@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from study_rows import row, runs_of
 
-from launch import points, study, study_tables, sweep
+from launch import points, study, study_results, study_tables, sweep
 from launch.algebra import chain, values
 from launch.points import Sweep
 from launch.study import Stage, Study, beside, branches
@@ -225,14 +225,14 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     with pytest.raises(UserError, match="is not finished"):
         judge(asked, branch, False, NOTHING)
     old = rows[3] | {"kld": 9.0}
-    study.write_results(tmp_path / "r.json", [rows[0] | {"kld": 9.0}, old])
+    study_results.write_results(tmp_path / "r.json", [rows[0] | {"kld": 9.0}, old])
     with pytest.raises(UserError, match="is not finished"):
         study.judge_all(asked, tmp_path / "r.json", False, NOTHING)
     assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # what was judged is kept
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING)
     *_, failed = json.loads((tmp_path / "r.json").read_text())
     assert failed["failed"].startswith("partial: qat at step 2") and failed["overrides"] == other["overrides"]
-    study.write_results(tmp_path / "r.json", [old])
+    study_results.write_results(tmp_path / "r.json", [old])
     study.judge_all(asked, tmp_path / "r.json", False, NOTHING, "/t/")
     assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # its folder is not looked at
     (tmp_path / "r.json").unlink()
@@ -242,8 +242,8 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     found = json.loads((tmp_path / "r.json").read_text())
     assert [r["failed"] for r in found] == ["not run", "its control has no last checkpoint"]
     shutil.move(tmp_path / "away", control["run"])
-    study.write_results(tmp_path / "r.json", [*rows[:3], old])
-    for folder, reason in ((control["run"], study.NO_CONTROL), (other["run"], study.NO_CHECKPOINT)):
+    study_results.write_results(tmp_path / "r.json", [*rows[:3], old])
+    for folder, reason in ((control["run"], study_results.NO_CONTROL), (other["run"], study_results.NO_CHECKPOINT)):
         shutil.move(Path(folder) / "checkpoints", tmp_path / "away")
         with pytest.raises(UserError, match=f"{other['run']}: {reason} here.*: bring it back"):
             judge(asked, branch, False, NOTHING)
@@ -259,16 +259,16 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     ]
     assert all("/label-" in r["run"] and "/label-" in r["reference"] for r in shorter)
     del shorter[0]["overrides"]["train.seed"]  # its default
-    study.write_results(
+    study_results.write_results(
         tmp_path / "r.json", [failed | {"failed": "not run"}, *shorter, shorter[3] | {"run": "x/y-" + old["run"][-10:]}]
     )
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/t/")
     assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # known by digits, each run once
     before = failed | {"failed": "its loss is not finite", "run": "runs/b/label-" + failed["run"][-10:]}
-    study.write_results(tmp_path / "r.json", [*rows[:3], failed | {"failed": "not run"}, before])
+    study_results.write_results(tmp_path / "r.json", [*rows[:3], failed | {"failed": "not run"}, before])
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/t/")
     assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], before | {"run": failed["run"]}]
-    study.write_results(tmp_path / "r.json", [*rows[:3], old | {"run": "runs/b/label-0123456789"}])
+    study_results.write_results(tmp_path / "r.json", [*rows[:3], old | {"run": "runs/b/label-0123456789"}])
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/t/")
     assert "1 runs that the study no longer has are left out: runs/b/label-0123456789" in capsys.readouterr().out
     *_, other_config = json.loads((tmp_path / "r.json").read_text())
@@ -276,10 +276,10 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     summary = Path(control["run"]) / "summary.json"
     text = summary.read_text()
     summary.unlink()
-    study.write_results(tmp_path / "r.json", [*rows[:3], old])
+    study_results.write_results(tmp_path / "r.json", [*rows[:3], old])
     shutil.move(Path(control["run"]) / "checkpoints", tmp_path / "away")
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING, "/b/")
-    assert f"{other['run']}: passed over, {study.UNFINISHED_CONTROL}" in capsys.readouterr().out
+    assert f"{other['run']}: passed over, {study_results.UNFINISHED_CONTROL}" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text()) == [*rows[:3], old]  # its control is trained again
     shutil.move(tmp_path / "away", Path(control["run"]) / "checkpoints")
     summary.write_text(text)
@@ -309,14 +309,14 @@ def test_rows_beside_another_training_of_a_control_are_left_out(tmp_path, capsys
     first, second = of("b", "runs/b0", 4.1, 0.1), of("b", "runs/b1", 4.2, 0.2)
     other = of("b", "runs/b2", 4.6, 0.1, trunk="runs/t1")
     before = [control, other_control, first, second, other]
-    every = {(r["stage"], r["run"]): {key: r[key] for key in study.IDENTITY} for r in before}
-    gone = study.OTHER_CONTROL
+    every = {(r["stage"], r["run"]): {key: r[key] for key in study_results.IDENTITY} for r in before}
+    gone = study_results.OTHER_CONTROL
 
     def entered(*entries):
-        study.write_results(file, before)
+        study_results.write_results(file, before)
         for new in entries:
-            study._enter(file, every, (new["stage"], new["run"]), [new])
-        assert ("a control was trained again" in capsys.readouterr().out) == (gone in file.read_text())
+            study_results.enter(file, every, (new["stage"], new["run"]), [new])
+        assert ("the loss of a control is another one now" in capsys.readouterr().out) == (gone in file.read_text())
         return [r.get("failed", r.get("loss")) for r in json.loads(file.read_text())]
 
     assert entered(control | {"loss": 4.02}) == [4.02, 4.5, gone, gone, 4.6]
@@ -328,6 +328,11 @@ def test_rows_beside_another_training_of_a_control_are_left_out(tmp_path, capsys
     assert entered(under_way, control) == [4.0, 4.5, 4.1, 4.2, 4.6]
     before[0] = control | {"loss": 4.02}  # a merged file: the branches are of the other training
     assert entered(control) == [4.0, 4.5, 4.1, 4.2, 4.6]
+    assert study_tables.select([before[0], first], "x", "b") == (f"x (seed 0: {gone})", [])
+    before[0], unknown = control, first | {"loss_above": None}  # the control's loss was not finite where it was judged
+    assert entered(unknown) == [4.0, 4.5, 4.1, 4.2, 4.6]
+    before[2] = unknown
+    assert entered(control | {"loss": 4.02}) == [4.02, 4.5, 4.1, gone, 4.6]
 
 
 # ---- Figures over seeds ----------------------------------------------------------------------------------------------
@@ -448,7 +453,7 @@ def test_the_command(tmp_path, capsys):
     err = capsys.readouterr().err.splitlines()
     assert "ZeroDivisionError: division by zero" in err[0] and "SyntaxError" in err[1]
     for name in ("a", "b"):
-        study.write_results(tmp_path / f"{name}.json", [])
+        study_results.write_results(tmp_path / f"{name}.json", [])
     (tmp_path / "README.md").write_text("<!-- t: x -->\nold\n<!-- end -->\n")
     assert study.main([str(file), "--report"]) == 0
     assert "['a', 'b']" in (tmp_path / "README.md").read_text() and (tmp_path / "figure.png").stat().st_size > 1000

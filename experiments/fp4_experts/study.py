@@ -25,7 +25,8 @@ from experiments.fp4_experts.pairs import (
     searched_table,
 )
 from experiments.scales import FULL, RATE, experts_on, grid_name, rate_kind, rates_name, taught_name
-from launch.study import Report, Results, Row, Study, branches
+from launch.study import Report, Results, Study, branches
+from launch.study_results import Row
 from launch.study_tables import Group, dots, numbers_of_seeds, roundings, select, table
 
 EARLIER = Path(__file__).parent / "earlier" / "small.json"  # results of the study on another machine

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 
 from experiments import scales
 from experiments.scales import Scale, experts_on, grid_name, taught_name
-from launch.study import Report, Results, Row, Stage, Study, beside
+from launch.study import Report, Results, Stage, Study, beside
+from launch.study_results import Row
 from launch.study_tables import Group, by_seed, mean_se, numbers_of_seeds, select, with_interval, with_se
 from qatmoe.text_table import markdown
 

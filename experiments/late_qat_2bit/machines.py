@@ -9,7 +9,7 @@ from pathlib import Path
 from experiments.late_qat_2bit.recipes import BEST, best_of
 from experiments.late_qat_2bit.tables import Groups, goals_of, groups_of, rates_of, shares_of
 from experiments.scales import DISTILL, RATE, TEACHER, Scale
-from launch.study import Row
+from launch.study_results import Row
 from launch.study_tables import above_control, compared, minus, select, table, with_interval, with_se
 from qatmoe.text_table import markdown
 

@@ -18,7 +18,8 @@ from experiments import scales
 from experiments.late_qat_2bit import recipes
 from experiments.late_qat_2bit.machines import machines_tables
 from experiments.late_qat_2bit.tables import Groups, groups_of, shares_of, tables_of
-from launch.study import Report, Results, Row, Study
+from launch.study import Report, Results, Study
+from launch.study_results import Row
 from launch.study_tables import Group, dots, judged, mean_se
 
 COLORS = "rounding (black), QAT, other rates (purple), no grid (blue)"

@@ -21,7 +21,7 @@ from experiments.late_qat_2bit.recipes import (
     without_control,
 )
 from experiments.scales import DISTILL, FULL, QUANTIZE, RATE, TEACHER, Scale, taught_name
-from launch.study import Row
+from launch.study_results import Row
 from launch.study_tables import (
     Group,
     above_control,

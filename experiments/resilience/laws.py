@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from launch.study import Row
+from launch.study_results import Row
 from launch.study_tables import Group, above_control, by_seed, mean_se, student, with_se
 from qatmoe.text_table import markdown
 

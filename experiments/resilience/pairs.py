@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 from experiments.resilience.laws import CONTROL, FULL_TAUGHT, Found, gaps_of
-from launch.study import Row
+from launch.study_results import Row
 from launch.study_tables import Group, above_control, compared, with_interval
 from qatmoe.text_table import markdown
 

@@ -16,7 +16,8 @@ from experiments import scales
 from experiments.resilience import width
 from experiments.resilience.laws import CONTROL, JUDGED, PTQ, Found, draw, gaps_table, laws_table, left_out
 from experiments.scales import Scale, grid_name
-from launch.study import Report, Results, Row, Study
+from launch.study import Report, Results, Study
+from launch.study_results import Row
 from launch.study_tables import judged, select
 
 

@@ -27,7 +27,7 @@ from experiments.resilience.laws import (
 from experiments.resilience.pairs import growth_table, shares_table, taught_table
 from experiments.scales import FULL, RATE_ALL, Scale, taught_name
 from launch.algebra import Point, product
-from launch.study import Row
+from launch.study_results import Row
 from launch.study_tables import Group, by_seed, judged, select
 from qatmoe.text_table import markdown
 
