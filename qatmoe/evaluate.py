@@ -375,7 +375,7 @@ def evaluate(
                     f"same top-1 {_number(result['same_top1'])}, {seconds:.1f} s, {bench.tokens_per_s:,.0f} tokens/s",
                     flush=True,
                 )
-        except (Interrupted, BrokenPipeError):
+        except (Interrupted, BrokenPipeError, UserError):  # of the rows that there are
             record.report()
             raise
         record.report()

@@ -20,6 +20,7 @@ from qatmoe import audit_report, cli, evaluate, files, loss
 from qatmoe.audit import open_run
 from qatmoe.convert.weights import Branch, read_config
 from qatmoe.data import batches, corpus
+from qatmoe.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -254,6 +255,18 @@ def test_a_reader_that_goes_away_ends_it_between_rows(copy, text, monkeypatch):
         again(copy, text)
     assert [row["row"] for row in rows_of(copy)] == NAMES[:2]
     assert "q2_0 search" in (copy / "audit.md").read_text()
+
+
+def test_a_row_that_cannot_be_judged_ends_it_with_a_report_of_the_others(copy, text, monkeypatch, capsys):
+    (copy / "audit.json").unlink()
+
+    def unusable():
+        raise UserError("its weights are gone")
+
+    judged(monkeypatch, 2, unusable)
+    assert again(copy, text) == 2
+    assert capsys.readouterr().err == "error: its weights are gone\n"
+    assert "search" in (copy / "audit.md").read_text()
 
 
 def test_rows_join_those_on_record(copy, text, monkeypatch):
