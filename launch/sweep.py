@@ -3,7 +3,7 @@
     python -m launch.sweep launch/sweeps/toys.py [--dir runs/NAME] [--dry_run]
     python -m launch.sweep launch/sweeps/toys.py --slots 2 --restarts 3                   on this machine
     python -m launch.sweep launch/sweeps/grids.py --backend slurm --option partition=a100 --option gpus_per_node=1
-    python -m launch.sweep launch/sweeps/grids.py --backend skypilot --option accelerators=tpu-v5e-16 \
+    python -m launch.sweep launch/sweeps/grids.py --backend skypilot --option accelerators=tpu-v5e-16 \\
         --option bucket=gs://B
     python -m launch.sweep launch/sweeps/grids.py --backend jobset --option image=I --option claim=C
 

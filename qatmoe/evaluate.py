@@ -431,7 +431,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", required=True, help="folder of a run (the training command's --workdir)")
     parser.add_argument("--reference", default="", metavar="[RUN:]PHASE", help="to compare with; control by default")
     parser.add_argument(
-        "--text", action="append", default=[], metavar="NAME=PATH", help="another domain: a file, folder or glob"
+        "--text",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="another domain: a file, folder, glob, or hf:DATASET",
     )
     parser.add_argument("--text_key", default="", help="field that holds the text in the rows of every --text")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of each domain (%(default)s)")

@@ -65,7 +65,7 @@ def chosen(rows: list[dict]) -> set[str]:
     """
     in_files = [r for r in rows if r["joined_rows"] == 1]
     beside = [r for qat in rows if qat["group"] == "qat" for of in (rows, in_files) for r in rivals(of, qat) if r]
-    names = {r["row"] for r in beside} | {"control/q2_0/search"} | set(BRANCHES)
+    names = {r["row"] for r in beside} | {f"control/q2_0/{rule}" for rule in ("absmax", "search")} | set(BRANCHES)
     names |= {f"qat/{kind}/stock" for kind in AGAIN}
     return names | {f"{branch}/kv/q4_0" for branch in BRANCHES}
 
