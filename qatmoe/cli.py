@@ -39,11 +39,13 @@ def run(main: Callable[[], int]) -> int:
     except KeyboardInterrupt as e:
         _end_interrupted(e)
     except OSError as e:
-        before = e.__context__
-        while before:  # of the flush or of a last word, as where Ctrl-C ended the reader too
-            if isinstance(before, KeyboardInterrupt):
-                _end_interrupted(before)
+        before: BaseException | None = e
+        while isinstance(
+            before, BrokenPipeError
+        ):  # of the flush or of a last word, as where Ctrl-C ended the reader too
             before = before.__context__
+        if isinstance(before, KeyboardInterrupt):
+            _end_interrupted(before)
         if not isinstance(e, BrokenPipeError):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it once more

@@ -16,6 +16,7 @@ import difflib
 import importlib.metadata
 import json
 import math
+import operator
 import sys
 import tempfile
 import traceback
@@ -327,7 +328,7 @@ def _kept(out: Path, settings: dict[str, Any], run: str) -> _Kept:
         rows = there["rows"]
         if not all(isinstance(name, str) for row in rows for name in (row["branch"], row.get("against", ""))):
             raise TypeError
-        known = {(row["branch"], row.get("step")): row.get("checkpoint") for row in rows}
+        known = {(row["branch"], operator.index(row["step"])): row.get("checkpoint") for row in rows}
         found = {key: there.get(key, "unknown") for key in settings}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return _Kept([], "no scores of tasks; it will be replaced", set())

@@ -119,7 +119,7 @@ def announce(run: Run, table: list[dict[str, Any]]) -> None:
         f"{stats['valid_bytes_per_token']:.2f} bytes per token"
     )
     longest = longest_branch(run.cfg)
-    print(f"longest branch: {longest:,} tokens, {longest / stats['train_tokens']:.2g} passes over the text")
+    print(f"longest branch: {longest:,} tokens, {longest / stats['train_tokens']:,.2f} passes over the text")
     if run.cfg.model.top_k == 1 < run.cfg.model.n_experts and run.cfg.model.norm_topk:
         print("with top_k=1 model.norm_topk makes every weight 1, and the loss teaches the router nothing")
     print(format_coverage(table))

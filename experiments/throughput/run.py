@@ -1,6 +1,6 @@
 """The training step on one GPU beside the peer's: every grid, parts, memory, compile time, loading data.
 
-    python experiments/throughput/run.py            measures, writes h100.json and the table of the README; 25 minutes
+    python experiments/throughput/run.py            measures, writes h100.json and the table of the README
     python experiments/throughput/run.py --only peer,mxfp4     measures these anew, and keeps the rest of h100.json
     python experiments/throughput/run.py --out FOLDER          h100.json there; where there is none, what it keeps is
                                                                that of this folder
