@@ -43,6 +43,7 @@ class Scale:
     widths: Points = dataclasses.field(default_factory=list)  # the study of width: models of other widths
     width_rates: Sequence[Sequence[float]] = ()  # for each width, searched on the first seed
     best_rates: Sequence[float] = ()  # for each width, that of the lowest control: on every seed
+    in_depth: int = 0  # how many widths, from the first, are trained on less text and with a teacher too
     less_text: Points = dataclasses.field(default_factory=list)  # what is set for less of it, at each width's best rate
     common: Point = dataclasses.field(default_factory=dict)  # what is set in every run
     texts: tuple[str, ...] = ()
@@ -79,14 +80,14 @@ class Scale:
     def by_width(self, judged: str) -> list[Stage]:
         """As `trunks` at several widths, and no MTP module: rates searched, then every seed, then less text.
 
-        With all of the text branches with a teacher too, on q2_0 and in full precision. No stage where there are no
-        widths.
+        With all of the text branches with a teacher too, on q2_0 and in full precision. Less text and a teacher at the
+        widths of `widths_in_depth` alone. No stage where there are no widths.
         """
         if not self.widths:
             return []
-        seeds, best = self._seeds(kept=1), self.best_widths()
-        points = chain(product(self.searched_widths(), seeds[:1]), product(best, seeds[1:]))
-        shorter = product(best, self.less_text, seeds)
+        seeds = self._seeds(kept=1)
+        points = chain(product(self.searched_widths(), seeds[:1]), product(self.best_widths(), seeds[1:]))
+        shorter = product(self.widths_in_depth(), self.less_text, seeds)
         sweeps = {f"{self.name}_width": points, f"{self.name}_width_text": shorter}
         no_mtp = values("model.n_mtp", [0])
         whole, less = (Stage(Sweep(name, self.config, product(no_mtp, p)), judged) for name, p in sweeps.items())
@@ -99,7 +100,7 @@ class Scale:
         return joined(
             *(
                 branches(trunks, name, self.branch, product(where, teacher, values(RATE, [2 * at[RATE_ALL]])), at=at)
-                for at in self.best_widths()
+                for at in self.widths_in_depth()
             )
         )
 
@@ -111,6 +112,10 @@ class Scale:
     def best_widths(self) -> Points:
         """Each width at its best rate."""
         return zip_(self.widths, values(RATE_ALL, self.best_rates))
+
+    def widths_in_depth(self) -> Points:
+        """Of those the ones with less text and a teacher too."""
+        return self.best_widths()[: self.in_depth]
 
     def on_grid(self, trunks: Stage, grid: str) -> Stage:
         """QAT of all experts on a grid, from trunks of any size."""
@@ -214,9 +219,10 @@ SMALL = Scale(
     tokens=32_768,
     more_seeds={"fp4_experts": (3, 4, 5, 6, 7, 8), "iso_memory": (3, 4), "late_qat_2bit": (3, 4, 5)},
     fp4_rate_seeds=(6, 7, 8),  # one machine ran these with all of their branches
-    widths=chain(*map(of_width, (64, 128, 192))),
-    width_rates=((0.0025, 0.005, 0.01), (0.0025, 0.005, 0.01), (0.00125, 0.0025, 0.005)),
-    best_rates=(0.005, 0.005, 0.0025),
+    widths=chain(*map(of_width, (64, 128, 192, 256))),
+    width_rates=((0.0025, 0.005, 0.01), (0.0025, 0.005, 0.01), (0.00125, 0.0025, 0.005), (0.00125, 0.0025, 0.005)),
+    best_rates=(0.005, 0.005, 0.0025, 0.0025),
+    in_depth=3,  # width 256 takes six times as long as width 64
     less_text=chain(  # a half and a quarter
         of_text(trunk=450, warmup=25, branch=275),
         of_text(trunk=225, warmup=12, branch=138),

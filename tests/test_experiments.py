@@ -414,7 +414,7 @@ def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():
     """Rates are searched on the first seed, the best is on every seed, and less text is less of every phase."""
     s = scales.SMALL
     whole, shorter, *taught = s.by_width("^qat$")
-    for width, rates, rate in zip(s.widths, s.width_rates, s.best_rates, strict=True):
+    for i, (width, rates, rate) in enumerate(zip(s.widths, s.width_rates, s.best_rates, strict=True)):
         assert min(rates) < rate < max(rates)  # no best one at an edge
         own = [p for p in whole.sweep.points if width.items() <= p.items()]
         searched = {(p["optim.lr"], p["train.seed"]) for p in own}
@@ -423,8 +423,8 @@ def test_a_width_of_less_text_has_the_shape_and_rate_of_the_whole():
         less = [p for p in shorter.sweep.points if width.items() <= p.items()]
         phases = ("trunk", "control", "qat")
         steps = [(*(p[f"train.phases.{n}.steps"] for n in phases), p["train.phases.trunk.warmup"]) for p in less]
-        assert {p["optim.lr"] for p in less} == {rate}
-        assert sorted(steps) == [(225, 138, 138, 12)] * 3 + [(450, 275, 275, 25)] * 3
+        assert {p["optim.lr"] for p in less} <= {rate}
+        assert sorted(steps) == ([(225, 138, 138, 12)] * 3 + [(450, 275, 275, 25)] * 3 if i < s.in_depth else [])
     phases = runs_of(whole)[0].config.train.phases
     assert [phases[name].steps for name in ("trunk", "control", "qat")] == [900, 550, 550]  # of which they are parts
     assert phases["trunk"].warmup == 50

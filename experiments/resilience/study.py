@@ -2,7 +2,7 @@
 
     python -m launch.study experiments/resilience/study.py --slots 2
 
-Four sizes, a factor of 8 in the number of experts, and three widths, a factor of 9 in quantized parameters; no MTP
+Four sizes, a factor of 8 in the number of experts, and four widths, a factor of 16 in quantized parameters; no MTP
 module. For rounding and for QAT: the loss above the control of the same size, and a power law in the number of
 quantized parameters through it, with the uncertainty that seeds give it.
 """

@@ -37,22 +37,24 @@ JUDGED = "^(control|qat)$|^control/(" + "|".join(ROUNDINGS.values()) + ")$"  # r
 ROWS = {CONTROL: "control"} | {name: f"control/{row}" for name, row in ROUNDINGS.items()} | {QAT: "qat"}
 TAUGHT = f"{QAT}, taught"
 ALIKE = f"{TAUGHT}: above full precision, taught"
-WIDTH_COLORS = ("tab:purple", "tab:orange", "tab:cyan")
+WIDTH_COLORS = ("tab:purple", "tab:orange", "tab:cyan", "tab:pink")
 
 
 def tables(s: Scale, rows: Sequence[Row], by_width: Axes, by_text: Axes) -> dict[str, str]:
     """The search of rates; gaps at every width's best one, with all of the text and with less; laws through them."""
     stage = f"{s.name}_width"
-    whole, less = s.best_widths(), product(s.less_text, s.best_widths())
-    found = groups_at(rows, stage, whole)
-    if not found:
+    whole, in_depth = s.best_widths(), s.widths_in_depth()
+    less = product(s.less_text, in_depth)
+    found, found_in_depth = groups_at(rows, stage, whole), groups_at(rows, stage, in_depth)
+    if not found_in_depth:
         by_width.set_visible(False)
         by_text.set_visible(False)
         names = ("rates", "text", "laws", "planes", "shares", "growth", "taught", "taught_laws", "taught_gains")
         return {f"{stage}_{table}": "No width is complete." for table in names}
     shorter = groups_at(rows, f"{stage}_text", less)
     cells = {name: [*groups, *shorter.get(name, [])] for name, groups in found.items()}
-    taught = taught_at(rows, stage, [point for point in whole if is_judged(rows, stage, point)])
+    controls = {CONTROL: found_in_depth[CONTROL]}
+    taught = taught_at(rows, stage, [point for point in in_depth if is_judged(rows, stage, point)])
     draw(by_width, found | taught, rows)
     by_width.set_title(f"{s.name}: what few bits cost, by width", fontsize=10)
     draw_text(by_text, cells, rows)
@@ -66,9 +68,9 @@ def tables(s: Scale, rows: Sequence[Row], by_width: Axes, by_text: Axes) -> dict
         f"{stage}_planes": planes_table(cells, rows),
         f"{stage}_shares": shares_table(cells, rows, (GPTQ, "2 bits, PTQ"), (QAT, "2 bits, PTQ"), (QAT, GPTQ)),
         f"{stage}_growth": growth_table(cells, rows),
-        f"{stage}_taught": gaps_table({CONTROL: found[CONTROL]} | taught, rows) + left_out(of_fewer_seeds(taught)),
-        f"{stage}_taught_laws": laws_table({CONTROL: found[CONTROL]} | taught, rows),
-        f"{stage}_taught_gains": taught_table(taught, found[QAT], rows),
+        f"{stage}_taught": gaps_table(controls | taught, rows) + left_out(of_fewer_seeds(taught)),
+        f"{stage}_taught_laws": laws_table(controls | taught, rows),
+        f"{stage}_taught_gains": taught_table(taught, found_in_depth[QAT], rows),
     }
 
 
@@ -126,13 +128,18 @@ def list_table(found: Found, rows: Sequence[Row]) -> str:
 
 
 def exponents_table(cells: Found, rows: Sequence[Row]) -> str:
-    """The exponent of the quantized parameters for each amount of text, and that of tokens at each width."""
-    texts, widths = classes(cells, "tokens"), classes(cells, "quantized")
-    head = [f"parameters, {tokens:,} tokens" for tokens in texts] + [f"tokens, {n:,} quantized" for n in widths]
-    lines = [["exponent (95 % interval)", *head]]
+    """The exponent of the quantized parameters for each amount of text, and that of tokens at each width.
+
+    A column where at least two sizes are.
+    """
+    at = [("tokens", tokens, "quantized") for tokens in classes(cells, "tokens")]
+    at += [("quantized", n, "tokens") for n in classes(cells, "quantized")]
+    sizes = {column: len(of_class(cells[CONTROL], *column[:2])) for column in at}
+    columns = [column for column in at if sizes[column] > 1]
+    heads = {"tokens": "parameters, {n} widths, {value:,} tokens", "quantized": "tokens, {value:,} quantized"}
+    lines = [["exponent (95 % interval)", *(heads[c[0]].format(n=sizes[c], value=c[1]) for c in columns)]]
     for name, groups in gaps_of(cells).items():
-        fits = [exponents(of_class(groups, "tokens", tokens), rows, "quantized") for tokens in texts]
-        fits += [exponents(of_class(groups, "quantized", n), rows, "tokens") for n in widths]
+        fits = [exponents(of_class(groups, key, value), rows, size) for key, value, size in columns]
         lines.append([name, *("{} ({})".format(*interval([b for (b,) in fit])) if fit else "no law" for fit in fits)])
     return markdown(lines)
 
