@@ -1,7 +1,7 @@
 """Gaps between few bits and full precision, and power laws through them, with the uncertainty that seeds give."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -87,17 +87,17 @@ def laws_table(found: Found, rows: Sequence[Row]) -> str:
 
 def draw(axes: Axes, found: Found, rows: Sequence[Row]) -> None:
     """Gaps by size, and their laws as lines."""
-    lowest = math.inf
+    lowest, sizes = math.inf, set[int]()
     for name, groups in gaps_of(found).items():
         style = line_style(name) | {"color": COLORS[name[0]]}
         x, y = points(axes, groups, rows, "quantized", label=name, **style | {"ls": "none"})
-        lowest = min([lowest, *y])
+        lowest, sizes = min([lowest, *y]), sizes | set(x.tolist())
         if fits := exponents(groups, rows, "quantized"):
             b = float(np.mean(fits))
             middle = np.exp(np.mean(np.log(y)) - b * np.mean(np.log(x)))
             axes.plot(x, middle * x**b, lw=1, **style | {"marker": ""})
     axes.set_xlabel("quantized parameters")
-    finish(axes, lowest)
+    finish(axes, lowest, sizes)
 
 
 def line_style(name: str) -> dict[str, str]:
@@ -125,10 +125,12 @@ def points(
     return x, np.asarray(y)
 
 
-def finish(axes: Axes, lowest: float) -> None:
-    """Scales and legend, once everything is drawn; `lowest` is the lowest gap."""
+def finish(axes: Axes, lowest: float, sizes: Set[int]) -> None:
+    """Scales and legend, once everything is drawn; `lowest` is the lowest gap, and `sizes` get the ticks."""
     axes.set_ylabel("loss above control (nats per token)")
     axes.set_xscale("log")
+    axes.set_xticks(sorted(sizes), [f"{size / 1e6:.2g}M" for size in sorted(sizes)])
+    axes.set_xticks([], minor=True)
     if lowest > 0:
         axes.set_yscale("log")
     else:

@@ -171,13 +171,13 @@ def planes_table(cells: Found, rows: Sequence[Row]) -> str:
 
 def draw_text(axes: Axes, cells: Found, rows: Sequence[Row]) -> None:
     """Gaps of 2 bits by tokens, a line for each width."""
-    lowest = math.inf
+    lowest, sizes = math.inf, set[int]()
     of_2_bits = ((name, groups) for name, groups in gaps_of(cells).items() if name.startswith("2"))
     by_color = list(zip(sorted(classes(cells, "quantized")), WIDTH_COLORS, strict=False))
     for (name, groups), (width, color) in itertools.product(of_2_bits, by_color):
         if own := of_class(groups, "quantized", width):
             style = line_style(name) | {"color": color}
-            _, gaps = points(axes, own, rows, "tokens", label=f"{own[-1].label}: {name}", **style)
-            lowest = min([lowest, *gaps])
+            tokens, gaps = points(axes, own, rows, "tokens", label=f"{own[-1].label}: {name}", **style)
+            lowest, sizes = min([lowest, *gaps]), sizes | set(tokens.tolist())
     axes.set_xlabel("tokens trained on")
-    finish(axes, lowest)
+    finish(axes, lowest, sizes)
