@@ -16,7 +16,6 @@ import difflib
 import importlib.metadata
 import json
 import math
-import operator
 import sys
 import tempfile
 import traceback
@@ -328,13 +327,15 @@ def _kept(out: Path, settings: dict[str, Any], run: str) -> _Kept:
         rows = there["rows"]
         if not all(isinstance(name, str) for row in rows for name in (row["branch"], row.get("against", ""))):
             raise TypeError
-        known = {(row["branch"], operator.index(row["step"])): row.get("checkpoint") for row in rows}
+        known = {(row["branch"], row.get("step")): row.get("checkpoint") for row in rows}
         found = {key: there.get(key, "unknown") for key in settings}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return _Kept([], "no scores of tasks; it will be replaced", set())
     other = [f"{key}={found[key]} (now {value})" for key, value in settings.items() if found[key] != value]
     if other:
         return _Kept([], f"{', '.join(other)}; it will be replaced", set())
+    if not all(isinstance(step, int) for _, step in known):
+        return _Kept([], "no scores of tasks; it will be replaced", set())
     states = [(branch, _digest(run, branch, step), digest) for (branch, step), digest in known.items()]
     gone = [branch for branch, now, then in states if now not in (None, then)]
     same, changed = ([b for b, now, then in states if now and (now == then) is equal] for equal in (True, False))

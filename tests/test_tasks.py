@@ -364,6 +364,10 @@ def test_a_file_that_holds_no_scores_is_replaced_and_that_is_said(scored, tmp_pa
         (tmp_path / "tasks.json").write_text(content)
         assert values_of(scored({"qat": [1, 1]})) == {"qat": 1.0}
         assert "tasks.json has no scores of tasks; it will be replaced" in capsys.readouterr().err
+    now = json.loads((tmp_path / "tasks.json").read_text())
+    (tmp_path / "tasks.json").write_text(json.dumps(now | {"rows": [{"branch": "control"}]}))  # of no checkpoint
+    assert values_of(scored({"qat": [1, 1]})) == {"qat": 1.0}
+    assert "tasks.json has no scores of tasks; it will be replaced" in capsys.readouterr().err
     old = {"lm_eval": "0.4", "limit": None, "rows": [{"branch": "control"}]}  # from before the settings were written
     (tmp_path / "tasks.json").write_text(json.dumps(old))
     assert values_of(scored({"qat": [1, 1]})) == {"qat": 1.0}
