@@ -29,14 +29,14 @@ def enter(
 ) -> None:
     """Puts a run's rows into the results.
 
+    That a run is not here to be judged does not replace what was found when it was. But rows of other runs that were
+    judged beside another training of its control, or are that, go: losses would be compared with the wrong one.
+
     Args:
       file: SCALE.json, which need not exist.
       every: {(sweep, folder): the keys IDENTITY} of every run of the study, in its order.
       own: which of them `new` is of; without it the file gets a place for each.
       new: its rows, or one that says why it has none.
-
-    That a run is not here to be judged does not replace what was found when it was. But rows of other runs that were
-    judged beside another training of its control, or are that, go: losses would be compared with the wrong one.
     """
     rows = known(file, every)
     here = any(row.get("failed") not in GONE for row in new)

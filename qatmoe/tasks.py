@@ -322,6 +322,7 @@ def _kept(out: Path, settings: dict[str, Any], run: str) -> _Kept:
     """
     if not is_there(out):
         return _Kept([], "", set())
+    no_scores = _Kept([], "no scores of tasks; it will be replaced", set())
     try:
         there = json.loads(out.read_text(encoding="utf-8"))
         rows = there["rows"]
@@ -330,16 +331,16 @@ def _kept(out: Path, settings: dict[str, Any], run: str) -> _Kept:
         known = {(row["branch"], row.get("step")): row.get("checkpoint") for row in rows}
         found = {key: there.get(key, "unknown") for key in settings}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return _Kept([], "no scores of tasks; it will be replaced", set())
+        return no_scores
     other = [f"{key}={found[key]} (now {value})" for key, value in settings.items() if found[key] != value]
     if other:
         return _Kept([], f"{', '.join(other)}; it will be replaced", set())
     if not all(isinstance(step, int) for _, step in known):
-        return _Kept([], "no scores of tasks; it will be replaced", set())
+        return no_scores
     states = [(branch, _digest(run, branch, step), digest) for (branch, step), digest in known.items()]
     gone = [branch for branch, now, then in states if now not in (None, then)]
-    same, changed = ([b for b, now, then in states if now and (now == then) is equal] for equal in (True, False))
-    if changed and not same:
+    same = [now == then for _, now, then in states if now]
+    if same and not any(same):
         gone += [branch for branch, now, _ in states if now is None]  # the file is of another run
     what = f"another checkpoint's scores of {', '.join(gone)}, which are left out" if gone else ""
     return _Kept(_others(rows, gone), what, _pairs(rows))
