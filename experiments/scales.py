@@ -31,8 +31,9 @@ class Scale:
     branch: str  # q2_0 QAT alone, from a trunk
     scratch: str  # on the grid from the first step
     experts: Sequence[int]  # the studies of size: numbers of experts
-    share_steps: Sequence[int]  # of a share's branch; they divide the trunk's steps, as does the first all others
+    share_steps: Sequence[int]  # of a share's branch
     trunk_steps: int
+    checkpoint_every: int  # steps
     rates: Sequence[float]  # searched for control and QAT, besides the config's
     scale_rates: Sequence[float]  # searched for learned scales, besides the config's
     followed: Points  # the best of both searches and one rate beyond, on every seed, with and without a teacher
@@ -60,9 +61,10 @@ class Scale:
         return dataclasses.replace(self, seeds=(*self.seeds, *self.more_seeds.get(study, ())))
 
     def trunks(self, judged: str) -> Stage:
-        """Trunk, control and q2_0 QAT with learned scales, every seed. Checkpoints stand where shares branch off."""
-        kept = self.share_steps[-1] // self.share_steps[0] + 4  # and some that signals leave
-        return Stage(Sweep(f"{self.name}_trunks", self.config, self._seeds(kept)), judged)
+        """Trunk, control and q2_0 QAT with learned scales, every seed. Checkpoints stay where shares branch off."""
+        branched = sorted(self.trunk_steps - steps for steps in self.share_steps)
+        points = product(self._seeds(), [{"train.phases.trunk.save_at": tuple(branched)}])
+        return Stage(Sweep(f"{self.name}_trunks", self.config, points), judged)
 
     def size_name(self, n_experts: int) -> str:
         """What the names of a size's sweeps begin with."""
@@ -74,7 +76,7 @@ class Scale:
         A module has as many experts as a layer, and they stay in bfloat16: sizes would differ in more than what is on
         the grid, and pairs of equal bytes would not be equal.
         """
-        points = product(values("model.n_experts", [n_experts]), values("model.n_mtp", [0]), self._seeds(kept=1))
+        points = product(values("model.n_experts", [n_experts]), values("model.n_mtp", [0]), self._seeds())
         return Stage(Sweep(self.size_name(n_experts), self.config, points), judged)
 
     def by_width(self, judged: str) -> list[Stage]:
@@ -85,7 +87,7 @@ class Scale:
         """
         if not self.widths:
             return []
-        seeds = self._seeds(kept=1)
+        seeds = self._seeds()
         points = chain(product(self.searched_widths(), seeds[:1]), product(self.best_widths(), seeds[1:]))
         shorter = product(self.widths_in_depth(), self.less_text, seeds)
         sweeps = {f"{self.name}_width": points, f"{self.name}_width_text": shorter}
@@ -142,8 +144,8 @@ class Scale:
             for point in self.taught.get(grid, [])
         }
 
-    def _seeds(self, kept: int) -> Points:
-        shared = {"train.checkpoint_every": self.share_steps[0], "train.keep": kept}
+    def _seeds(self) -> Points:
+        shared = {"train.checkpoint_every": self.checkpoint_every, "train.keep": 1}
         return product([self.common], [shared], values("train.seed", self.seeds))
 
 
@@ -207,6 +209,7 @@ SMALL = Scale(
     experts=(4, 8, 16, 32),
     share_steps=(45, 90, 180, 360),
     trunk_steps=900,
+    checkpoint_every=45,
     rates=(0.005, 0.02),
     scale_rates=(1e-5, 1e-4, 1e-3, 3e-3, 1e-2),
     followed=chain(values("optim.scale_lr", [1e-3]), values(RATE, [0.02, 0.04])),
@@ -236,6 +239,7 @@ H100 = Scale(
     experts=(16, 32, 64, 128),
     share_steps=(120, 240, 480, 960),
     trunk_steps=4_800,
+    checkpoint_every=480,
     rates=(1.5e-3, 6e-3),
     scale_rates=(1e-5, 1e-4, 1e-3),
     followed=[],  # not searched yet

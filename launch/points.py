@@ -35,7 +35,7 @@ from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.quant.grid import RULES
 from qatmoe.run import quant_plan
-from qatmoe.workdir import FREE_KEYS, check_path, differences
+from qatmoe.workdir import check_path, differences, is_free
 
 T = TypeVar("T")
 
@@ -165,7 +165,10 @@ def runs_of(sweep: Sweep, folder: Path) -> list[Run]:
     base = cli.load(sweep.config, "sweep's config")
     different = varied(sweep.points)
     labels = _labels(different)
-    ignored = {"name"} | (FREE_KEYS - set(different))
+
+    def ignored(key: str) -> bool:
+        return key == "name" or (is_free(key) and key not in different)
+
     found: dict[str, tuple[Point, Config]] = {}
     for n, point in enumerate(sweep.points, start=1):
         where = f"sweep {sweep.name}, point {n} ({_words(point)})"
@@ -318,7 +321,7 @@ def _in_a_name(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]+", "_", text).strip("_")
 
 
-def _there(folder: Path, asked: set[str], ignored: set[str]) -> dict[str, str]:
+def _there(folder: Path, asked: set[str], ignored: Callable[[str], bool]) -> dict[str, str]:
     """{digits: name} of the runs in a sweep's folder.
 
     A run that is under none of the digits that are asked for is known by its own settings: it was started when more or
@@ -333,10 +336,10 @@ def _there(folder: Path, asked: set[str], ignored: set[str]) -> dict[str, str]:
     return found
 
 
-def _digits(config: Mapping[str, Any], ignored: set[str]) -> str:
+def _digits(config: Mapping[str, Any], ignored: Callable[[str], bool]) -> str:
     """Ten hex digits of a configuration's keys that have another value than their default."""
     there = leaves(config)
-    special = {key: v for key, v in there.items() if key not in ignored and v != default(key)}
+    special = {key: v for key, v in there.items() if not ignored(key) and v != default(key)}
     special |= {key: by_digits(key, value) for key, value in special.items()}
     return hashlib.sha256(json.dumps(special, sort_keys=True).encode()).hexdigest()[:DIGITS]
 

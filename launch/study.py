@@ -122,10 +122,7 @@ def branches(
     """
     runs = [run for run in _runs(trunks) if not at or at.items() <= run.overrides.items()]
     starts = [
-        [
-            run.overrides | variant | {"train.keep": 1, "init_from": f"{run.folder}{variant.get('init_from', '')}"}
-            for run in runs
-        ]
+        [_of_trunk(run) | variant | {"init_from": f"{run.folder}{variant.get('init_from', '')}"} for run in runs]
         for variant in variants
     ]
     found = Sweep(name, config, chain(*starts))
@@ -137,8 +134,18 @@ def branches(
 def beside(trunks: Stage, name: str, config: str, variants: Points, *, judged: str = "^qat$") -> Stage:
     """As `branches`, but from random weights, with each trunk's settings and compared with its control."""
     runs = _runs(trunks)
-    found = Sweep(name, config, product(variants, [run.overrides | {"train.keep": 1} for run in runs]))
+    found = Sweep(name, config, product(variants, [_of_trunk(run) for run in runs]))
     return Stage(found, judged, tuple(f"{run.folder}:control" for run in runs) * len(variants))
+
+
+def _of_trunk(run: Run) -> Point:
+    """What is set in a trunk's branches too: they keep their last checkpoint alone."""
+    return _without_saving(run.overrides) | {"train.keep": 1}
+
+
+def _without_saving(settings: Point) -> Point:
+    """Without those that say which checkpoints stay, and nothing about what is computed."""
+    return {key: value for key, value in settings.items() if key != "train.keep" and not key.endswith(".save_at")}
 
 
 def joined(*stages: Stage) -> Stage:
@@ -349,11 +356,10 @@ def _judge_run(study: Study, stage: Stage, run: Run, reference: str, check: Call
 
 def _identity(stage: Stage, run: Run) -> Row:
     """What says which run a row is of. The folders that it starts from follow from the rest."""
-    hidden = ("init_from", "train.keep")
     return {
         "stage": stage.sweep.name,
         "config": stage.sweep.config,
-        "overrides": {key: value for key, value in run.overrides.items() if key not in hidden},
+        "overrides": {key: value for key, value in _without_saving(run.overrides).items() if key != "init_from"},
         "seed": run.config.train.seed,
         "run": str(run.folder),
     }

@@ -3,7 +3,7 @@
     WORKDIR/checkpoints/PHASE/STEP/state/       the arrays, written by orbax under flat '/'-joined paths; `state-1`, ...
                                                 where weights that may not fit in memory were written in parts
                                   /data.json     state of the data iterator
-                                  /meta.json     config, phase, step, done, trained_tokens, version,
+                                  /meta.json     config, phase, step, done, stays, trained_tokens, version,
                                                  {path: [dtype, shape]}, and, if in parts, {path: folder}
                                   /manifest.json size and CRC-32 of every other file
 
@@ -107,19 +107,29 @@ class Checkpoints:
     # Saving.
 
     def save(
-        self, step: int, state: Any, data_state: Json, meta: Json, *, final: bool = False, wait: bool = False
+        self,
+        step: int,
+        state: Any,
+        data_state: Json,
+        meta: Json,
+        *,
+        final: bool = False,
+        stays: bool = False,
+        wait: bool = False,
     ) -> None:
         """Starts saving; returns when the arrays are copied off the devices, so that `state` may then be donated.
 
-        Waits first for a save that is still under way. Of the phase, the newest `keep` checkpoints and any final one
-        stay; later steps than this one are removed, for they are what the run did before it was taken back.
+        Waits first for a save that is still under way. Of the phase, the newest `keep` checkpoints, those that were
+        saved to stay and any final one do; later steps than this one are removed, for they are what the run did before
+        it was taken back.
 
         Args:
           state: any tree of arrays (random keys as raw data).
           data_state: state of the data iterator, JSON.
           meta: what the reader must know, JSON (the config, the tokenizer's hash). Added to it: `phase`, `step`,
-            `done` (this is the phase's last checkpoint), `version` and `tensors`, {path: [dtype, shape]}.
+            `done` (this is the phase's last checkpoint), `stays`, `version` and `tensors`, {path: [dtype, shape]}.
           final: this is the phase's last checkpoint.
+          stays: newer ones do not replace it.
           wait: return only when it is on disk.
 
         Raises:
@@ -127,7 +137,8 @@ class Checkpoints:
         """
         self.wait()
         arrays = {name: jnp.asarray(leaf) for name, leaf in leaves_by_path(state).items()}
-        texts = self._texts(step, data_state, meta | {"done": final, "tensors": _shapes(arrays)})
+        own = {"done": final, "stays": stays, "tensors": _shapes(arrays)}
+        texts = self._texts(step, data_state, meta | own)
         staging = self.directory / f".saving-{step}"
         try:
             if distributed.first():
@@ -241,7 +252,7 @@ class Checkpoints:
         steps = self.steps()
         earlier = [s for s in steps if s <= newest]
         for step in steps:
-            if step > newest or (step not in earlier[-self._keep :] and not self._is_final(step)):
+            if step > newest or (step not in earlier[-self._keep :] and not self._stays(step)):
                 # Renamed first: a half-deleted directory must not look like a checkpoint.
                 os.rename(self.path(step), self.directory / f".old-{step}")
         self._remove_leftovers()
@@ -251,9 +262,10 @@ class Checkpoints:
             if path.name.startswith((".saving-", ".old-")):
                 shutil.rmtree(path)
 
-    def _is_final(self, step: int) -> bool:
+    def _stays(self, step: int) -> bool:
         with contextlib.suppress(DamagedCheckpoint):  # not `said`: it would wait for the save that asks
-            return bool(_load_json(self.path(step) / "meta.json").get("done"))
+            meta = _load_json(self.path(step) / "meta.json")
+            return bool(meta.get("done") or meta.get("stays"))
         return False
 
     # Restoring.

@@ -145,6 +145,7 @@ class PhaseConfig:
     distill: float = 0.0  # weight of KL(teacher || this) in the loss; the rest is cross-entropy
     teacher: str = ""  # what distill learns from: a phase, or RUN:PHASE (":PHASE": of init_from's run); "" = start
     reset_moments: bool = False  # drop the start phase's optimizer moments
+    save_at: tuple[int, ...] = ()  # steps that are saved besides, and stay: other runs branch off there
 
     @property
     def own_teacher(self) -> str:
@@ -167,7 +168,7 @@ class TrainConfig:
     loss_chunk: int = 0  # tokens per chunk of the cross-entropy; 0 = all at once
     log_every: int = 10
     checkpoint_every: int = 200
-    keep: int = 2  # checkpoints kept per phase; a phase's last is always kept
+    keep: int = 2  # newest checkpoints kept per phase; a phase's last is always kept, and so are those of its save_at
     tensorboard: bool = True
     profile_step: int = 0  # step of each phase from which on the profiler traces; 0 = off
     profile_steps: int = 3  # steps that it traces
@@ -398,9 +399,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             raise UserError(f"{path}: {nameless[0]!r} is no name; give a string")
         return {name: _convert(item, value[name], f"{path}.{name}") for name in value}
     if origin is tuple:
-        if not isinstance(value, list | tuple) or not all(isinstance(v, int | float) for v in value):
-            raise UserError(f"{path}={value!r}: expected numbers in parentheses")
-        return tuple(_float(v, path) for v in value)
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{path}={value!r}: expected numbers in parentheses, as (1, 2), of one number (1,)")
+        return tuple(_convert(typing.get_args(hint)[0], v, path) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return _float(value, path)
     if isinstance(hint, types.UnionType) or type(value) is not hint:
@@ -461,7 +462,12 @@ def _check_training(cfg: Config) -> None:
             f"{where}.decay={p.decay} belongs to optim.schedule='wsd'; cosine falls over the whole phase: set it to 0",
         )
         last = t.profile_step + t.profile_steps - 1
-        imported = bool(cfg.init_from) and name == next(iter(t.phases))  # it has no step to trace
+        imported = bool(cfg.init_from) and name == next(iter(t.phases))  # it has no step to trace or to save
+        beyond = [step for step in p.save_at if not (imported or 1 <= step <= p.steps)]
+        _require(
+            not beyond,
+            f"{where}.save_at={p.save_at}: step {next(iter(beyond), '')} is not among 1 to {where}.steps={p.steps}",
+        )
         _require(
             not t.profile_step or imported or last <= p.steps,
             f"config.train.profile_step={t.profile_step}: its {t.profile_steps} profile_steps end at step {last}, and "

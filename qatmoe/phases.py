@@ -235,6 +235,19 @@ def check_text(cfg: Config, workdir: Path, data: Data) -> None:
             )
 
 
+def check_save_at(cfg: Config, workdir: Path) -> None:
+    """Raises UserError for a step that is to be saved and that an unfinished phase has passed without."""
+    for name, phase in cfg.train.phases.items():
+        with Checkpoints(workdir, name) as checkpoints:
+            there = checkpoints.steps()
+        passed = [step for step in phase.save_at if there and step <= there[-1] < phase.steps and step not in there]
+        if passed:
+            raise UserError(
+                f"config.train.phases.{name}.save_at={phase.save_at}: {workdir} has passed step {passed[0]} without "
+                "saving it: leave it out, or take another --workdir"
+            )
+
+
 def check_teachers(cfg: Config, workdir: Path, data: Data) -> None:
     """Looks for the teachers in other runs, of phases that are not finished.
 
@@ -326,7 +339,7 @@ def loop(
                     if n < phase.steps:  # the last step is followed by the final validation
                         result = run.evaluate(run.eval_weights(phase, state), cfg.eval.batches)
                         run.metrics.write(name, n, "valid", result)
-            if n % cfg.train.checkpoint_every == 0 or n == phase.steps:
+            if n % cfg.train.checkpoint_every == 0 or n == phase.steps or n in phase.save_at:
                 log.flush()  # never keep a state whose loss was not looked at
                 with log.paused():
                     keep(state, run.train_iterator.get_state(), earlier + n * per_step, done=n == phase.steps)
@@ -360,7 +373,9 @@ def save(
         "teacher": teacher,
         "trained_tokens": tokens,
     }
-    checkpoints.save(int(state.step), state, position, meta, final=done, wait=wait)
+    step = int(state.step)
+    stays = step in run.cfg.train.phases[checkpoints.phase].save_at
+    checkpoints.save(step, state, position, meta, final=done, stays=stays, wait=wait)
 
 
 class Watch:

@@ -44,7 +44,7 @@ from qatmoe.initial import check_import, source_of
 from qatmoe.mesh import RULES, make_mesh
 from qatmoe.metrics import Metrics
 from qatmoe.metrics import read as read_metrics
-from qatmoe.phases import check_teachers, check_text, finished, round_control, run_phase
+from qatmoe.phases import check_save_at, check_teachers, check_text, finished, round_control, run_phase
 from qatmoe.quant.plan import Plan, format_coverage, totals
 from qatmoe.run import Interrupted, Run, Stop, check_mesh, quant_plan, train_iterator, valid_batches
 from qatmoe.workdir import open_workdir
@@ -85,6 +85,7 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
         if cfg.init_from and new:
             check_import(cfg, mesh, plan, data)
         check_teachers(cfg, workdir, data)
+        check_save_at(cfg, workdir)
     with distributed.together():
         lock = open_workdir(workdir, to_json(cfg))
     with lock, contextlib.closing(iterator), jax.set_mesh(mesh):

@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,17 @@ Json = dict[str, Any]
 
 LOCK_TRIES = 10  # a tenth of a second apart
 
-# May differ when a run is continued: no number depends on them, or, on the mesh, only up to rounding.
-FREE_KEYS = {
+_FREE_KEYS = {
     *("data.cache_dir", "data.prefetch"),
     *("train.keep", "train.tensorboard", "train.profile_step", "train.profile_steps"),
     *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
 }
+
+
+def is_free(key: str) -> bool:
+    """Whether a dotted key may differ when a run is continued: no number depends on it, or, on the mesh, only up to
+    rounding."""
+    return key in _FREE_KEYS or re.fullmatch(r"train\.phases\.[^.]*\.save_at", key) is not None
 
 
 def differences(there: Json, here: Json) -> dict[str, tuple[Any, Any]]:
@@ -36,7 +42,7 @@ def differences(there: Json, here: Json) -> dict[str, tuple[Any, Any]]:
     A key that came to the configuration since then has its default there.
     """
     a, b = leaves(there), leaves(here)
-    pairs = {key: (a.get(key, "absent"), b.get(key, "absent")) for key in a | b if key not in FREE_KEYS}
+    pairs = {key: (a.get(key, "absent"), b.get(key, "absent")) for key in a | b if not is_free(key)}
     new = {key for key, (before, now) in pairs.items() if before == "absent" and now == default(key)}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1] and key not in new}
 

@@ -243,6 +243,14 @@ def test_the_newest_and_the_final_stay(tmp_path):
     assert sorted(os.listdir(checkpoints.directory)) == ["3", "5", "6"]
 
 
+def test_steps_that_are_to_stay_stay_and_those_of_an_abandoned_continuation_do_not(tmp_path):
+    with Checkpoints(tmp_path, "trunk", keep=1) as checkpoints:
+        for step in (1, 2, 3, 4, 5, 3):
+            checkpoints.save(step, {"w": jnp.ones(3)}, {}, {}, stays=step in (2, 4))
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3]
+
+
 def test_a_save_replaces_the_steps_of_an_abandoned_continuation(tmp_path):
     save_steps(tmp_path, [1, 2, 3])
     with Checkpoints(tmp_path, "trunk", keep=5) as checkpoints:

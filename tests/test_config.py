@@ -24,7 +24,7 @@ def small(**changes):
 
 
 def test_json_round_trip():
-    cfg = resolve(small(optim__betas=(0.8, 0.9)))
+    cfg = resolve(small(optim__betas=(0.8, 0.9), train__phases={"trunk": {"steps": 5, "save_at": (2, 4)}}))
     assert resolve(json.loads(to_json(cfg))) == cfg
 
 
@@ -41,6 +41,10 @@ def test_an_imported_phase_has_no_steps_to_trace():
         resolve(small(**changes))
     with pytest.raises(UserError, match="qat has steps=10"):
         resolve(small(init_from="run", **changes | {"train__profile_step": 9}))
+    phases["trunk"]["save_at"] = (1, 2)  # nor to save
+    assert resolve(small(init_from="run", train__phases=phases))
+    with pytest.raises(UserError, match="step 2 is not among"):
+        resolve(small(train__phases=phases))
 
 
 def test_every_config_file_resolves(config_files):
@@ -77,6 +81,8 @@ def test_every_config_file_resolves(config_files):
         ({"optim__eps": 1e-45}, "eps=1e-45: must be at least 1.2e-38"),
         ({"model__capacity_factor": float("inf")}, "capacity_factor=inf: must be more than 0 and finite"),
         ({"optim__betas": (0.9, 1.5)}, "from 0 to below 1"),
+        ({"optim__betas": 0.9}, r"config.optim.betas=0.9: expected numbers in parentheses, as \(1, 2\)"),
+        ({"optim__betas": (0.9, "x")}, "config.optim.betas='x': expected float, got str"),
         ({"train__loss_chunk": -1}, "loss_chunk=-1"),
         ({"train__seed": -1}, "seed=-1"),
         ({"train__seed": 2**32}, "seed=4294967296: must be from 0 to 4294967295"),
@@ -102,6 +108,9 @@ def test_mistakes_are_named(changes, message):
         ({"steps": 5, "start": "nowhere"}, "start='nowhere'"),
         ({"steps": 5, "start": "other"}, "does not itself wait"),
         ({"steps": 5, "warmup": 4, "decay": 2}, "must fit in steps=5"),
+        ({"steps": 5, "save_at": (2, 6)}, r"other.save_at=\(2, 6\): step 6 is not among 1 to .*other.steps=5"),
+        ({"steps": 5, "save_at": (0,)}, r"save_at=\(0,\): step 0 is not among 1"),
+        ({"steps": 5, "save_at": (2.5,)}, "save_at=2.5: expected int, got float"),
         ({"steps": 5, "distill": 0.5}, "needs a teacher"),
         ({"steps": 5, "start": "trunk", "distill": 1.5}, "between 0 and 1"),
         ({"steps": 5, "start": "trunk", "teacher": "trunk"}, "not learned from with distill=0.0"),

@@ -133,6 +133,15 @@ def test_a_run_keeps_its_name_when_more_keys_vary(tmp_path):
     assert any("lr=0.003" in run.name for run in grown)
 
 
+def test_a_run_keeps_its_name_whatever_of_it_is_saved(tmp_path):
+    seeds = values("train.seed", [0, 1])
+    one, _ = runs_of(seeds, tmp_path)
+    other, last = runs_of(product(seeds, [{"train.phases.trunk.save_at": [1, 2]}]), tmp_path)
+    assert one.name == other.name != last.name and other.config.train.phases["trunk"].save_at == (1, 2)
+    leave(one)
+    assert points.state(other).kind == "partial"  # and not another run's folder
+
+
 def test_a_run_keeps_its_name_when_a_key_that_did_not_count_begins_to_vary(tmp_path):
     """Of the points that have its digits without that key, the one with its value is that run."""
 
@@ -174,6 +183,7 @@ def test_the_command_is_the_resolved_run(tmp_path):
             "optim.lr": 1e-05,
             "train.tensorboard": False,
             "train.phases.qat.steps": 17,
+            "train.phases.trunk.save_at": (3,),
             "data.source": "a b,c=d/*.txt",
             "optim.clip": 2,
         }

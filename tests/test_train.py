@@ -27,7 +27,7 @@ from qatmoe import run as run_lib
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import resolve
 from qatmoe.data import batches, corpus
-from qatmoe.errors import RunError
+from qatmoe.errors import RunError, UserError
 from qatmoe.mesh import make_mesh
 from qatmoe.run import abstract_state, quant_plan, valid_batches
 from qatmoe.tree import path_of
@@ -149,18 +149,14 @@ def test_a_run_leaves_what_it_promises(whole):
     assert all(r["weight_error"] > 0 for r in health)
 
 
-@pytest.mark.parametrize(
-    ("curves", "kills"),
-    [
-        (True, [("record", 3), ("inside a save", 3), ("phase change", 1), ("final validation", 2)]),
-        (False, [("final validation", 1), ("record", 9), ("phase change", 1), ("inside a save", 2)]),
-    ],
-    ids=["record first", "validation first"],
-)
-def test_killed_anywhere_the_same_command_ends_at_the_same_numbers(curves, kills, whole, quick_env, tmp_path):
+def test_killed_anywhere_the_same_command_ends_at_the_same_numbers(whole, quick_env, tmp_path):
+    """Before and inside a save, between phases, and before the final validation of the trunk and of a branch."""
     workdir = tmp_path / "killed"
-    job = arguments(workdir, curves=curves)
-    for point, count in kills:
+    job = arguments(workdir, curves=True)
+    of_trunk, of_branch = ("final validation", 1), ("final validation", 2)
+    for point, count in (
+        ("record", 3), of_trunk, ("inside a save", 1), ("phase change", 1), of_branch, ("inside a save", 2)
+    ):  # fmt: skip
         done = launch(quick_env, "-c", KILLER, point, str(count), *job)
         assert done.returncode == -signal.SIGKILL, done.stderr
     done = launch(quick_env, "-m", "qatmoe.train", *job)
@@ -170,12 +166,25 @@ def test_killed_anywhere_the_same_command_ends_at_the_same_numbers(curves, kills
     assert summaries[0]["loss"] == summaries[1]["loss"]
 
 
+# The toy, on its grid from the first step: the larger of its two programs alone.
+ON_THE_GRID = """
+from configs import toy
+from qatmoe.config import phase
+def get_config():
+    config = toy.get_config()
+    config.train.phases = {"qat": phase(steps=20, warmup=5, quantize=True)}
+    return config
+"""
+
+
 @pytest.mark.slow
 def test_killed_as_users_compile(child_env, tmp_path):
     """With all of XLA's optimizations, which the other tests do without: every number to the last bit."""
     env = child_env | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-    job = [arguments(tmp_path / name) for name in ("whole", "killed")]
-    for args in (["-m", "qatmoe.train", *job[0]], ["-c", KILLER, "inside a save", "4", *job[1]]):
+    (tmp_path / "grid.py").write_text(ON_THE_GRID)
+    kept = ["--config.train.log_every=1", "--config.train.tensorboard=False"]
+    job = [[f"--config={tmp_path}/grid.py", f"--workdir={tmp_path / name}", *kept] for name in ("whole", "killed")]
+    for args in (["-m", "qatmoe.train", *job[0]], ["-c", KILLER, "inside a save", "2", *job[1]]):
         assert launch(env, *args).returncode in (0, -signal.SIGKILL)
     assert not (tmp_path / "killed" / "summary.json").exists()
     done = launch(env, "-m", "qatmoe.train", *job[1])
@@ -296,6 +305,7 @@ def get_config():
         ("own", "trunk", "qat"), ("theirs", "trunk", ":qat"), ("itself", "control", ":control")
     ):
         config.train.phases[name] = phase(steps=4, start=start, distill=1.0, teacher=teacher)
+    config.train.phases.theirs.save_at = (1,)
     return config
 """
 
@@ -307,8 +317,8 @@ def branched(whole, quick_env, tmp_path_factory):
     (folder / "taught.py").write_text(TAUGHT)
     shutil.copytree(whole[0], folder / "source")
     job = [f"--config={folder}/taught.py", f"--config.init_from={folder}/source@6", *arguments("")[2:]]
-    # Saves: one of the trunk, two of each phase, and `theirs` is the third that is trained.
-    done = launch(quick_env, "-c", KILLER, "inside a save", "7", *job, f"--workdir={folder}/run")
+    # Saves: one of the trunk, two of each phase, and `theirs` is the third that is trained, with one save more.
+    done = launch(quick_env, "-c", KILLER, "inside a save", "8", *job, f"--workdir={folder}/run")
     assert done.returncode == -signal.SIGKILL, done.stderr
     shutil.copytree(folder / "run", folder / "killed")
     done = launch(quick_env, "-m", "qatmoe.train", *job, f"--workdir={folder}/run")
@@ -326,7 +336,7 @@ def test_branching_from_another_runs_checkpoint(whole, branched):
 def test_a_phase_learns_from_a_finished_phase_of_its_own_or_another_run(branched):
     """The other run's teacher through a kill and its own without one; both are 2-bit branches of the same numbers."""
     with Checkpoints(branched[0] / "killed", "theirs") as checkpoints:
-        assert checkpoints.steps() == [2]
+        assert checkpoints.steps() == [1, 2]
     steps = {(r["phase"], r["step"]): r for r in numbers(branched[0] / "run") if r["split"] == "train"}
     figures = {name: [(steps[name, n]["loss"], steps[name, n]["kl"]) for n in range(1, 5)] for name, _ in steps}
     assert figures["theirs"] == figures["own"]
@@ -336,6 +346,29 @@ def test_a_phase_learns_from_a_finished_phase_of_its_own_or_another_run(branched
         rest = sum(weights[f"{name}_weight"] * r[name] for name in ("mtp", "balance", "z"))
         assert r["loss"] == pytest.approx(r["kl"] + rest, rel=1e-5)
     assert abs(figures["itself"][0][1]) < 1e-6  # it starts as its teacher
+
+
+def test_steps_that_others_branch_off_from_are_saved_and_stay(branched):
+    """keep is 2 there, and every second step is saved: of `theirs` the first is one more, and its run was killed."""
+    assert json.loads((branched[0] / "run" / "config.json").read_text())["train"]["keep"] == 2
+    for phase, expected in (("own", [2, 4]), ("theirs", [1, 2, 4])):
+        with Checkpoints(branched[0] / "run", phase) as checkpoints:
+            assert checkpoints.steps() == expected
+
+
+def test_a_step_that_has_passed_cannot_be_saved(tmp_path):
+    with Checkpoints(tmp_path, "trunk") as checkpoints:
+        checkpoints.save(2, {"w": np.ones(3)}, {}, {}, wait=True)
+        checkpoints.save(4, {"w": np.ones(3)}, {}, {}, wait=True)
+    config = toy.get_config()
+    config.train.phases.trunk.save_at = (2, 4, 5)
+    config.train.phases.qat.save_at = (1,)
+    phases.check_save_at(resolve(config), tmp_path)
+    config.train.phases.trunk.save_at = (2, 3)
+    with pytest.raises(UserError, match=r"trunk.save_at=\(2, 3\): .* has passed step 3 without"):
+        phases.check_save_at(resolve(config), tmp_path)
+    config.train.phases.trunk.update(steps=4, warmup=0)  # finished
+    phases.check_save_at(resolve(config), tmp_path)
 
 
 def test_a_phase_goes_on_only_with_the_teacher_that_it_began_with(branched, capsys, cache):
