@@ -248,8 +248,10 @@ def llama_numbers(models: Path, phase: str, rest: str):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests that need a GPU, llama.cpp, libtpu or SkyPilot are left out, and counted as deselected, without them."""
+    """Tests that need a GPU, llama.cpp, libtpu or SkyPilot are left out, and counted as deselected, without them; so
+    are the meshes that are not asked for."""
     there = {
+        "every_mesh": "every_mesh" in config.option.markexpr,
         "gpu": jax.default_backend() == "gpu",
         "skypilot": importlib.util.find_spec("sky") is not None,
         "llama_cpp": all(map(llama_program, ("llama-server", "llama-perplexity"))),

@@ -1,6 +1,7 @@
 """Every way to split a run over eight devices: the losses of one device, and no collective that should not be there.
 
-Eight forced CPU devices, in processes of their own; one of these tests trains on every mesh, which takes minutes.
+Eight forced CPU devices, in processes of their own; one of these tests trains on the meshes, which takes minutes: on
+those of one axis and of three, and with -m 'slow or every_mesh' on those of two as well.
 """
 
 import functools
@@ -22,13 +23,17 @@ pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).parent / "parallel_program.py"
 ALONE = (1, 1, 1, 1)
 FACTORIZATIONS = sorted(s for s in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(s) == 8)
+MESHES = [pytest.param(s, marks=[pytest.mark.every_mesh] if 4 in s else []) for s in FACTORIZATIONS]  # 2 x 4, 4 x 2
 
 
 @pytest.fixture(scope="module")
-def trained(quick_env):
-    """Results by mesh, from two processes at a time: compiling takes the time, one core of each."""
+def trained(quick_env, request):
+    """Results by mesh, of those that are asked for, from two processes at a time: compiling takes the time, one core of
+    each."""
     env = quick_env | {"JAX_NUM_CPU_DEVICES": "8"}
-    names = [",".join(map(str, sizes)) for sizes in [ALONE, *FACTORIZATIONS]]
+    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    asked = {item.callspec.params.get("sizes", ALONE) for item in tests}
+    names = [",".join(map(str, sizes)) for sizes in sorted({ALONE, *WATCHED, *asked})]
     start = functools.partial(subprocess.Popen, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     halves = [start([sys.executable, str(PROGRAM), str(i), *names[i::2]]) for i in (0, 1)]
     found = {}
@@ -50,7 +55,7 @@ def test_one_device_learns(losses):
     assert alone[-1] < alone[0] - 0.5
 
 
-@pytest.mark.parametrize("sizes", FACTORIZATIONS, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("sizes", MESHES, ids=lambda s: "x".join(map(str, s)))
 def test_losses_are_those_of_one_device(losses, sizes):
     """Data, fsdp, expert and tensor axes and every mixture: 20 steps of QAT with learned scales and an MTP module."""
     np.testing.assert_allclose(losses[sizes], losses[ALONE], rtol=1e-5)
