@@ -166,7 +166,7 @@ def test_what_the_gpu_benchmark_times_beside_other_things_stands_in_its_page_onc
     }
     page = gpu.table(gpu.summary(found))
     assert page.count("full precision") == 1 and page.count("+4.0%") == 1
-    assert "| attention | 0.50 | 4 | 20.0% |\n| optimizer | memory/full | 1 | |" in page
+    assert "| attention | 0.50 | 4 | 20.0% |\n| optimizer | memory/full | 1 |  |" in page
     assert "h100_1b over its text: 5 tokens/s, 98.0% of those" in page
 
 

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qatmoe.report import fill_tables
+from qatmoe.text_table import markdown
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -135,49 +136,47 @@ def _rows(name: str, r: dict) -> list[dict]:
 
 
 def table(result: dict) -> str:
-    """The README's table."""
-    heads = (
-        "model | step | batch | ms | tokens/s | model TFLOP/s | of the ceiling | QAT cost | GiB | compile s | dropped"
-    )
-    lines = [f"| {heads} |", "|---" * (heads.count("|") + 1) + "|"]
+    """The README's tables, and what was measured beside steps."""
+    head = ["model", "step", "batch", "ms", "tokens/s", "model TFLOP/s", "of the ceiling", "QAT cost", "GiB"]
+    lines = [[*head, "compile s", "dropped"]]
     for r in result["rows"]:
-        where = f"| {r.get('config', 'Qwen3-MoE')} | {r.get('variant', 'full precision')} | {r['batch_size']}"
+        where = [r.get("config", "Qwen3-MoE"), r.get("variant", "full precision"), str(r["batch_size"])]
         if "failed" in r:
-            lines.append(f"{where} | {r['failed'].replace('|', '/')} | | | | | | | |")
+            lines.append([*where, r["failed"].replace("|", "/"), *[""] * 7])
             continue
         share = f"{r['ceiling_share']:.1%}" if "ceiling_share" in r else ""
         cost = f"{r['cost']:+.1%}" if "scales" in r["variant"] else ""
         dropped = f"{r['dropped']:.2%}" if "dropped" in r else ""
-        lines.append(
-            f"{where} | {r['step_ms']:.1f} | {r['tokens_per_s']:,.0f} | {r['model_tflops']:.0f} | {share} | {cost} | "
-            f"{r['peak_bytes'] / 2**30:.1f} | {r['compile_s']:.0f} | {dropped} |"
-        )
-    lines.append(f"\nOn {result['device']}. Ratio to the peer {result['ratio_to_peer']}, QAT {result['qat_overhead']}.")
-    lines += [line for name in STEPS for r in result["results"].get(name, []) for line in _more(r)]
-    return "\n".join(lines)
+        speed = [f"{r['step_ms']:.1f}", f"{r['tokens_per_s']:,.0f}", f"{r['model_tflops']:.0f}"]
+        took = [f"{r['peak_bytes'] / 2**30:.1f}", f"{r['compile_s']:.0f}"]
+        lines.append([*where, *speed, share, cost, *took, dropped])
+    found = [
+        markdown(lines),
+        f"On {result['device']}. Ratio to the peer {result['ratio_to_peer']}, QAT {result['qat_overhead']}.",
+    ]
+    found += [text for name in STEPS for r in result["results"].get(name, []) for text in _more(r)]
+    return "\n\n".join(found)
 
 
 def _more(r: dict) -> list[str]:
     """What a program measured beside steps: loading data, and the parts of a step, each alone."""
-    lines = []
+    found = []
     if d := r.get("data"):
-        lines.append(
-            f"\n{r['config']} over its text: {d['real_tokens_per_s']:,.0f} tokens/s, {d['ratio']:.1%} of those without "
+        found.append(
+            f"{r['config']} over its text: {d['real_tokens_per_s']:,.0f} tokens/s, {d['ratio']:.1%} of those without "
             "loading."
         )
     if r.get("parts"):
         step_ms = r["rows"][0]["step_ms"]
-        lines += [
-            f"\n| {r['config']}, batch {r['batch_size']}: part | ms each | times | of the step |",
-            "|---|---|---|---|",
-        ]
+        lines = [[f"{r['config']}, batch {r['batch_size']}: part", "ms each", "times", "of the step"]]
         for p in r["parts"]:
             if "failed" in p:
-                lines.append(f"| {p['part']} | {p['failed'].replace('|', '/')} | {p['times']} | |")
-                continue
-            share = p["ms"] * p["times"] / step_ms
-            lines.append(f"| {p['part']} | {p['ms']:.2f} | {p['times']} | {share:.1%} |")
-    return lines
+                lines.append([p["part"], p["failed"].replace("|", "/"), str(p["times"]), ""])
+            else:
+                share = f"{p['ms'] * p['times'] / step_ms:.1%}"
+                lines.append([p["part"], f"{p['ms']:.2f}", str(p["times"]), share])
+        found.append(markdown(lines))
+    return found
 
 
 def main() -> None:
