@@ -129,7 +129,7 @@ def finish(axes: Axes, lowest: float, sizes: Set[int]) -> None:
     """Scales and legend, once everything is drawn; `lowest` is the lowest gap, and `sizes` get the ticks."""
     axes.set_ylabel("loss above control (nats per token)")
     axes.set_xscale("log")
-    axes.set_xticks(sorted(sizes), [f"{size / 1e6:.2g}M" for size in sorted(sizes)])
+    axes.set_xticks(sorted(sizes), [f"{size / 1e6:.3g}M" for size in sorted(sizes)])
     axes.set_xticks([], minor=True)
     if lowest > 0:
         axes.set_yscale("log")
