@@ -21,7 +21,7 @@ def machines_tables(s: Scale, found: Groups, rows: Sequence[Row], added: Sequenc
 
     Args:
       rows: of the seeds that both machines have.
-      added: of other seeds, here: the config and the best recipe.
+      added: of other seeds: the config and the best recipe here, and others that this does not look at.
     """
     rows_before = json.loads(EARLIER.read_text())
     before = groups_of(s, rows_before)

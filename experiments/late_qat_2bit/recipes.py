@@ -33,7 +33,7 @@ ALIKE = "full precision, taught alike"
 UNTAUGHT = "q2_0, learned scales, no teacher"
 LONGEST: dict[str, Point] = {  # what else learns from the longest controls: what is changed of the best recipe
     f"{BEST}, all KL": {DISTILL: 1.0},
-    ALIKE: {QUANTIZE: False},
+    ALIKE: {QUANTIZE: False},  # the one that is on the seeds that were added too
     UNTAUGHT: {DISTILL: None, TEACHER: None, RATE: None},  # None: not set
 }
 
@@ -46,7 +46,7 @@ def recipes_of(s: Scale) -> dict[str, Points]:
 def stages(s: Scale) -> list[Stage]:
     """Trunks; recipes; shares of the tokens; rates; what is in the way.
 
-    The best recipe and the config are on more seeds than the rest.
+    The config, the best recipe and, the longest, the best recipe and what is taught alike are on more seeds.
     """
     trunks, more = (size.trunks(f"^(trunk|control|qat)$|{PTQ}") for size in (s, s.on_more_seeds("late_qat_2bit")))
     shares = [
@@ -65,28 +65,35 @@ def stages(s: Scale) -> list[Stage]:
         branches(trunks, f"{s.name}_scale_rates", s.branch, scale_rates, at=first_seed),
         *(followed_on(s, trunks, more) if s.followed else []),
         *s.with_teacher(trunks, FULL),
-        *in_the_way(s, trunks),
+        *in_the_way(s, trunks, more),
     ]
 
 
 def followed_on(s: Scale, trunks: Stage, more: Stage) -> list[Stage]:
     """The rates that the search led to, and on the seeds that were added the best recipe among them."""
     name, points = f"{s.name}_followed", product(chain(*TAUGHT.values()), s.followed)
-    added = [{"train.seed": seed} for seed in s.more_seeds.get("late_qat_2bit", ())]
-    best = (branches(more, name, s.branch, [best_of(s)], at=seed) for seed in added)
+    best = (branches(more, name, s.branch, [best_of(s)], at=seed) for seed in added_seeds(s))
     return [joined(branches(trunks, name, s.branch, points), *best)]
 
 
-def in_the_way(s: Scale, trunks: Stage) -> list[Stage]:
+def added_seeds(s: Scale) -> Points:
+    """What the trunks of the seeds are selected by that not all branches are on."""
+    return [{"train.seed": seed} for seed in s.more_seeds.get("late_qat_2bit", ())]
+
+
+def in_the_way(s: Scale, trunks: Stage, more: Stage) -> list[Stage]:
     """How far full precision ends from itself, on the same text in another order; and what the best recipe's distance
-    may come of, where there is one: noise of its last steps, its rate, and too few steps for it and its control."""
+    may come of, where there is one: noise of its last steps, its rate, and too few steps for it and its control. The
+    longest of that is on the seeds that were added too."""
     of_seed = ({QUANTIZE: False, "train.seed": OTHER_ORDER + seed} for seed in s.seeds)
     at = ({"train.seed": seed} for seed in s.seeds)
     other = f"{s.name}_other_batches"
     found = [joined(*(branches(trunks, other, s.branch, [p], at=a) for p, a in zip(of_seed, at, strict=True)))]
     if s.longer:
-        points = product(list(s.longer.values()), [best_of(s) | {TEACHER: "control"}])
-        longer = branches(trunks, f"{s.name}_longer", s.config, points, judged=f"^(control|qat)$|{PTQ}")
+        name, points = f"{s.name}_longer", product(list(s.longer.values()), [best_of(s) | {TEACHER: "control"}])
+        which = f"^(control|qat)$|{PTQ}"
+        most = (branches(more, name, s.config, points[-1:], judged=which, at=seed) for seed in added_seeds(s))
+        longer = joined(branches(trunks, name, s.config, points, judged=which), *most)
         changed = branches(trunks, f"{s.name}_in_the_way", s.branch, list(obstacles(s).values()))
         found += [changed, longer, longest(s, longer)]
     return found
@@ -116,11 +123,12 @@ def longest(s: Scale, longer: Stage) -> Stage:
     """Branches as long as the longest, that learn from the controls of those."""
     *_, at = s.longer.values()
     runs = [run for run in runs_of(longer.sweep, folder_of(longer.sweep)) if at.items() <= run.overrides.items()]
-    controls = [f"{run.folder}:control" for run in runs]
-    kept = [without_control(run.overrides) for run in runs]
-    points = [
-        {k: v for k, v in (of_run | {TEACHER: control} | changed).items() if v is not None}
-        for changed in LONGEST.values()
-        for of_run, control in zip(kept, controls, strict=True)
-    ]
-    return Stage(Sweep(f"{s.name}_longest", s.branch, points), references=tuple(controls) * len(LONGEST))
+    points, controls = [], []
+    for name, changed in LONGEST.items():
+        for run in runs:
+            if name != ALIKE and run.overrides["train.seed"] not in s.seeds:
+                continue
+            controls.append(f"{run.folder}:control")
+            point = without_control(run.overrides) | {TEACHER: controls[-1]} | changed
+            points.append({key: value for key, value in point.items() if value is not None})
+    return Stage(Sweep(f"{s.name}_longest", s.branch, points), references=tuple(controls))

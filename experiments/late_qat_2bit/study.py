@@ -5,8 +5,8 @@
 Recipes branch from whole trunks, shares from earlier steps of the same trunks. Rates are searched at the first seed;
 the best ones, and one beyond, run on all, with and without a teacher. What the teacher does without a grid: the same
 branch in full precision. What is in the way of less: the best recipe with an average of the weights, and for twice and
-four times as long, there with nothing but the KL too; and how far two controls of one trunk are apart, that of other
-batches and that of another rate.
+four times as long (there on more seeds, and on the first ones with nothing but the KL too); and how far two
+controls of one trunk are apart, that of other batches and that of another rate.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ def report(results: Results) -> Report:
         added = [row for row in rows if row["seed"] in s.more_seeds.get("late_qat_2bit", ())]
         rows = [row for row in rows if row not in added]
         found, shares = groups_of(s, rows), shares_of(s, rows)
-        made = tables_of(s, found, shares, rows)
+        made = tables_of(s, found, shares, rows, added)
         if s is scales.SMALL:
             made |= machines_tables(s, found, rows, added)
         tables |= {f"{scale}_{name}": text for name, text in made.items()}

@@ -92,9 +92,18 @@ def groups_of(s: Scale, rows: Sequence[Row]) -> Groups:
 
 
 def tables_of(
-    s: Scale, found: Groups, shares: Sequence[tuple[float, Group, Group]], rows: Sequence[Row]
+    s: Scale,
+    found: Groups,
+    shares: Sequence[tuple[float, Group, Group]],
+    rows: Sequence[Row],
+    added: Sequence[Row],
 ) -> dict[str, str]:
-    """A size's tables by name."""
+    """A size's tables by name.
+
+    Args:
+      added: rows of other seeds: the config, the best recipe and what was trained the longest. They count where what
+        is in the way is asked.
+    """
     ptq = tight(found.rounded)
     made = found.recipes
     recipes = [*found.rounded, found.config, *made.values()]
@@ -108,22 +117,24 @@ def tables_of(
         "shares": shares_table(shares, rows),
         "rates": table(rates_of(s, rows, found.config, found.control), [], rows),
         "differences": differences(branched, beside, rows),
-        "in_the_way": in_the_way_table(found, way, rows),
         "goals": goals_of(found, rows),
     }
     if s.followed:
         followed = [found.config, made[HALF], made[ALL], *found.followed, *found.in_full]
         tables["followed"] = table(followed, ptq, rows)
-    if way.best:
+    every = [*rows, *added]
+    whole, of_every = in_the_way_of(s, every), groups_of(s, every)
+    tables["in_the_way"] = in_the_way_table(of_every, whole, every)
+    if way.best and whole.best:
         tables["alike"] = alike_table(found, way, way.best)
-        tables["longer"] = longer_table(found, way, way.best, rows)
+        tables["longer"] = longer_table(of_every, whole, whole.best, every)
         tables["goals_longer"] = goals(
             [
                 (group, tight(of.rounded))
-                for of in way.longer.values()
+                for of in whole.longer.values()
                 for group in (of.best, *(g for name, g in of.branched.items() if name != ALIKE))
             ],
-            rows,
+            every,
         )
     return tables
 
@@ -251,22 +262,28 @@ def alike_table(found: Groups, way: Way, best: Group) -> str:
 
 
 def longer_table(found: Groups, way: Way, best: Group, rows: Sequence[Row]) -> str:
-    """What the best recipe, rounding, and full precision that is taught alike lose by the number of steps."""
+    """What the best recipe, rounding, and full precision that is taught alike lose by the number of steps; differences
+    on the seeds that both have."""
     branched = {ALIKE: found.in_full[1], UNTAUGHT: found.config}
     lengths = {"as long as the config's": Longer(found.control, found.rounded, best, branched)} | way.longer
     bests = [of.best for of in lengths.values()]
     rounded = [next(filter(searched, of.rounded), NONE) for of in lengths.values()]
     full, untaught = ([of.branched.get(name, NONE) for of in lengths.values()] for name in (ALIKE, UNTAUGHT))
-    lines = [["(95 % interval)", *lengths]]
+    lines = [["mean (95 % interval), seeds", *lengths]]
     for name, groups in ((BEST, bests), ("PTQ: q2_0, search", rounded), (ALIKE, full), (UNTAUGHT, untaught)):
         first, *more = groups
-        lines.append([f"{name}: loss minus the control's", *(with_interval(above_control(g, rows)) for g in groups)])
-        change = [with_interval(compared(group, first, rows, operator.sub)) for group in more]
+        lines.append([f"{name}: loss minus the control's", *(counted(above_control(g, rows)) for g in groups)])
+        change = [counted(compared(group, first, rows, operator.sub)) for group in more]
         lines.append([f"{name}: that, minus what it is at the config's", "", *change])
-    lines.append([f"{BEST}: loss minus that of {ALIKE}", *map(with_interval, map(minus, bests, full))])
-    lines.append([f"{BEST}: KLD to the control", *(with_interval([r["kld"] for r in g.rows], ".4f") for g in bests)])
-    change = [with_interval(minus(group, best, "kld")) for group in bests[1:]]
+    lines.append([f"{BEST}: loss minus that of {ALIKE}", *map(counted, map(minus, bests, full))])
+    lines.append([f"{BEST}: KLD to the control", *(counted([r["kld"] for r in g.rows], ".4f") for g in bests)])
+    change = [counted(minus(group, best, "kld")) for group in bests[1:]]
     return markdown([*lines, [f"{BEST}: that, minus what it is at the config's", "", *change]])
+
+
+def counted(values: Sequence[float], form: str = "+.4f") -> str:
+    """As `with_interval`, and of how many seeds."""
+    return f"{with_interval(values, form)}, {len(values)}" if values else ""
 
 
 def searched(rounded: Group) -> bool:
@@ -295,6 +312,7 @@ def goals(recipes: Sequence[tuple[Group, Sequence[Group]]], rows: Sequence[Row])
     lines = [
         [
             "goals at 2.25 bits",
+            "seeds",
             "recovers at least 95 % of what the best rounding in 2.7 bits loses",
             "within 2 % of the control's loss",
             "KLD at most 1/5 of the best rounding's",
@@ -310,6 +328,7 @@ def goals(recipes: Sequence[tuple[Group, Sequence[Group]]], rows: Sequence[Row])
         lines.append(
             [
                 group.label,
+                group.seeds,
                 percent([100 * x for x in recovered(group, ptq, rows)], ".0f"),
                 percent(relative, ".2f"),
                 with_se([qat["kld"] / rounded["kld"] for qat, rounded in by_seed(group, best)], ".2f"),
