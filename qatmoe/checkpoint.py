@@ -252,7 +252,7 @@ class Checkpoints:
         steps = self.steps()
         earlier = [s for s in steps if s <= newest]
         for step in steps:
-            if step > newest or (step not in earlier[-self._keep :] and not self._stays(step)):
+            if step > newest or (step not in earlier[-self._keep :] and not self.stays(step)):
                 # Renamed first: a half-deleted directory must not look like a checkpoint.
                 os.rename(self.path(step), self.directory / f".old-{step}")
         self._remove_leftovers()
@@ -262,7 +262,8 @@ class Checkpoints:
             if path.name.startswith((".saving-", ".old-")):
                 shutil.rmtree(path)
 
-    def _stays(self, step: int) -> bool:
+    def stays(self, step: int) -> bool:
+        """Whether newer checkpoints do not replace one: it is a final one, or was saved to stay."""
         with contextlib.suppress(DamagedCheckpoint):  # not `said`: it would wait for the save that asks
             meta = _load_json(self.path(step) / "meta.json")
             return bool(meta.get("done") or meta.get("stays"))

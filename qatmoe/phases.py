@@ -236,15 +236,17 @@ def check_text(cfg: Config, workdir: Path, data: Data) -> None:
 
 
 def check_save_at(cfg: Config, workdir: Path) -> None:
-    """Raises UserError for a step that is to be saved and that an unfinished phase has passed without."""
+    """Raises UserError for a step that is to be saved and that an unfinished phase has passed without saving it to
+    stay."""
     for name, phase in cfg.train.phases.items():
         with Checkpoints(workdir, name) as checkpoints:
             there = checkpoints.steps()
-        passed = [step for step in phase.save_at if there and step <= there[-1] < phase.steps and step not in there]
+            due = [step for step in phase.save_at if there and step <= there[-1] < phase.steps]
+            passed = [step for step in due if step not in there or not checkpoints.stays(step)]
         if passed:
             raise UserError(
-                f"config.train.phases.{name}.save_at={phase.save_at}: {workdir} has passed step {passed[0]} without "
-                "saving it: leave it out, or take another --workdir"
+                f"config.train.phases.{name}.save_at={phase.save_at}: {workdir} has passed step {passed[0]} and not "
+                "saved it to stay: leave it out, or take another --workdir"
             )
 
 

@@ -358,15 +358,16 @@ def test_steps_that_others_branch_off_from_are_saved_and_stay(branched):
 
 def test_a_step_that_has_passed_cannot_be_saved(tmp_path):
     with Checkpoints(tmp_path, "trunk") as checkpoints:
-        checkpoints.save(2, {"w": np.ones(3)}, {}, {}, wait=True)
+        checkpoints.save(2, {"w": np.ones(3)}, {}, {}, stays=True)
         checkpoints.save(4, {"w": np.ones(3)}, {}, {}, wait=True)
     config = toy.get_config()
-    config.train.phases.trunk.save_at = (2, 4, 5)
+    config.train.phases.trunk.save_at = (2, 5)
     config.train.phases.qat.save_at = (1,)
     phases.check_save_at(resolve(config), tmp_path)
-    config.train.phases.trunk.save_at = (2, 3)
-    with pytest.raises(UserError, match=r"trunk.save_at=\(2, 3\): .* has passed step 3 without"):
-        phases.check_save_at(resolve(config), tmp_path)
+    for passed in (3, 4):  # 4 is there, and the next two would replace it
+        config.train.phases.trunk.save_at = (2, passed)
+        with pytest.raises(UserError, match=rf"trunk.save_at=\(2, {passed}\): .* has passed step {passed} and not"):
+            phases.check_save_at(resolve(config), tmp_path)
     config.train.phases.trunk.update(steps=4, warmup=0)  # finished
     phases.check_save_at(resolve(config), tmp_path)
 
