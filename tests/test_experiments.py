@@ -347,15 +347,15 @@ def test_more_steps_are_held_against_the_configs_seed_by_seed():
     found = tables.Groups(short.control, tables.NONE, short.rounded, short.best, {}, [], in_full)
     way = tables.Way(tables.NONE, short.best, [], {"much longer": long})
     lines = tables.longer_table(found, way, short.best, rows).splitlines()
-    assert lines[0] == "| (95 % interval) | as long as the config's | much longer |"
+    assert lines[0] == "| mean (95 % interval), seeds | as long as the config's | much longer |"
     cells = [line.split("|")[3].strip() for line in lines[2:]]
-    assert cells[:6] == ["+0.0100", "-0.0400", "+0.3000", "+0.1000", "-0.0200", "-0.0100"]
-    assert cells[6:] == ["", "", "+0.0300", "0.1500", "+0.0500"]
+    assert cells[:6] == ["+0.0100, 1", "-0.0400, 1", "+0.3000, 1", "+0.1000, 1", "-0.0200, 1", "-0.0100, 1"]
+    assert cells[6:] == ["", "", "+0.0300, 1", "0.1500, 1", "+0.0500, 1"]
     goals = tables.goals([(of.best, of.rounded) for of in (short, long)] + [(short.best, [])], rows).splitlines()
     assert goals[2:] == [
-        "| qat | 75 % | 1.25 % | 0.33 | control/q2_0/search |",
-        "| qat | 97 % | 0.26 % | 0.50 | control/q2_0/search |",
-        "| qat |  |  |  |  |",
+        "| qat | 0 | 75 % | 1.25 % | 0.33 | control/q2_0/search |",
+        "| qat | 0 | 97 % | 0.26 % | 0.50 | control/q2_0/search |",
+        "| qat |  |  |  |  |  |",
     ]
 
 
