@@ -166,12 +166,13 @@ def test_killed_anywhere_the_same_command_ends_at_the_same_numbers(whole, quick_
     assert summaries[0]["loss"] == summaries[1]["loss"]
 
 
-# The toy, on its grid from the first step: the larger of its two programs alone.
+# One MoE layer, on its grid from the first step: more of them take XLA's optimizations minutes.
 ON_THE_GRID = """
 from configs import toy
 from qatmoe.config import phase
 def get_config():
     config = toy.get_config()
+    config.model.update(n_layers=1, n_dense_layers=0, n_shared_experts=0, n_mtp=0)
     config.train.phases = {"qat": phase(steps=20, warmup=5, quantize=True)}
     return config
 """
