@@ -125,8 +125,8 @@ def tables_of(
     every = [*rows, *added]
     whole, of_every = in_the_way_of(s, every), groups_of(s, every)
     tables["in_the_way"] = in_the_way_table(of_every, whole, every)
-    if way.best and whole.best:
-        tables["alike"] = alike_table(found, way, way.best)
+    if whole.best:
+        tables["alike"] = alike_table(of_every, whole, whole.best)
         tables["longer"] = longer_table(of_every, whole, whole.best, every)
         tables["goals_longer"] = goals(
             [
