@@ -400,7 +400,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return {name: _convert(item, value[name], f"{path}.{name}") for name in value}
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{path}={value!r}: expected numbers in parentheses, as (1, 2), of one number (1,)")
+            raise UserError(f"{path}={value!r}: expected numbers in parentheses: (1, 2), or (1,) for a single one")
         return tuple(_convert(typing.get_args(hint)[0], v, path) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return _float(value, path)

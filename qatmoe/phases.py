@@ -236,17 +236,29 @@ def check_text(cfg: Config, workdir: Path, data: Data) -> None:
 
 
 def check_save_at(cfg: Config, workdir: Path) -> None:
-    """Raises UserError for a step that is to be saved and that an unfinished phase has passed without saving it to
-    stay."""
+    """Looks for steps that are to be saved and that their phase has passed; an imported one has none to save.
+
+    A line says which of them a finished phase does not have.
+
+    Raises:
+      UserError: an unfinished phase has passed one without saving it to stay.
+    """
+    imported = next(iter(cfg.train.phases)) if cfg.init_from else ""
     for name, phase in cfg.train.phases.items():
+        if not phase.save_at or name == imported:
+            continue
         with Checkpoints(workdir, name) as checkpoints:
-            there = checkpoints.steps()
-            due = [step for step in phase.save_at if there and step <= there[-1] < phase.steps]
-            passed = [step for step in due if step not in there or not checkpoints.stays(step)]
-        if passed:
+            there, newest = checkpoints.steps(), checkpoints.latest_good()
+            due = [step for step in phase.save_at if newest is not None and step <= newest]
+            staying = [step for step in there if checkpoints.stays(step)]
+        where = f"config.train.phases.{name}.save_at={phase.save_at}: {workdir}"
+        if finished(workdir, name):
+            if (gone := [step for step in due if step not in there]) and distributed.first():
+                print(f"{where} has finished {name} and has no checkpoint of step {', '.join(map(str, gone))}")
+        elif passed := [step for step in due if step not in staying]:
             raise UserError(
-                f"config.train.phases.{name}.save_at={phase.save_at}: {workdir} has passed step {passed[0]} and not "
-                "saved it to stay: leave it out, or take another --workdir"
+                f"{where} has passed step {passed[0]}, and it is not there or not saved to stay: leave it out, delete "
+                "later checkpoints to train it again, or take another --workdir"
             )
 
 

@@ -68,6 +68,7 @@ def test_the_studies_can_be_run_and_reported(file, scale, corpus):
             folder, _, at = run.config.init_from.partition(":trunk@")
             if folder:
                 steps, start = run.config.train.phases["trunk"].steps, trained[folder].train
+                assert run.config.train.keep == 1 and not run.config.train.phases["trunk"].save_at
                 assert steps == int(at or steps) <= start.phases["trunk"].steps
                 assert steps in (*start.phases["trunk"].save_at, start.phases["trunk"].steps)
     made = functions["report"]({scale: [row for stage in stages for row in made_up(stage)]})
@@ -75,6 +76,16 @@ def test_the_studies_can_be_run_and_reported(file, scale, corpus):
     assert made.tables and all(f"<!-- {name}: " in page for name in made.tables)
     assert not any("nan" in table for table in made.tables.values())
     made.figure.draw_without_rendering()
+
+
+def test_seeds_that_were_added_count_where_what_is_in_the_way_is_asked_and_nowhere_else():
+    functions = study.load(str(ROOT / "experiments/late_qat_2bit/study.py"))
+    stages = functions["get_study"]("small", "").stages
+    tables = functions["report"]({"small": [row for stage in stages for row in made_up(stage)]}).tables
+    (line,) = [line for line in tables["small_in_the_way"].splitlines() if line.startswith("| the best recipe |")]
+    assert " | 0 1 2 3 4 5 | " in line
+    assert "3 4 5" not in tables["small_goals"] + tables["small_recipes"] + tables["small_differences"]
+    assert "| 0 1 2 3 4 5 |" in tables["small_goals_longer"]
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.parent.name)

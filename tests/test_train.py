@@ -357,7 +357,7 @@ def test_steps_that_others_branch_off_from_are_saved_and_stay(branched):
             assert checkpoints.steps() == expected
 
 
-def test_a_step_that_has_passed_cannot_be_saved(tmp_path):
+def test_a_step_that_has_passed_cannot_be_saved(tmp_path, capsys):
     with Checkpoints(tmp_path, "trunk") as checkpoints:
         checkpoints.save(2, {"w": np.ones(3)}, {}, {}, stays=True)
         checkpoints.save(4, {"w": np.ones(3)}, {}, {}, wait=True)
@@ -367,10 +367,38 @@ def test_a_step_that_has_passed_cannot_be_saved(tmp_path):
     phases.check_save_at(resolve(config), tmp_path)
     for passed in (3, 4):  # 4 is there, and the next two would replace it
         config.train.phases.trunk.save_at = (2, passed)
-        with pytest.raises(UserError, match=rf"trunk.save_at=\(2, {passed}\): .* has passed step {passed} and not"):
+        with pytest.raises(UserError, match=rf"trunk.save_at=\(2, {passed}\): .* has passed step {passed}, and"):
             phases.check_save_at(resolve(config), tmp_path)
-    config.train.phases.trunk.update(steps=4, warmup=0)  # finished
+    assert capsys.readouterr().out == ""
+    config.init_from = "elsewhere"  # and the trunk there is an import: step 4 of another run
     phases.check_save_at(resolve(config), tmp_path)
+
+
+def test_a_damaged_checkpoint_does_not_count_as_passed(tmp_path):
+    """The run goes back to the one before it."""
+    with Checkpoints(tmp_path, "trunk") as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, {"w": np.ones(3)}, {}, {}, wait=True)
+        largest = max((f for f in checkpoints.path(4).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+        largest.write_bytes(b"")
+    config = toy.get_config()
+    config.train.phases.trunk.save_at = (3,)
+    phases.check_save_at(resolve(config), tmp_path)
+
+
+def test_a_finished_phase_says_which_steps_it_did_not_save(branched, monkeypatch, capsys):
+    """And a run refuses one that it has passed, before it does anything."""
+    run = branched[0] / "run"
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    cfg = json.loads((run / "config.json").read_text())
+    cfg["train"]["phases"]["own"]["save_at"] = [1, 2, 4]
+    phases.check_save_at(resolve(cfg), run)
+    assert capsys.readouterr().out.endswith("run has finished own and has no checkpoint of step 1\n")
+    cfg["train"]["phases"]["own"]["steps"] = 6
+    monkeypatch.setattr(phases, "finished", lambda *_: False)
+    with pytest.raises(UserError, match="own.save_at=.* has passed step 1"):
+        train.train(resolve(cfg), run, run_lib.Stop())
+    assert before == {file: file.stat().st_mtime_ns for file in run.rglob("*")}
 
 
 def test_a_phase_goes_on_only_with_the_teacher_that_it_began_with(branched, capsys, cache):

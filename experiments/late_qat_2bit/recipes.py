@@ -46,7 +46,7 @@ def recipes_of(s: Scale) -> dict[str, Points]:
 def stages(s: Scale) -> list[Stage]:
     """Trunks; recipes; shares of the tokens; rates; what is in the way.
 
-    The config, the best recipe and, the longest, the best recipe and what is taught alike are on more seeds.
+    On more seeds are the config, the best recipe and, at the longest, the best recipe and full precision taught alike.
     """
     trunks, more = (size.trunks(f"^(trunk|control|qat)$|{PTQ}") for size in (s, s.on_more_seeds("late_qat_2bit")))
     shares = [

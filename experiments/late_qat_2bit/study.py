@@ -5,8 +5,8 @@
 Recipes branch from whole trunks, shares from earlier steps of the same trunks. Rates are searched at the first seed;
 the best ones, and one beyond, run on all, with and without a teacher. What the teacher does without a grid: the same
 branch in full precision. What is in the way of less: the best recipe with an average of the weights, and for twice and
-four times as long (there on more seeds, and on the first ones with nothing but the KL too); and how far two
-controls of one trunk are apart, that of other batches and that of another rate.
+four times as long (there on more seeds, and on the first ones with nothing but the KL and without a teacher too); and
+how far two controls of one trunk are apart, that of other batches and that of another rate.
 """
 
 from collections.abc import Sequence

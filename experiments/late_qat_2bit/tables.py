@@ -276,9 +276,17 @@ def longer_table(found: Groups, way: Way, best: Group, rows: Sequence[Row]) -> s
         change = [counted(compared(group, first, rows, operator.sub)) for group in more]
         lines.append([f"{name}: that, minus what it is at the config's", "", *change])
     lines.append([f"{BEST}: loss minus that of {ALIKE}", *map(counted, map(minus, bests, full))])
+    pairs = list(zip(bests, full, strict=True))
+    change = [counted(changes(pair, pairs[0])) for pair in pairs[1:]]
+    lines.append([f"{BEST}: that, minus what it is at the config's", "", *change])
     lines.append([f"{BEST}: KLD to the control", *(counted([r["kld"] for r in g.rows], ".4f") for g in bests)])
     change = [counted(minus(group, best, "kld")) for group in bests[1:]]
     return markdown([*lines, [f"{BEST}: that, minus what it is at the config's", "", *change]])
+
+
+def changes(pair: tuple[Group, Group], before: tuple[Group, Group]) -> list[float]:
+    """By how much the first's distance to the second is more in one pair than in another, for each seed of all."""
+    return [a["loss"] - b["loss"] - (c["loss"] - d["loss"]) for a, b, c, d in by_seed(*pair, *before)]
 
 
 def counted(values: Sequence[float], form: str = "+.4f") -> str:
