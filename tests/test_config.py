@@ -81,7 +81,7 @@ def test_every_config_file_resolves(config_files):
         ({"optim__eps": 1e-45}, "eps=1e-45: must be at least 1.2e-38"),
         ({"model__capacity_factor": float("inf")}, "capacity_factor=inf: must be more than 0 and finite"),
         ({"optim__betas": (0.9, 1.5)}, "from 0 to below 1"),
-        ({"optim__betas": 0.9}, r"config.optim.betas=0.9: expected numbers in parentheses, as \(1, 2\)"),
+        ({"optim__betas": 0.9}, r"config.optim.betas=0.9: expected numbers in parentheses: \(1, 2\)"),
         ({"optim__betas": (0.9, "x")}, "config.optim.betas='x': expected float, got str"),
         ({"train__loss_chunk": -1}, "loss_chunk=-1"),
         ({"train__seed": -1}, "seed=-1"),

@@ -9,6 +9,8 @@ refused, but for these differences, which its own converter makes as well:
   that "éÉ" is not cut.
 - Added tokens that are not special are found longest first there, not leftmost first, which matters if they overlap.
 - lstrip, rstrip and single_word of special tokens are ignored there.
+- A character whose bytes the vocabulary lacks (SmolLM: some control characters) is dropped on both sides; what stood
+  beside it is merged here, and not there.
 - Some tokens, such as <|im_end|> and </s>, are made special there by their name, and end a generation.
 - Without bos_token_id it takes 11, which it never adds, as add_bos_token is always written.
 - `llama_detokenize` drops the space before punctuation with "gpt-2", "olmo" and the three names of Llama 3's pattern.
@@ -61,8 +63,10 @@ _NAMES = {
     (_DIGITS, _WORDS): "smollm",
 }
 _GGUF_ROLES = {"eos": "eos", "bos": "bos", "pad": "padding", "unk": "unknown"}
-# Bytes that no UTF-8 text has: GPT-NeoX's vocabulary lacks them.
-_NO_UTF8 = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}
+# Bytes that a vocabulary may lack: those that no UTF-8 text has (GPT-NeoX), the first ones of planes 4 to 11, where no
+# characters are, and control characters but for white space (SmolLM).
+_SELDOM = {chr(byte) for byte in (0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100))}
+_SELDOM |= {chr(0x100 + byte) for byte in range(0x20) if not 0x09 <= byte <= 0x0D}
 # What pads, where a special token has this name: tokenizer.json does not say.
 _PAD_NAMES = ("<|pad|>", "<|padding|>", "<pad>", "[PAD]", "<\uff5c\u2581pad\u2581\uff5c>")
 
@@ -175,12 +179,12 @@ def _step(step: Json) -> str:
 
 
 def _check_model(model: Json) -> None:
-    """Raises UserError unless it is a byte-level BPE without options that llama.cpp lacks."""
+    """Raises UserError unless it is a byte-level BPE of all common bytes without options that llama.cpp lacks."""
     options = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
     problems = [f"has {option}={model[option]!r}" for option in options if model.get(option)]
     if model["type"] != "BPE":
         problems = [f"is {model['type']}"]
-    elif missing := set(pre_tokenizers.ByteLevel.alphabet()) - _NO_UTF8 - model["vocab"].keys():
+    elif missing := set(pre_tokenizers.ByteLevel.alphabet()) - _SELDOM - model["vocab"].keys():
         problems.append(f"lacks {len(missing)} of the 256 bytes")
     if problems:
         raise UserError(
