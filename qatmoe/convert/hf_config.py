@@ -1,5 +1,7 @@
 """config.json of Hugging Face models <-> ModelConfig: Qwen3-MoE, OLMoE, GLM-4-MoE, and dots1, which computes like GLM.
 
+Dense models are read too, as models all of whose layers are dense; `convert.upcycle` makes a MoE of one.
+
 Keys have changed their names over the years; both spellings are read, and both are written where transformers still
 reads the old one.
 """
@@ -17,6 +19,7 @@ Json = dict[str, Any]
 
 _CLASSES = {"qwen3_moe": "Qwen3MoeForCausalLM", "olmoe": "OlmoeForCausalLM", "glm4_moe": "Glm4MoeForCausalLM"}
 IMPORTED = (*_CLASSES, "dots1")
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
 # Features that the model here does not have: key -> the values with which they are off.
 _OFF: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (None,),
@@ -77,9 +80,9 @@ def read(raw: Json, where: str) -> tuple[str, ModelConfig]:
     """
     r = _Reader(raw, where)
     arch = raw.get("model_type")
-    if arch not in IMPORTED:
+    if arch not in (*IMPORTED, *DENSE):
         mla = " (its attention is MLA, which is not supported)" if str(arch).startswith("deepseek") else ""
-        raise r.refuse(f"model_type={arch!r} cannot be imported{mla}; can be: {', '.join(IMPORTED)}")
+        raise r.refuse(f"model_type={arch!r} cannot be imported{mla}; can be: {', '.join((*IMPORTED, *DENSE))}")
     for key, off in _OFF.items():
         if raw.get(key) not in off:
             raise r.refuse(f"{key}={raw[key]!r} is a feature that cannot be imported")
@@ -98,12 +101,12 @@ def read(raw: Json, where: str) -> tuple[str, ModelConfig]:
         "head_dim": head_dim,
         "rotary_fraction": fraction,
         "rope_theta": theta,
-        "norm_eps": r.number("rms_norm_eps", default=1e-6 if arch in ("qwen3_moe", "dots1") else 1e-5),
+        "norm_eps": r.number("rms_norm_eps", default=1e-5 if arch in ("olmoe", "glm4_moe") else 1e-6),
         "top_k": r.size("num_experts_per_tok", default=8),
         "tie_embeddings": r.flag("tie_word_embeddings", default=False),
     }
-    own = {"qwen3_moe": _qwen3_moe, "olmoe": _olmoe, "glm4_moe": _glm4_moe, "dots1": _glm4_moe}[arch](r)
-    return arch, ModelConfig(**common | own)
+    readers = {"qwen3_moe": _qwen3_moe, "olmoe": _olmoe, "glm4_moe": _glm4_moe, "dots1": _glm4_moe}
+    return arch, ModelConfig(**common | readers.get(str(arch), _dense)(r))
 
 
 def _rope(r: _Reader, arch: str) -> tuple[float, float]:
@@ -185,6 +188,24 @@ def _glm4_moe(r: _Reader) -> dict[str, Any]:
         "norm_topk": r.flag("norm_topk_prob", default=not dots),
         "routed_scale": r.number("routed_scaling_factor", default=1.0),
         "n_mtp": 0 if dots else r.size("num_nextn_predict_layers", "num_mtp_layers", default=0, low=0),
+    }
+
+
+def _dense(r: _Reader) -> dict[str, Any]:
+    """Llama, Mistral, Qwen2 (biases on q, k and v) and Qwen3 (norms on q and k)."""
+    kind = r.raw["model_type"]
+    if r.flag("attention_bias", default=False):
+        raise r.refuse("attention_bias=True (biases on the output projection too) cannot be imported")
+    window = r.raw.get("sliding_window", 4096)  # which transformers takes where the key is missing
+    if kind == "mistral" and window is not None:
+        raise r.refuse(f"sliding_window={window!r} is a feature that cannot be imported; null is none")
+    return {
+        "n_dense_layers": r.size("num_hidden_layers"),
+        "dense_dim": r.size("intermediate_size"),
+        "qk_norm": "head" if kind == "qwen3" else "none",
+        "qkv_bias": kind == "qwen2",
+        "n_shared_experts": 0,
+        "n_mtp": 0,
     }
 
 

@@ -17,9 +17,10 @@ import numpy as np
 
 from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import Config, DataConfig, ModelConfig, PhaseConfig, QuantConfig, TrainConfig, resolve, to_json
-from qatmoe.convert import hf_config, names
+from qatmoe.convert import hf_config, names, upcycle
 from qatmoe.convert.names import Part
 from qatmoe.convert.safetensors import MAX_JSON, Folder, open_regular
+from qatmoe.convert.upcycle import Upcycling
 from qatmoe.convert.weights import ORIGIN, Origin
 from qatmoe.data import tokenizer
 from qatmoe.errors import UserError
@@ -61,7 +62,7 @@ def get_config():
     config.quant.shared = "{shared}"  # of shared experts and dense FFNs
     config.optim.lr = 1e-5
     config.optim.scale_lr = 1e-6
-    config.train.bias_rate = 0.0  # the model's router is balanced: its selection biases stay
+    config.train.bias_rate = {bias}
     config.train.phases.trunk = phase(steps=1)
     config.train.phases.control = phase(start="trunk", steps=1000, warmup=50, decay=500)
     config.train.phases.qat = phase(start="trunk", steps=1000, warmup=50, decay=500, quantize=True)
@@ -69,8 +70,14 @@ def get_config():
 '''
 
 
-def import_folder(source: Path, out: Path, *, drop_mtp: bool = False, force: bool = False) -> ModelConfig:
+def import_folder(
+    source: Path, out: Path, *, drop_mtp: bool = False, upcycling: Upcycling | None = None, force: bool = False
+) -> ModelConfig:
     """Writes the run folder `out` from the model in `source`.
+
+    Args:
+      drop_mtp: leave its MTP modules out.
+      upcycling: how a dense model becomes a MoE.
 
     Raises:
       UserError: something in `source` is unusable or is not what config.json describes, or `out` cannot be written.
@@ -78,27 +85,38 @@ def import_folder(source: Path, out: Path, *, drop_mtp: bool = False, force: boo
     """
     raw = _read_json(source / "config.json")
     arch, model = hf_config.read(raw, str(source / "config.json"))
+    made = _made(source, arch, model, upcycling)
     check_apart(out, source)
     check_path(out, "--out")
-    _check_model(out, model, source)
+    _check_model(out, made, source)
     tok = _tokenizer(source, model)
     with Folder(source) as files:
         kept = dataclasses.replace(model, n_mtp=0) if drop_mtp else model
+        made = made if upcycling else kept
         _check_counts(source, model, files)
         wanted = _by_parameter(kept, arch)
         _check_tensors(source, model, kept, arch, files)
         dtype = "bfloat16" if any(t.dtype == "BF16" for t in files.tensors.values()) else "float32"
-        shape = _shape(kept, dtype)
-        cfg = _config(out, kept, dtype)
+        cfg = _config(out, made, dtype)
         with atomic_folder(out, force=force) as place:
             (place / "tokenizer.json").write_text(tok.json, encoding="utf-8")
             write_atomically(place / "config.json", to_json(cfg))
             write_atomically(place / ORIGIN, json.dumps(_origin(source, raw, tok)._asdict(), default=dict))
-            write_atomically(place / "qat.py", _qat(out, shape, kept))
+            write_atomically(place / "qat.py", _qat(out, _shape(made, dtype), made, upcycling))
             meta = {"config": json.loads(to_json(cfg)), "data": "", "tokenizer": tok.hash, "trained_tokens": 0}
             with Checkpoints(place, TRUNK) as checkpoints:
-                checkpoints.save_weights(0, _parts(source, files, wanted), meta)
-    return kept
+                checkpoints.save_weights(0, _parts(_arrays(source, files, wanted, made, upcycling)), meta)
+    return made
+
+
+def _made(source: Path, arch: str, model: ModelConfig, upcycling: Upcycling | None) -> ModelConfig:
+    """The model that an import makes of what config.json describes: itself, or a MoE of a dense one."""
+    dense = arch in hf_config.DENSE
+    if dense and not upcycling:
+        raise UserError(f"{source}/config.json: {arch} is a dense model: --copies N makes a MoE of it (--help)")
+    if upcycling and not dense:
+        raise UserError(f"{source}/config.json: {arch} is a MoE already: leave --copies out")
+    return upcycle.moe_of(model, upcycling) if upcycling else model
 
 
 def _check_model(out: Path, model: ModelConfig, source: Path) -> None:
@@ -126,14 +144,17 @@ def _shape(model: ModelConfig, dtype: str) -> dict[str, Any]:
     return {k: v for k, v in {**vars(model), "dtype": dtype}.items() if v != default[k]}
 
 
-def _qat(out: Path, shape: dict[str, Any], model: ModelConfig) -> str:
+def _qat(out: Path, shape: dict[str, Any], model: ModelConfig, upcycling: Upcycling | None) -> str:
     grid = shared = "q2_0" if model.dim % 64 == model.expert_dim % 64 == 0 else "q4_0"
     if model.n_dense_layers and model.dense_dim % 64:
         shared = "q4_0"
     if not (model.n_dense_layers or model.n_shared_experts):
         shared = "none"
     fields = "".join(f"    {key!r}: {value!r},\n" for key, value in shape.items()).replace("'", '"')
-    return _QAT.format(name=f"{out.name}_qat", model="{\n" + fields + "}", grid=grid, shared=shared)
+    bias = "0.0  # the model's router is balanced: its selection biases stay"
+    if upcycling:
+        bias = "0.001  # the router is new: its selection biases follow the load"
+    return _QAT.format(name=f"{out.name}_qat", model="{\n" + fields + "}", grid=grid, shared=shared, bias=bias)
 
 
 def _read(path: Path) -> bytes:
@@ -305,16 +326,32 @@ def _copied_from(name: str, model: ModelConfig, kept: ModelConfig) -> str | None
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _parts(
-    source: Path, files: Folder, wanted: dict[tuple[str, int | None], dict[str, Part]]
-) -> Iterator[dict[str, np.ndarray]]:
-    """Parameters in the unrolled layout, in parts of about 256 MB."""
-    part: dict[str, np.ndarray] = {}
-    size = 0
+def _arrays(
+    source: Path,
+    files: Folder,
+    wanted: dict[tuple[str, int | None], dict[str, Part]],
+    made: ModelConfig,
+    upcycling: Upcycling | None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(path in the checkpoint, array) of every parameter, in the unrolled layout."""
     for (path, layer), tensors in wanted.items():
         array = _assemble(source, files, tensors)
         stack, _, rest = path.partition("/")
-        part[f"params/model/{path}" if layer is None else f"params/model/{stack}/{layer}/{rest}"] = array
+        if layer is None:
+            yield f"params/model/{path}", array
+        elif upcycling:
+            for name, own in upcycle.layer_of(made, upcycling, layer, rest, array).items():
+                yield f"params/model/layers/{layer}/{name}", own
+        else:
+            yield f"params/model/{stack}/{layer}/{rest}", array
+
+
+def _parts(arrays: Iterator[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    """The same in parts of about 256 MB."""
+    part: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in arrays:
+        part[name] = array
         size += array.nbytes
         del array
         if size >= _PART_BYTES:
