@@ -41,6 +41,7 @@ from launch.study_results import (
     NO_CHECKPOINT,
     NO_CONTROL,
     NOT_RUN,
+    OTHER_TRUNK,
     UNFINISHED_CONTROL,
     Row,
     enter,
@@ -49,6 +50,7 @@ from launch.study_results import (
     read_results,
 )
 from qatmoe import audit, cli, evaluate, metrics
+from qatmoe.checkpoint import Checkpoints
 from qatmoe.convert import llama
 from qatmoe.convert.weights import NotFinite
 from qatmoe.errors import UserError
@@ -301,6 +303,10 @@ def judge(
         if reason in (NO_CONTROL, NO_CHECKPOINT) and not partial:
             which = f" ({reference})" if reason == NO_CONTROL else ""
             raise UserError(f"{run.folder}: {reason} here{which}: bring it back, or pass the run over with --judge")
+        if reason == OTHER_TRUNK and not partial:
+            raise UserError(
+                f"{run.folder}: {reason}: delete its folder to train it again, or pass it over with --judge"
+            )
         if reason and not partial:
             raise UserError(f"{run.folder} is not finished ({reason}): give the same command again")
         if reason:
@@ -319,7 +325,30 @@ def _unfinished(run: Run, reference: str) -> str:
         return NO_CONTROL if gone else UNFINISHED_CONTROL
     starts = {phase.start for phase in run.config.train.phases.values()}
     ends = [name for name in run.config.train.phases if name not in starts]
-    return "" if all(phase_finished(run.folder, name) for name in ends) else NO_CHECKPOINT
+    if not all(phase_finished(run.folder, name) for name in ends):
+        return NO_CHECKPOINT
+    return OTHER_TRUNK if _other_trunk(run, Path(control)) else ""
+
+
+def _other_trunk(run: Run, control: Path) -> bool:
+    """Whether a run began with other weights than its control did, whose run has been trained again since.
+
+    Each has a copy of what it began with; where one of them is gone, nothing is known.
+    """
+    folder, phase, step = source_of(run.config)
+    first = next(iter(run.config.train.phases))
+    if not folder or Path(folder) != control or control == run.folder:
+        return False
+    with Checkpoints(run.folder, first) as own, Checkpoints(control, phase or first) as source:
+        begun, there = own.latest(), int(step) if step else source.latest()
+        if begun is None or there not in source.steps():
+            return False
+        ours, theirs = own.meta(begun), source.meta(there)
+        names = [name for name in ours["tensors"] if name.startswith("params/model/")]
+        if not theirs["tensors"].keys() >= set(names):  # another layout: an import
+            return False
+        pairs = ((own.read(ours, [name])[name], source.read(theirs, [name])[name]) for name in names)
+        return any(one.tobytes() != other.tobytes() for one, other in pairs)
 
 
 def _judge_run(study: Study, stage: Stage, run: Run, reference: str, check: Callable[[str], None]) -> list[Row]:

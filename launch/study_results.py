@@ -18,7 +18,8 @@ Row = dict[str, Any]
 # Why a run that may have been judged cannot be: its rows stay.
 NOT_RUN, NO_CHECKPOINT = "not run", "it has no last checkpoint"
 NO_CONTROL, UNFINISHED_CONTROL = "its control has no last checkpoint", "its control is not finished"
-GONE = (NOT_RUN, NO_CONTROL, UNFINISHED_CONTROL, NO_CHECKPOINT)
+OTHER_TRUNK = "the trunk that it began with was trained again"
+GONE = (NOT_RUN, NO_CONTROL, UNFINISHED_CONTROL, NO_CHECKPOINT, OTHER_TRUNK)
 OTHER_CONTROL = "its rows are beside another training of its control"
 SAME_LOSS = 1e-4  # nats: two trainings differ by more; that two audits of one, on two devices, do not is not measured
 IDENTITY = ("stage", "config", "overrides", "seed", "run")  # of a row: which run it is of

@@ -18,6 +18,7 @@ from launch.points import Sweep
 from launch.study import Stage, Study, beside, branches
 from launch.study_tables import Group
 from qatmoe import evaluate
+from qatmoe.checkpoint import Checkpoints
 from qatmoe.convert.weights import NotFinite
 from qatmoe.errors import UserError
 
@@ -295,6 +296,35 @@ def test_what_is_kept_of_a_judged_branch(tiny_stages, tmp_path, monkeypatch, cap
     longer = Stage(branch.sweep, branch.judged, (branch.references[0].replace(":control", ":trunk"),))
     with pytest.raises(UserError, match="qat was trained on 1,024 tokens and .*:trunk on 512: give both"):
         judge(asked, longer, False, NOTHING)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_branch_of_a_trunk_that_was_trained_again_is_not_compared_with_it(tiny_stages, tmp_path, capsys):
+    """Its row stays, which was judged beside the control of before."""
+    trunk, branch = tiny_stages
+    points = [branch.sweep.points[0] | {"init_from": str(runs_of(trunk)[0].folder)}]
+    began = dataclasses.replace(branch, sweep=dataclasses.replace(branch.sweep, points=points))
+    (run,) = runs_of(began)
+    shutil.move(runs_of(branch)[0].folder, run.folder)
+    asked = Study((trunk, began), tokens=640)
+    study.judge_all(asked, tmp_path / "r.json", False, NOTHING)
+    rows = json.loads((tmp_path / "r.json").read_text())
+    assert [r["row"] for r in rows] == ["control", "control/q2_0/search", "qat", "qat"]
+    with Checkpoints(run.folder, "trunk") as checkpoints:
+        step = checkpoints.latest()
+        meta = checkpoints.meta(step)
+        arrays = checkpoints.read(meta, list(meta["tensors"]))
+        arrays["params/model/norm"][0] *= 1.5
+        shutil.rmtree(checkpoints.path(step))
+        checkpoints.save(step, arrays, {}, {}, final=True, wait=True)
+    with pytest.raises(UserError, match=f"{run.folder}: the trunk that it began with was trained again: delete it"):
+        judge(asked, began, False, NOTHING)
+    capsys.readouterr()
+    study.judge_all(asked, tmp_path / "r.json", True, NOTHING)
+    assert f"{run.folder}: passed over, the trunk that it began with was trained again" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text()) == rows
+    shutil.rmtree(run.folder / "checkpoints" / "trunk")  # nothing is known then
+    assert [r["row"] for r in judge(asked, began, False, NOTHING)] == ["qat"]
 
 
 def test_rows_beside_another_training_of_a_control_are_left_out(tmp_path, capsys):
