@@ -10,7 +10,7 @@ A dense model (Llama, Mistral, Qwen2, Qwen3) becomes a MoE that computes the sam
 into --shards; --shared of them become shared experts, each of the others --copies routed ones; a token goes to the
 shards of the --active best copies.
 
-    python -m qatmoe.import_hf models/SmolLM2-135M --out runs/smol --copies 4 --shards 3 --shared 1
+    python -m qatmoe.import_hf models/Qwen3-0.6B --out runs/moe --copies 4 --shards 4 --shared 1
 """
 
 import argparse
@@ -24,6 +24,8 @@ from qatmoe.config import ModelConfig
 from qatmoe.convert import names
 from qatmoe.convert.hf_import import import_folder
 from qatmoe.convert.upcycle import Upcycling
+from qatmoe.convert.vocab import gguf_fields
+from qatmoe.data import tokenizer
 from qatmoe.errors import UserError
 from qatmoe.files import check_local
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {e}", file=sys.stderr)
         return e.exit_code
     if upcycling:
-        print(f"{out}: {_files(model)}")
+        print(f"{out}: {_files(out, model)}")
     print(f"{out}: {model.n_layers} layers, {model.n_experts} experts, {model.n_mtp} MTP modules")
     job = ["python", "-m", "qatmoe.train", "--config", f"{out}/qat.py", "--workdir", f"{out}_qat"]
     print(f"next: {shlex.join(job)} --config.data.source=TEXT")
@@ -68,12 +70,15 @@ def _upcycling(args: argparse.Namespace) -> Upcycling | None:
     return Upcycling(**given) if given else None
 
 
-def _files(model: ModelConfig) -> str:
+def _files(out: Path, model: ModelConfig) -> str:
     """What a model can be exported as."""
     found = []
     for form, table in (("gguf", names.GGUF), ("safetensors", names.HUGGINGFACE)):
         try:
-            found.append(f"{form} ({names.architecture(model, table)})")
+            arch = names.architecture(model, table)
+            if form == "gguf":
+                gguf_fields(tokenizer.load(str(out / "tokenizer.json")), model.vocab_size)
+            found.append(f"{form} ({arch})")
         except UserError as e:
             found.append(f"no {form}: {e}")
     return "; ".join(found)

