@@ -5,9 +5,9 @@
     python -m qatmoe.import_hf models/SmolLM2-135M-Instruct --out runs/smollm2_moe --copies 2 --shards 3 --shared 1
     python -m qatmoe.train --config configs/smollm2_moe_2bit.py
 
-187M parameters. The first two commands are for where huggingface.co is not within reach. Control, then QAT that learns
-from it, each 60 steps of 2,048 tokens of the bundled novels. Hardware: 2 CPU cores and 16 GB of memory. Results and
-times: experiments/upcycled.
+187M parameters. Control, then QAT that learns from it, each 60 steps of 2,048 tokens of the bundled novels. Hardware: 2
+CPU cores and 16 GB of memory, an hour. The weights of the first two commands are SmolLM2-135M-Instruct's in Q4_1,
+decoded; a folder of huggingface.co with the same shape will do too. Results: experiments/upcycled.
 """
 
 from qatmoe.config import default_config, phase
