@@ -78,7 +78,8 @@ class Job:
     def compile(self) -> jax.stages.Compiled:
         """The step for the machine. Raises jax.errors.JaxRuntimeError, where it does not fit."""
         phase = self.cfg.train.phases[self.phase]
-        step = jit_step(self.cfg, self._plan, self.mesh, self.state, quantize=phase.quantize, distill=phase.distill)
+        state, quantize, distill, freeze = self.state, phase.quantize, phase.distill, phase.freeze
+        step = jit_step(self.cfg, self._plan, self.mesh, state, quantize=quantize, distill=distill, freeze=freeze)
         with jax.set_mesh(self.mesh):
             return step.lower(self.state, self.batch, self.teacher, np.float32(1)).compile()
 

@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -145,6 +146,9 @@ class PhaseConfig:
     distill: float = 0.0  # weight of KL(teacher || this) in the loss; the rest is cross-entropy
     teacher: str = ""  # what distill learns from: a phase, or RUN:PHASE (":PHASE": of init_from's run); "" = start
     reset_moments: bool = False  # drop the start phase's optimizer moments
+    # What keeps its value in this phase: a regular expression, found in a parameter's name as the plan prints it
+    # ("router", "^(embed|head)$", "experts"); learned scales are "scales/" and the name of their weights.
+    freeze: str = ""
     save_at: tuple[int, ...] = ()  # steps that are saved besides, and stay: other runs branch off there
 
     @property
@@ -473,6 +477,10 @@ def _check_training(cfg: Config) -> None:
             f"config.train.profile_step={t.profile_step}: its {t.profile_steps} profile_steps end at step {last}, and "
             f"{where} has steps={p.steps}",
         )
+        _require(
+            _is_pattern(p.freeze),
+            f"{where}.freeze={p.freeze!r} is not a regular expression, as 'router' or '^(embed|head)$' are",
+        )
         _require(0 <= p.distill <= 1, f"{where}.distill={p.distill}: must be between 0 and 1")
         _require(
             not (p.distill and imported),
@@ -492,6 +500,14 @@ def _check_training(cfg: Config) -> None:
             f"{where}.teacher={p.teacher!r} is a phase of the run that config.init_from names, which is empty: "
             f"set it, or name the run: RUN{p.teacher}",
         )
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _waits_for(phase: PhaseConfig) -> dict[str, str]:

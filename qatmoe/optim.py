@@ -6,6 +6,8 @@ table    embed, head, router/weight   AdamW                      yes
 vector   norms, q/k/v biases          AdamW                      no
 scale    learned quantizer scales     Adam at optim.scale_lr     no
 frozen   router/bias                  none: moved by the balance rule in `step.py`
+
+Besides, a phase may freeze what it likes (`is_frozen`): no gradient, no decay, no balance rule.
 """
 
 import math
@@ -38,6 +40,11 @@ def group_of(path: str) -> str:
         if re.search(pattern, path):
             return group
     raise ValueError(f"no optimizer group matches parameter {path!r}; add it to optim.GROUPS")
+
+
+def is_frozen(path: str, freeze: str) -> bool:
+    """Whether a phase with this `freeze` leaves the parameter "model/PATH" or "scales/PATH" as it is."""
+    return bool(freeze) and bool(re.search(freeze, path.removeprefix("model/")))
 
 
 def labels(params: Any) -> Any:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from qatmoe.mesh import batch_groups, spec
 from qatmoe.metrics import Metrics
 from qatmoe.model import attention
 from qatmoe.model.transformer import param_shapes
+from qatmoe.optim import is_frozen
 from qatmoe.quant import fake
 from qatmoe.quant.plan import Plan, coverage, make_plan
 
@@ -161,16 +163,16 @@ class Run:
         return functools.cache(lambda quantize: abstract_state(cfg, plan, mesh, quantize=quantize))
 
     def train_step(self, phase: PhaseConfig) -> Any:
-        """A phase's step, as `jit_step` makes it. Phases of the same `quantize` and `distill` share one."""
-        return self._train_step(phase.quantize, phase.distill)
+        """A phase's step, as `jit_step` makes it. Phases of the same `quantize`, `distill` and `freeze` share one."""
+        return self._train_step(phase.quantize, phase.distill, phase.freeze)
 
     @functools.cached_property
-    def _train_step(self) -> Callable[[bool, float], Any]:
-        """Of `quantize` and `distill`: jitted once per run, not once per phase."""
+    def _train_step(self) -> Callable[[bool, float, str], Any]:
+        """Of `quantize`, `distill` and `freeze`: jitted once per run, not once per phase."""
         cfg, plan, mesh, abstract = self.cfg, self.plan, self.mesh, self._abstract_state
 
-        def jitted(quantize: bool, distill: float) -> Any:
-            return jit_step(cfg, plan, mesh, abstract(quantize), quantize=quantize, distill=distill)
+        def jitted(quantize: bool, distill: float, freeze: str) -> Any:
+            return jit_step(cfg, plan, mesh, abstract(quantize), quantize=quantize, distill=distill, freeze=freeze)
 
         return functools.cache(jitted)
 
@@ -306,12 +308,21 @@ def jit_rounding(plan: Plan, model: Weights, rule: str) -> Callable[[Weights], W
     return jax.jit(lambda params: fake.apply(plan, params, {}, rule=rule), out_shardings=places)
 
 
-def jit_step(cfg: Config, plan: Plan, mesh: Mesh, state: steps.TrainState, *, quantize: bool, distill: float) -> Any:
+def jit_step(
+    cfg: Config,
+    plan: Plan,
+    mesh: Mesh,
+    state: steps.TrainState,
+    *,
+    quantize: bool,
+    distill: float,
+    freeze: str = "",
+) -> Any:
     """The training step, (state, batch, teacher, factor) -> (state, metrics). The state is donated and stays in place.
 
     Args:
       state: arrays or their shapes, with the shardings that the step keeps.
-      quantize, distill: as for `steps.train_step`.
+      quantize, distill, freeze: as for `steps.train_step`.
     """
     return jax.jit(
         functools.partial(
@@ -320,6 +331,7 @@ def jit_step(cfg: Config, plan: Plan, mesh: Mesh, state: steps.TrainState, *, qu
             plan=plan,
             quantize=quantize,
             distill=distill,
+            freeze=freeze,
             groups=batch_groups(mesh),
         ),
         donate_argnums=0,
@@ -334,7 +346,8 @@ def quant_plan(cfg: Config) -> tuple[Plan, list[dict[str, Any]]]:
     """The plan and the coverage table of the model's parameters.
 
     Raises:
-      UserError: the plan is unusable (`make_plan`), or empty where a phase trains on it.
+      UserError: the plan is unusable (`make_plan`), or empty where a phase trains on it, or a phase freezes nothing
+        that is there.
     """
     shapes = param_shapes(cfg.model)
     plan = make_plan(shapes, cfg.model, cfg.quant)
@@ -344,7 +357,18 @@ def quant_plan(cfg: Config) -> tuple[Plan, list[dict[str, Any]]]:
                 f"config.train.phases.{name}.quantize is on and config.quant puts nothing on a grid; "
                 "set config.quant.experts, or quantize=False"
             )
+        if phase.freeze and not frozen(cfg, plan, phase):
+            known = ", ".join(dict.fromkeys(re.sub(r"/\d+/", "/", path) for path in shapes))
+            raise UserError(
+                f"config.train.phases.{name}.freeze={phase.freeze!r} is found in no parameter's name: {known}"
+            )
     return plan, coverage(plan, shapes)
+
+
+def frozen(cfg: Config, plan: Plan, phase: PhaseConfig) -> list[str]:
+    """The parameters that a phase freezes, by name; learned scales are "scales/" and the name of their weights."""
+    scales = [f"scales/{path}" for path in plan] if phase.quantize and cfg.quant.scale == "learned" else []
+    return [path for path in (*param_shapes(cfg.model), *scales) if is_frozen(path, phase.freeze)]
 
 
 def check_mesh(cfg: Config, mesh: Mesh) -> None:

@@ -12,7 +12,7 @@ from qatmoe import loss as losses
 from qatmoe.config import Config
 from qatmoe.mesh import constrain, fitted
 from qatmoe.model import router, transformer
-from qatmoe.optim import carry_over, make_optimizer
+from qatmoe.optim import carry_over, is_frozen, make_optimizer
 from qatmoe.quant import fake
 from qatmoe.quant.plan import Plan
 from qatmoe.tree import leaves_by_path, path_of
@@ -83,6 +83,7 @@ def train_step(
     plan: Plan,
     quantize: bool,
     distill: float,
+    freeze: str = "",
     groups: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step.
@@ -94,6 +95,7 @@ def train_step(
         schedule alone are one program.
       quantize: whether planned weights are used as they would be deployed.
       distill: weight of the KL to the teacher; cross-entropy has the rest.
+      freeze: as PhaseConfig has it. What it finds counts in no norm of gradients either; moments fade.
 
     The quantized weights are computed once, whatever the number of micro-batches: gradients are summed at them and
     pulled back through the quantizer once.
@@ -110,10 +112,12 @@ def train_step(
 
     grads, (loss, aux) = _accumulate(micro_grads, batch, cfg.train.grad_accum, groups)
     (grads,) = pull_back(grads)
+    grads = _without_frozen(grads, freeze)
     updates, opt_state = make_optimizer(cfg.optim).update(grads, state.opt_state, state.params)
+    updates = _without_frozen(updates, freeze)  # of moments and decay
     params = optax.apply_updates(state.params, jax.tree.map(lambda u: u * factor, updates))
     params["scales"] = fake.kept_positive(plan, params["scales"])
-    params["model"] = _move_router_bias(params["model"], aux["load_NE"], cfg)
+    params["model"] = _move_router_bias(params["model"], aux["load_NE"], cfg, freeze)
     decay = _ema_decay(cfg.optim.ema, state.step)
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params["model"]) if state.ema else {}
     metrics = {k: v for k, v in aux.items() if k != "load_NE"} | {
@@ -153,7 +157,14 @@ def _accumulate(micro_grads: Any, batch: losses.Batch, n: int, groups: int) -> A
     return jax.tree.map(lambda s, total: total.astype(s.dtype), shapes, sums)
 
 
-def _move_router_bias(model: Params, load_NE: jax.Array, cfg: Config) -> Params:
+def _without_frozen(tree: Params, freeze: str) -> Params:
+    """Gradients or updates, with zeros for what a phase freezes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.zeros_like(x) if is_frozen(path_of(path), freeze) else x, tree
+    )
+
+
+def _move_router_bias(model: Params, load_NE: jax.Array, cfg: Config, freeze: str) -> Params:
     """Applies the balance rule to every router's selection bias; rows of load_NE are MoE layers, then MTP modules."""
     if not cfg.model.router_bias or not cfg.train.bias_rate:
         return model
@@ -161,7 +172,7 @@ def _move_router_bias(model: Params, load_NE: jax.Array, cfg: Config) -> Params:
 
     def move(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         name = path_of(path)
-        if not name.endswith("router/bias"):
+        if not name.endswith("router/bias") or is_frozen(name, freeze):
             return leaf
         rows = load_NE[n_moe:] if name.startswith("mtp/") else load_NE[:n_moe]
         if leaf.ndim == 1:  # unrolled layers: "layers/3/router/bias"

@@ -109,6 +109,7 @@ def test_mistakes_are_named(changes, message):
         ({"steps": 5, "start": "other"}, "does not itself wait"),
         ({"steps": 5, "warmup": 4, "decay": 2}, "must fit in steps=5"),
         ({"steps": 5, "save_at": (2, 6)}, r"other.save_at=\(2, 6\): step 6 is not among 1 to .*other.steps=5"),
+        ({"steps": 5, "freeze": "(router"}, r"other.freeze='\(router' is not a regular expression"),
         ({"steps": 5, "save_at": (0,)}, r"save_at=\(0,\): step 0 is not among 1"),
         ({"steps": 5, "save_at": (2.5,)}, "save_at=2.5: expected int, got float"),
         ({"steps": 5, "distill": 0.5}, "needs a teacher"),

@@ -9,6 +9,7 @@ import pytest
 from qatmoe import cli
 from qatmoe import step as steps
 from qatmoe.config import Config, ModelConfig, OptimConfig, PhaseConfig, QuantConfig, TrainConfig
+from qatmoe.errors import UserError
 from qatmoe.quant import fake
 from qatmoe.run import quant_plan
 from qatmoe.tree import leaves_by_path
@@ -44,7 +45,8 @@ def programs(cfg, phase):
 
 
 def step_of(cfg, phase, plan):
-    return functools.partial(steps.train_step, cfg=cfg, plan=plan, quantize=phase.quantize, distill=phase.distill)
+    how = {"quantize": phase.quantize, "distill": phase.distill, "freeze": phase.freeze}
+    return functools.partial(steps.train_step, cfg=cfg, plan=plan, **how)
 
 
 def run(cfg, phase, n, state=None, teacher=None):
@@ -196,6 +198,55 @@ def test_router_bias_moves_towards_balance_and_not_by_gradients():
         assert np.any(bias != 0)
     state, _ = run(averaged_and_unbalanced(), PLAIN, 2)
     assert not np.any(state.params["model"]["layers"]["router"]["bias"])
+
+
+def moved(before, after):
+    before, after = map(leaves_by_path, (before, after))
+    return {path for path, leaf in before.items() if not np.array_equal(leaf, after[path])}
+
+
+@pytest.mark.parametrize(
+    ("freeze", "held"),
+    [
+        ("router", {"model/layers/router/weight", "model/layers/router/bias"}),
+        ("^layers/experts", {"model/layers/experts/gate_up", "model/layers/experts/down"}),
+        ("^scales/.*down|^(embed|norm)$", {"scales/layers/experts/down", "model/embed", "model/norm"}),
+    ],
+)
+def test_what_a_phase_freezes_stays_to_the_last_bit(freeze, held):
+    """Against decay, moments that a branch brings and the balance rule; everything else moves, learned scales too."""
+    cfg = dataclasses.replace(CFG, model=dataclasses.replace(MODEL, n_mtp=0, n_dense_layers=0))
+    trained, _ = run(cfg, QAT, 2)
+    state, _ = run(cfg, dataclasses.replace(QAT, freeze=freeze), 2, trained)
+    paths = set(leaves_by_path(trained.params))
+    assert held < paths
+    assert moved(trained.params, state.params) == paths - held
+
+
+def test_frozen_gradients_count_in_no_norm():
+    """Clipping would else make the others' steps smaller."""
+    cfg = dataclasses.replace(CFG, model=dataclasses.replace(MODEL, n_mtp=0, n_dense_layers=0))
+    plan, _ = quant_plan(cfg)
+    state = steps.init_state(cfg, jax.random.key(0))
+    norms = [
+        float(jax.jit(step_of(cfg, phase, plan))(state, batch_of(), None, FULL)[1]["grad_norm"])
+        for phase in (PLAIN, dataclasses.replace(PLAIN, freeze="^(?!norm$)"))
+    ]
+    assert 0 < norms[1] < 0.5 * norms[0]
+
+
+def test_a_phase_that_freezes_nothing_that_is_there_is_refused():
+    def asked(freeze, **quant):
+        phases = {"trunk": PLAIN, "qat": dataclasses.replace(QAT, freeze=freeze)}
+        return Config(model=MODEL, quant=QuantConfig(**quant), train=TrainConfig(phases=phases))
+
+    with pytest.raises(
+        UserError, match="phases.qat.freeze='rooter' is found in no parameter's name: .* embed, .*router/"
+    ):
+        quant_plan(asked("rooter"))
+    quant_plan(asked("^scales/"))
+    with pytest.raises(UserError, match="found in no parameter's name"):
+        quant_plan(asked("^scales/", scale="dynamic"))
 
 
 @pytest.mark.parametrize("scan", [True, False])
