@@ -4,6 +4,10 @@ L0  every tensor's bytes are those that the training side packs now
 L1  decoded by PyPI gguf and by libggml, every weight is the number that training computed with: max difference 0.0
 L2  llama.cpp's logits against the forward pass in JAX: as it is, and with llama.cpp's rounding of activations
 
+Rounding to 8 bits can be chaotic: in a pretrained model of 30 layers inputs that were moved by the last bit changed the
+rounded logits as much as llama.cpp's differ from ours (experiments/upcycled). Where L2 fails, that is measured, and
+where it is the reason, L2 is not checked.
+
 L1 and L2 are against programs that were not written here. What they cannot see is said: packed weights of Hugging Face
 folders are decoded by this project's own reader, and L2's logits are the trunk's, not those of MTP modules.
 """
@@ -20,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qatmoe.config import ModelConfig
 from qatmoe.convert import compressed, gguf, gguf_model, huggingface_model, llama, llama_numerics, safetensors
 from qatmoe.convert.names import gguf_parts
 from qatmoe.convert.weights import Branch
@@ -27,9 +32,12 @@ from qatmoe.data import corpus
 from qatmoe.errors import UserError
 from qatmoe.quant.pack import KINDS, Packed, dequantize
 
-MAX_DIFF_F32 = 1e-4  # L2 of files without any rounding of activations
+MAX_DIFF_F32 = 1e-4  # L2 of files without any rounding of activations, of the spread of logits where that is above 1
 MAX_KLD = 1e-3  # L2 of all others, with the rounding emulated: mean, nats
 MIN_SAME_TOP1 = 0.995
+CHAOS = 2  # times what the last bit of the inputs changes is no fault
+_MOVED_WINDOWS = 4
+Figures = dict[str, float]
 Decoder = Callable[[str, np.ndarray], np.ndarray | None]
 
 
@@ -262,13 +270,34 @@ def _logits(branch: Branch, path: Path, tokens: int, report: Report) -> None:
             "tokens": float(windows_ML.size),
         }
     decisive = report.l2[list(figures)[-1]]
-    if not rounded and not decisive["max_diff"] <= MAX_DIFF_F32:  # so written, NaN is a fault
-        report.faults.append(f"L2: logits differ by up to {decisive['max_diff']:g}, more than {MAX_DIFF_F32:g}")
-    if not (decisive["kld"] <= MAX_KLD and decisive["same_top1"] >= MIN_SAME_TOP1):
-        report.faults.append(
-            f"L2: mean KLD {decisive['kld']:.2e} (at most {MAX_KLD:g}), same top-1 {decisive['same_top1']:.2%} (at "
-            f"least {MIN_SAME_TOP1:.1%})"
-        )
+    limit = MAX_DIFF_F32 * max(1.0, float(np.mean([r["spread"] for rows in figures.values() for r in rows])))
+    if not rounded and not decisive["max_diff"] <= limit:  # so written, NaN is a fault
+        report.faults.append(f"L2: logits differ by up to {decisive['max_diff']:g}, more than {limit:g}")
+    if decisive["kld"] <= MAX_KLD and decisive["same_top1"] >= MIN_SAME_TOP1:
+        return
+    found = f"mean KLD {decisive['kld']:.2e}, same top-1 {decisive['same_top1']:.2%}"
+    if rounded:
+        moved = _moved(weights, kinds, branch.model, windows_ML[:_MOVED_WINDOWS])
+        apart = 1 - decisive["same_top1"]
+        if decisive["kld"] <= CHAOS * moved["kld"] and apart <= CHAOS * (1 - moved["same_top1"]):
+            noise = f"mean KLD {moved['kld']:.2e}, same top-1 {moved['same_top1']:.2%}"
+            report.unchecked.append(
+                f"L2: llama.cpp's logits differ ({found}) as much as ours do where inputs are moved by their last bit "
+                f"({noise}): rounding activations is chaotic in this model"
+            )
+            return
+    report.faults.append(f"L2: {found}; at most {MAX_KLD:g} and at least {MIN_SAME_TOP1:.1%}")
+
+
+def _moved(weights: llama_numerics.Tree, kinds: dict[str, str], model: ModelConfig, windows_ML: np.ndarray) -> Figures:
+    """What the rounded logits change, mean KLD and same top-1, where every embedding is moved by its last bit."""
+    signs = np.random.default_rng(0).choice([-1, 1], np.shape(weights["embed"]))
+    other = {**weights, "embed": weights["embed"] * jnp.asarray(1 + signs * 2.0**-23, jnp.float32)}
+    rows = []
+    for tokens_L in windows_ML:
+        ours, theirs = (np.asarray(llama_numerics.logits(w, kinds, model, tokens_L)) for w in (weights, other))
+        rows.append(_distance(ours, theirs))
+    return {key: float(np.mean([r[key] for r in rows])) for key in ("kld", "same_top1")}
 
 
 def _windows(branch: Branch, tokens: int) -> np.ndarray:
@@ -281,10 +310,12 @@ def _windows(branch: Branch, tokens: int) -> np.ndarray:
 
 
 def _distance(ours_LV: np.ndarray, theirs_LV: np.ndarray) -> dict[str, Any]:
-    """Mean KL(ours || theirs) in nats, share of equal best tokens, and each row's largest difference of scores."""
+    """Mean KL(ours || theirs) in nats, share of equal best tokens, each row's largest difference of scores, and the
+    scores' standard deviation."""
     ours, theirs = (jax.nn.log_softmax(jnp.asarray(a, jnp.float32), axis=-1) for a in (ours_LV, theirs_LV))
     return {
         "kld": float(jnp.mean(jnp.sum(jnp.exp(ours) * (ours - theirs), axis=-1))),
         "same_top1": float(np.mean(ours_LV.argmax(-1) == theirs_LV.argmax(-1))),
         "diff_L": np.abs(ours_LV - theirs_LV).max(axis=-1),
+        "spread": float(theirs_LV.std(axis=-1).mean()),
     }
