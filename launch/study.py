@@ -337,7 +337,7 @@ def _other_trunk(run: Run, control: Path) -> bool:
     """
     folder, phase, step = source_of(run.config)
     first = next(iter(run.config.train.phases))
-    if not folder or Path(folder) != control or control == run.folder:
+    if not folder or Path(folder) != control:
         return False
     with Checkpoints(run.folder, first) as own, Checkpoints(control, phase or first) as source:
         begun, there = own.latest(), int(step) if step else source.latest()
@@ -405,7 +405,6 @@ def _row(stage: Stage, run: Run, reference: str, judged: Row) -> Row:
     if judged["loss"] is None:
         return _identity(stage, run) | {"row": judged["row"], "failed": "its loss is not finite"}
     deployed = totals["bytes_total"] if run.config.train.phases[branch].quantize else totals["bytes_bf16"]
-    starts = [0, *(r["step"] for r in trained)]
     return _identity(stage, run) | {
         "row": judged["row"],
         "branch": branch,
@@ -428,8 +427,7 @@ def _row(stage: Stage, run: Run, reference: str, judged: Row) -> Row:
         },
         "health": {name: _plain(health[-1].get(name)) for name in HEALTH} if health else {},
         "dropped": trained[-1]["moe/dropped"] if trained else None,
-        # Of training steps alone: no compiling, no validation, no time that the run lay stopped.
-        "seconds": round(sum(r["step_s"] * (r["step"] - start) for r, start in zip(trained, starts, strict=False)), 1),
+        "seconds": round(metrics.training_seconds(trained), 1),
         "device": summary["device"],
         "jax": summary["jax"],
     }

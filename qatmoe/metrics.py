@@ -57,6 +57,12 @@ def read(workdir: str | Path) -> list[Record]:
     return [_parse(line, f"{file}:{n}") for n, line in enumerate(lines, start=1)]
 
 
+def training_seconds(trained: Sequence[Record]) -> float:
+    """What a phase's records of split "train" took: no compiling, no validation, no time that the run lay stopped."""
+    starts = [0, *(r["step"] for r in trained)]
+    return sum(r["step_s"] * (r["step"] - start) for r, start in zip(trained, starts, strict=False))
+
+
 def _parse(line: str, where: str) -> Record:
     try:
         record = json.loads(line)

@@ -367,6 +367,8 @@ def quant_plan(cfg: Config) -> tuple[Plan, list[dict[str, Any]]]:
 
 def frozen(cfg: Config, plan: Plan, phase: PhaseConfig) -> list[str]:
     """The parameters that a phase freezes, by name; learned scales are "scales/" and the name of their weights."""
+    if not phase.freeze:
+        return []
     scales = [f"scales/{path}" for path in plan] if phase.quantize and cfg.quant.scale == "learned" else []
     return [path for path in (*param_shapes(cfg.model), *scales) if is_frozen(path, phase.freeze)]
 

@@ -357,35 +357,6 @@ def test_steps_that_others_branch_off_from_are_saved_and_stay(branched):
             assert checkpoints.steps() == expected
 
 
-def test_a_step_that_has_passed_cannot_be_saved(tmp_path, capsys):
-    with Checkpoints(tmp_path, "trunk") as checkpoints:
-        checkpoints.save(2, {"w": np.ones(3)}, {}, {}, stays=True)
-        checkpoints.save(4, {"w": np.ones(3)}, {}, {}, wait=True)
-    config = toy.get_config()
-    config.train.phases.trunk.save_at = (2, 5)
-    config.train.phases.qat.save_at = (1,)
-    phases.check_save_at(resolve(config), tmp_path)
-    for passed in (3, 4):  # 4 is there, and the next two would replace it
-        config.train.phases.trunk.save_at = (2, passed)
-        with pytest.raises(UserError, match=rf"trunk.save_at=\(2, {passed}\): .* has passed step {passed}, and"):
-            phases.check_save_at(resolve(config), tmp_path)
-    assert capsys.readouterr().out == ""
-    config.init_from = "elsewhere"  # and the trunk there is an import: step 4 of another run
-    phases.check_save_at(resolve(config), tmp_path)
-
-
-def test_a_damaged_checkpoint_does_not_count_as_passed(tmp_path):
-    """The run goes back to the one before it."""
-    with Checkpoints(tmp_path, "trunk") as checkpoints:
-        for step in (2, 4):
-            checkpoints.save(step, {"w": np.ones(3)}, {}, {}, wait=True)
-        largest = max((f for f in checkpoints.path(4).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-        largest.write_bytes(b"")
-    config = toy.get_config()
-    config.train.phases.trunk.save_at = (3,)
-    phases.check_save_at(resolve(config), tmp_path)
-
-
 def test_a_finished_phase_says_which_steps_it_did_not_save(branched, monkeypatch, capsys):
     """And a run refuses one that it has passed, before it does anything."""
     run = branched[0] / "run"
@@ -610,13 +581,6 @@ def test_checkpoints_of_another_architecture_are_refused_by_name(whole, capsys, 
     code, line = fails(capsys, *arguments(tmp_path / "run", *changed))
     assert code == 2
     assert "experts" in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_quantized_phase_is_no_trunk(tiny_run, capsys, tmp_path, cache):
-    code, line = fails(capsys, *arguments(tmp_path / "run", f"--config.init_from={tiny_run}:qat"))
-    assert code == 2
-    assert "phase 'qat' is quantized" in line and f"({tiny_run}:trunk, {tiny_run}:control)" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -3,11 +3,15 @@
 import os
 import types
 
+import numpy as np
 import pytest
 from test_train import arguments, fails
 
+from configs import toy
 from launch import sweep
-from qatmoe import export, import_hf, train
+from qatmoe import export, import_hf, phases, train
+from qatmoe.checkpoint import Checkpoints
+from qatmoe.config import resolve
 from qatmoe.errors import UserError
 
 
@@ -76,3 +80,39 @@ def test_a_damaged_plan_is_named_with_the_fix(tmp_path):
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(UserError, match="plan.json is damaged: remove it, and the run's own command writes it again"):
         train.note_mesh(types.SimpleNamespace(workdir=tmp_path))
+
+
+def test_a_step_that_has_passed_cannot_be_saved(tmp_path, capsys):
+    with Checkpoints(tmp_path, "trunk") as checkpoints:
+        checkpoints.save(2, {"w": np.ones(3)}, {}, {}, stays=True)
+        checkpoints.save(4, {"w": np.ones(3)}, {}, {}, wait=True)
+    config = toy.get_config()
+    config.train.phases.trunk.save_at = (2, 5)
+    config.train.phases.qat.save_at = (1,)
+    phases.check_save_at(resolve(config), tmp_path)
+    for passed in (3, 4):  # 4 is there, and the next two would replace it
+        config.train.phases.trunk.save_at = (2, passed)
+        with pytest.raises(UserError, match=rf"trunk.save_at=\(2, {passed}\): .* has passed step {passed}, and"):
+            phases.check_save_at(resolve(config), tmp_path)
+    assert capsys.readouterr().out == ""
+    config.init_from = "elsewhere"  # and the trunk there is an import: step 4 of another run
+    phases.check_save_at(resolve(config), tmp_path)
+
+
+def test_a_damaged_checkpoint_does_not_count_as_passed(tmp_path):
+    """The run goes back to the one before it."""
+    with Checkpoints(tmp_path, "trunk") as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(step, {"w": np.ones(3)}, {}, {}, wait=True)
+        largest = max((f for f in checkpoints.path(4).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+        largest.write_bytes(b"")
+    config = toy.get_config()
+    config.train.phases.trunk.save_at = (3,)
+    phases.check_save_at(resolve(config), tmp_path)
+
+
+def test_a_quantized_phase_is_no_trunk(tiny_run, capsys, tmp_path, cache):
+    code, line = fails(capsys, *arguments(tmp_path / "run", f"--config.init_from={tiny_run}:qat"))
+    assert code == 2
+    assert "phase 'qat' is quantized" in line and f"({tiny_run}:trunk, {tiny_run}:control)" in line
+    assert not (tmp_path / "run").exists()

@@ -87,9 +87,8 @@ def chosen(branch: str) -> dict[str, float]:
 
 def minutes(phase: str) -> float:
     """Of training steps alone."""
-    steps = [r for r in metrics.read(ROOT / RUN) if r["phase"] == phase and r["split"] == "train"]
-    before = [0, *(r["step"] for r in steps)]
-    return sum(r["step_s"] * (r["step"] - start) for r, start in zip(steps, before, strict=False)) / 60
+    trained = [r for r in metrics.read(ROOT / RUN) if r["phase"] == phase and r["split"] == "train"]
+    return metrics.training_seconds(trained) / 60
 
 
 def write() -> None:

@@ -71,6 +71,11 @@ class _Reader:
             raise self.refuse(f"{names[0]}={value!r} is neither true nor false")
         return value
 
+    def refuse_output_bias(self) -> None:
+        """Of the architectures whose attention_bias means the output projection too, which has none here."""
+        if self.flag("attention_bias", default=False):
+            raise self.refuse("attention_bias=True (biases on the output projection too) cannot be imported")
+
 
 def read(raw: Json, where: str) -> tuple[str, ModelConfig]:
     """The architecture and the model that a config.json describes; `where` names the file in messages.
@@ -132,8 +137,7 @@ def _rope(r: _Reader, arch: str) -> tuple[float, float]:
 
 
 def _qwen3_moe(r: _Reader) -> dict[str, Any]:
-    if r.flag("attention_bias", default=False):
-        raise r.refuse("attention_bias=True (biases on the output projection too) cannot be imported")
+    r.refuse_output_bias()
     if r.size("decoder_sparse_step", default=1) != 1:
         raise r.refuse(f"decoder_sparse_step={r.raw['decoder_sparse_step']}: only 1, every layer, can be imported")
     dense = r.get("mlp_only_layers", default=[])
@@ -151,8 +155,7 @@ def _qwen3_moe(r: _Reader) -> dict[str, Any]:
 
 
 def _olmoe(r: _Reader) -> dict[str, Any]:
-    if r.flag("attention_bias", default=False):
-        raise r.refuse("attention_bias=True (biases on the output projection too) cannot be imported")
+    r.refuse_output_bias()
     return {
         "n_dense_layers": 0,
         "dense_dim": r.size("intermediate_size"),
@@ -173,8 +176,8 @@ def _glm4_moe(r: _Reader) -> dict[str, Any]:
         full = r.size("max_window_layers", default=62, low=0)
         if full < r.size("num_hidden_layers"):
             raise r.refuse(f"layers from max_window_layers={full} on have a sliding window, which cannot be imported")
-    if dots and r.flag("attention_bias", default=False):
-        raise r.refuse("attention_bias=True (biases on the output projection too) cannot be imported")
+    if dots:
+        r.refuse_output_bias()
     return {
         "n_dense_layers": r.size("first_k_dense_replace", default=0 if dots else 1, low=0),
         "dense_dim": r.size("intermediate_size"),
@@ -194,8 +197,7 @@ def _glm4_moe(r: _Reader) -> dict[str, Any]:
 def _dense(r: _Reader) -> dict[str, Any]:
     """Llama, Mistral, Qwen2 (biases on q, k and v) and Qwen3 (norms on q and k)."""
     kind = r.raw["model_type"]
-    if r.flag("attention_bias", default=False):
-        raise r.refuse("attention_bias=True (biases on the output projection too) cannot be imported")
+    r.refuse_output_bias()
     window = r.raw.get("sliding_window", 4096)  # which transformers takes where the key is missing
     if kind == "mistral" and window is not None:
         raise r.refuse(

@@ -57,7 +57,7 @@ class Report:
     """What was checked, and what could not be."""
 
     rows: list[Row]
-    l2: dict[str, dict[str, float]]  # "as it is", "emulated" -> figures; {} where llama.cpp is not installed
+    l2: dict[str, Figures]  # "as it is", "emulated" -> figures; {} where llama.cpp is not installed
     faults: list[str]
     unchecked: list[str]
     sha256: str
