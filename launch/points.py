@@ -34,7 +34,7 @@ from qatmoe.config import Config, check_key, default, leaves, resolve, to_json
 from qatmoe.errors import UserError
 from qatmoe.files import write_atomically
 from qatmoe.quant.grid import RULES
-from qatmoe.run import quant_plan
+from qatmoe.run import check_frozen, quant_plan
 from qatmoe.workdir import check_path, differences, is_free
 
 T = TypeVar("T")
@@ -177,7 +177,8 @@ def runs_of(sweep: Sweep, folder: Path) -> list[Run]:
         if digits in found:
             same, other = next((i, p) for i, p in enumerate(sweep.points, start=1) if p is found[digits][0])
             raise UserError(f"{where}: the same run as point {same} ({_words(other)}); remove one")
-        _explained(where, lambda cfg=cfg: quant_plan(cfg))  # a grid whose blocks do not divide a row is found here
+        # A grid whose blocks do not divide a row is found here, or a pattern that finds no parameter.
+        _explained(where, lambda cfg=cfg: check_frozen(cfg, quant_plan(cfg)[0]))
         found[digits] = (point, cfg)
     there = _there(folder, set(found), ignored)
     runs = []

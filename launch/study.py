@@ -50,7 +50,7 @@ from launch.study_results import (
     read_results,
 )
 from qatmoe import audit, cli, evaluate, metrics
-from qatmoe.checkpoint import Checkpoints
+from qatmoe.checkpoint import Checkpoints, DamagedCheckpoint
 from qatmoe.convert import llama
 from qatmoe.convert.weights import NotFinite
 from qatmoe.errors import UserError
@@ -333,7 +333,7 @@ def _unfinished(run: Run, reference: str) -> str:
 def _other_trunk(run: Run, control: Path) -> bool:
     """Whether a run began with other weights than its control did, whose run has been trained again since.
 
-    Each has a copy of what it began with; where one of them is gone, nothing is known.
+    Each has a copy of what it began with; where one of them is gone or damaged, nothing is known.
     """
     folder, phase, step = source_of(run.config)
     first = next(iter(run.config.train.phases))
@@ -343,7 +343,10 @@ def _other_trunk(run: Run, control: Path) -> bool:
         begun, there = own.latest(), int(step) if step else source.latest()
         if begun is None or there not in source.steps():
             return False
-        ours, theirs = own.meta(begun), source.meta(there)
+        try:
+            ours, theirs = own.meta(begun), source.meta(there)
+        except DamagedCheckpoint:
+            return False
         names = [name for name in ours["tensors"] if name.startswith("params/model/")]
         if not theirs["tensors"].keys() >= set(names):  # another layout: an import
             return False

@@ -64,7 +64,7 @@ class Variant:
 
         self.state = jax.jit(first, out_shardings=places)(jax.random.key(0))
         start = time.perf_counter()
-        step = jit_step(cfg, plan, mesh, self.state, quantize=quantize, distill=0.0)
+        step = jit_step(cfg, plan, mesh, self.state, quantize=quantize, distill=0.0, freeze="")
         self._step = step.lower(self.state, batch, None, FACTOR).compile()
         self.compile_s = time.perf_counter() - start
 

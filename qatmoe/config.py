@@ -146,8 +146,9 @@ class PhaseConfig:
     distill: float = 0.0  # weight of KL(teacher || this) in the loss; the rest is cross-entropy
     teacher: str = ""  # what distill learns from: a phase, or RUN:PHASE (":PHASE": of init_from's run); "" = start
     reset_moments: bool = False  # drop the start phase's optimizer moments
-    # What keeps its value in this phase: a regular expression, found in a parameter's name as the plan prints it
-    # ("router", "^(embed|head)$", "experts"); learned scales are "scales/" and the name of their weights.
+    # What keeps its value in this phase: a regular expression, found in a parameter's name: "router", "^(embed|head)$",
+    # "^layers.*/experts" (weights, not their scales). Names are as the plan prints them; where layers are not scanned,
+    # "layers/N/...". Learned scales are "scales/" and the name of their weights.
     freeze: str = ""
     save_at: tuple[int, ...] = ()  # steps that are saved besides, and stay: other runs branch off there
 
@@ -480,6 +481,17 @@ def _check_training(cfg: Config) -> None:
         _require(
             _is_pattern(p.freeze),
             f"{where}.freeze={p.freeze!r} is not a regular expression, as 'router' or '^(embed|head)$' are",
+        )
+        _require(
+            not (p.freeze and imported),
+            f"{where}.freeze={p.freeze!r}: {name} is the first phase, which config.init_from replaces: it is not "
+            "trained; let a phase that starts from it freeze",
+        )
+        held = t.phases[p.start].freeze if p.start in t.phases else ""
+        _require(
+            not held or held == p.freeze or p.reset_moments,
+            f"{where}.start={p.start!r}: moments of what {p.start} freezes have faded, and Adam's count of steps has "
+            f"not; set {where}.reset_moments=True, or the same freeze={held!r}",
         )
         _require(0 <= p.distill <= 1, f"{where}.distill={p.distill}: must be between 0 and 1")
         _require(

@@ -316,7 +316,7 @@ def jit_step(
     *,
     quantize: bool,
     distill: float,
-    freeze: str = "",
+    freeze: str,
 ) -> Any:
     """The training step, (state, batch, teacher, factor) -> (state, metrics). The state is donated and stays in place.
 
@@ -346,8 +346,7 @@ def quant_plan(cfg: Config) -> tuple[Plan, list[dict[str, Any]]]:
     """The plan and the coverage table of the model's parameters.
 
     Raises:
-      UserError: the plan is unusable (`make_plan`), or empty where a phase trains on it, or a phase freezes nothing
-        that is there.
+      UserError: the plan is unusable (`make_plan`), or empty where a phase trains on it.
     """
     shapes = param_shapes(cfg.model)
     plan = make_plan(shapes, cfg.model, cfg.quant)
@@ -357,20 +356,30 @@ def quant_plan(cfg: Config) -> tuple[Plan, list[dict[str, Any]]]:
                 f"config.train.phases.{name}.quantize is on and config.quant puts nothing on a grid; "
                 "set config.quant.experts, or quantize=False"
             )
-        if phase.freeze and not frozen(cfg, plan, phase):
-            known = ", ".join(dict.fromkeys(re.sub(r"/\d+/", "/", path) for path in shapes))
-            raise UserError(
-                f"config.train.phases.{name}.freeze={phase.freeze!r} is found in no parameter's name: {known}"
-            )
     return plan, coverage(plan, shapes)
 
 
-def frozen(cfg: Config, plan: Plan, phase: PhaseConfig) -> list[str]:
-    """The parameters that a phase freezes, by name; learned scales are "scales/" and the name of their weights."""
-    if not phase.freeze:
-        return []
-    scales = [f"scales/{path}" for path in plan] if phase.quantize and cfg.quant.scale == "learned" else []
-    return [path for path in (*param_shapes(cfg.model), *scales) if is_frozen(path, phase.freeze)]
+def check_frozen(cfg: Config, plan: Plan) -> list[str]:
+    """A line for each phase that freezes something.
+
+    Raises:
+      UserError: a phase freezes nothing that is there, or all that is trained.
+    """
+    lines = []
+    for name, phase in cfg.train.phases.items():
+        if not phase.freeze:
+            continue
+        scales = [f"scales/{path}" for path in plan] if phase.quantize and cfg.quant.scale == "learned" else []
+        every = [*param_shapes(cfg.model), *scales]
+        held = [path for path in every if is_frozen(path, phase.freeze)]
+        where = f"config.train.phases.{name}.freeze={phase.freeze!r}"
+        if not held:
+            known = ", ".join(dict.fromkeys(re.sub(r"/\d+/", "/N/", path) for path in every))
+            raise UserError(f"{where} is found in no parameter's name: {known}")
+        if all(path.endswith("router/bias") for path in every if path not in held):  # it is moved by the load alone
+            raise UserError(f"{where} is found in the names of all {len(held)} parameters: nothing would be trained")
+        lines.append(f"{name} freezes {len(held)} of {len(every)} parameters: {held[0]}{', ...' * (len(held) > 1)}")
+    return lines
 
 
 def check_mesh(cfg: Config, mesh: Mesh) -> None:

@@ -83,7 +83,7 @@ def train_step(
     plan: Plan,
     quantize: bool,
     distill: float,
-    freeze: str = "",
+    freeze: str,
     groups: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step.

@@ -46,7 +46,7 @@ from qatmoe.metrics import Metrics
 from qatmoe.metrics import read as read_metrics
 from qatmoe.phases import check_save_at, check_teachers, check_text, finished, round_control, run_phase
 from qatmoe.quant.plan import Plan, format_coverage, totals
-from qatmoe.run import Interrupted, Run, Stop, check_mesh, frozen, quant_plan, train_iterator, valid_batches
+from qatmoe.run import Interrupted, Run, Stop, check_frozen, check_mesh, quant_plan, train_iterator, valid_batches
 from qatmoe.workdir import open_workdir
 
 OPTIONS: dict[str, str | bool] = {
@@ -72,6 +72,7 @@ def train(cfg: Config, workdir: Path, stop: Stop) -> report.Summary:
         mesh = make_mesh(cfg.mesh)
         check_mesh(cfg, mesh)
         plan, table = quant_plan(cfg)
+        check_frozen(cfg, plan)
         with stop.at_once("while the text was read, before anything was trained"):
             data = batches.load_data(cfg.data, cfg.model.vocab_size)
         iterator = train_iterator(cfg, mesh, data)
@@ -124,9 +125,8 @@ def announce(run: Run, table: list[dict[str, Any]]) -> None:
     if run.cfg.model.top_k == 1 < run.cfg.model.n_experts and run.cfg.model.norm_topk:
         print("with top_k=1 model.norm_topk makes every weight 1, and the loss teaches the router nothing")
     print(format_coverage(table))
-    for name, phase in run.cfg.train.phases.items():
-        if held := frozen(run.cfg, run.plan, phase):
-            print(f"{name} freezes {len(held)} parameters: {held[0]}{', ...' if len(held) > 1 else ''}")
+    for line in check_frozen(run.cfg, run.plan):
+        print(line)
     print(deployment(run.cfg, run.plan, run.data.tokenizer), flush=True)
     environment = known or report.environment() | {"processes": jax.process_count(), "mesh": dict(run.mesh.shape)}
     plan = {"totals": totals(table), "rows": table, "data": stats, "environment": environment}

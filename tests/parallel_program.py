@@ -91,7 +91,7 @@ def train(sizes: tuple[int, ...]) -> dict[str, Any]:
                 assert all(jax.tree.leaves(same)), same
         rows = NamedSharding(mesh, spec(("batch", None)))
         batch = {"tokens": jax.ShapeDtypeStruct((8, L + 2), np.int32, sharding=rows)}
-        step = jit_step(CFG, plan, mesh, abstract, quantize=True, distill=0.0)
+        step = jit_step(CFG, plan, mesh, abstract, quantize=True, distill=0.0, freeze="")
         step = step.lower(abstract, batch, None, np.float32(1)).compile()
         found = []
         for i in range(QAT.steps):

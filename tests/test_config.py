@@ -138,6 +138,24 @@ def test_a_share_of_a_head_may_be_off_by_rounding(head_dim, fraction, rotated):
     assert int(head_dim * hf_config._rotary_factor(model)) == rotated  # as transformers computes it
 
 
+def test_what_was_frozen_is_trained_with_new_moments():
+    config = small()
+    config["train"]["phases"]["held"] = phase(steps=5, start="trunk", freeze="norm").to_dict()
+    for more in ({"reset_moments": True}, {"freeze": "norm"}, {}):
+        config["train"]["phases"]["last"] = phase(steps=5, start="held", **more).to_dict()
+        if more:
+            resolve(config)
+    with pytest.raises(UserError, match="last.start='held': moments .* set .*reset_moments=True, or .* freeze='norm'"):
+        resolve(config)
+
+
+def test_an_imported_phase_freezes_nothing():
+    config = small(init_from="runs/other")
+    config["train"]["phases"]["trunk"]["freeze"] = "norm"
+    with pytest.raises(UserError, match="trunk.freeze='norm': trunk is the first phase, which config.init_from"):
+        resolve(config)
+
+
 def test_cosine_has_no_decay():
     config = small(optim__schedule="cosine")
     config["train"]["phases"]["trunk"]["decay"] = 5

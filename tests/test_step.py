@@ -11,7 +11,7 @@ from qatmoe import step as steps
 from qatmoe.config import Config, ModelConfig, OptimConfig, PhaseConfig, QuantConfig, TrainConfig
 from qatmoe.errors import UserError
 from qatmoe.quant import fake
-from qatmoe.run import quant_plan
+from qatmoe.run import check_frozen, quant_plan
 from qatmoe.tree import leaves_by_path
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -224,29 +224,38 @@ def test_what_a_phase_freezes_stays_to_the_last_bit(freeze, held):
 
 
 def test_frozen_gradients_count_in_no_norm():
-    """Clipping would else make the others' steps smaller."""
-    cfg = dataclasses.replace(CFG, model=dataclasses.replace(MODEL, n_mtp=0, n_dense_layers=0))
+    """Clipping would else make the others' steps smaller; an Adam of one step would hide that, its epsilon shows it."""
+    optim = OptimConfig(lr=10.0, clip=1e-3, eps=1.0)  # a rate that float32 shows beside 1
+    cfg = dataclasses.replace(CFG, model=dataclasses.replace(MODEL, n_mtp=0, n_dense_layers=0), optim=optim)
     plan, _ = quant_plan(cfg)
     state = steps.init_state(cfg, jax.random.key(0))
-    norms = [
-        float(jax.jit(step_of(cfg, phase, plan))(state, batch_of(), None, FULL)[1]["grad_norm"])
-        for phase in (PLAIN, dataclasses.replace(PLAIN, freeze="^(?!norm$)"))
-    ]
+    norms, moves = [], []
+    for phase in (PLAIN, dataclasses.replace(PLAIN, freeze="^(?!norm$)")):
+        after, metrics = jax.jit(step_of(cfg, phase, plan))(state, batch_of(), None, FULL)
+        norms.append(float(metrics["grad_norm"]))
+        moves.append(float(jnp.linalg.norm(after.params["model"]["norm"] - state.params["model"]["norm"])))
     assert 0 < norms[1] < 0.5 * norms[0]
+    assert moves[1] == pytest.approx(moves[0] * norms[0] / norms[1], rel=1e-2)
 
 
-def test_a_phase_that_freezes_nothing_that_is_there_is_refused():
-    def asked(freeze, **quant):
+def test_a_phase_that_freezes_nothing_or_all_is_refused():
+    def check(freeze, model=MODEL, **quant):
         phases = {"trunk": PLAIN, "qat": dataclasses.replace(QAT, freeze=freeze)}
-        return Config(model=MODEL, quant=QuantConfig(**quant), train=TrainConfig(phases=phases))
+        cfg = Config(model=model, quant=QuantConfig(**quant), train=TrainConfig(phases=phases))
+        return check_frozen(cfg, quant_plan(cfg)[0])
 
-    with pytest.raises(
-        UserError, match="phases.qat.freeze='rooter' is found in no parameter's name: .* embed, .*router/"
-    ):
-        quant_plan(asked("rooter"))
-    quant_plan(asked("^scales/"))
+    found = "phases.qat.freeze='rooter' is found in no parameter's name: .* embed, .*router/.*scales/layers/experts"
+    with pytest.raises(UserError, match=found):
+        check("rooter")
+    with pytest.raises(UserError, match="in no parameter's name: .*layers/N/experts/down"):
+        check("^layers/experts", model=dataclasses.replace(MODEL, scan_layers=False))
+    (line,) = check("^scales/")
+    assert line.startswith("qat freezes 2 of ") and line.endswith(" parameters: scales/layers/experts/down, ...")
     with pytest.raises(UserError, match="found in no parameter's name"):
-        quant_plan(asked("^scales/", scale="dynamic"))
+        check("^scales/", scale="dynamic")
+    for every in (".", "^(?!.*router/bias)"):
+        with pytest.raises(UserError, match=r"in the names of all \d+ parameters: nothing would be trained"):
+            check(every)
 
 
 @pytest.mark.parametrize("scan", [True, False])

@@ -323,7 +323,10 @@ def test_a_branch_of_a_trunk_that_was_trained_again_is_not_compared_with_it(tiny
     study.judge_all(asked, tmp_path / "r.json", True, NOTHING)
     assert f"{run.folder}: passed over, the trunk that it began with was trained again" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text()) == rows
-    shutil.rmtree(run.folder / "checkpoints" / "trunk")  # nothing is known then
+    largest = max(checkpoints.path(step).rglob("*"), key=lambda f: f.stat().st_size * f.is_file())
+    largest.write_bytes(b"")
+    assert [r["row"] for r in judge(asked, began, False, NOTHING)] == ["qat"]  # nothing is known of it then
+    shutil.rmtree(run.folder / "checkpoints" / "trunk")
     assert [r["row"] for r in judge(asked, began, False, NOTHING)] == ["qat"]
 
 

@@ -307,6 +307,7 @@ def get_config():
     ):
         config.train.phases[name] = phase(steps=4, start=start, distill=1.0, teacher=teacher)
     config.train.phases.theirs.save_at = (1,)
+    config.train.phases.itself.freeze = "router"
     return config
 """
 
@@ -324,6 +325,7 @@ def branched(whole, quick_env, tmp_path_factory):
     shutil.copytree(folder / "run", folder / "killed")
     done = launch(quick_env, "-m", "qatmoe.train", *job, f"--workdir={folder}/run")
     assert done.returncode == 0, done.stderr
+    (folder / "said").write_text(done.stdout)
     return folder, job
 
 
@@ -347,6 +349,19 @@ def test_a_phase_learns_from_a_finished_phase_of_its_own_or_another_run(branched
         rest = sum(weights[f"{name}_weight"] * r[name] for name in ("mtp", "balance", "z"))
         assert r["loss"] == pytest.approx(r["kl"] + rest, rel=1e-5)
     assert abs(figures["itself"][0][1]) < 1e-6  # it starts as its teacher
+
+
+def test_what_a_phase_of_a_run_freezes_is_its_start_s(branched):
+    run = branched[0] / "run"
+    with Checkpoints(run, "control") as control, Checkpoints(run, "itself") as itself:
+        metas = [c.meta(c.latest()) for c in (control, itself)]
+        names = [name for name in metas[0]["tensors"] if name.startswith("params/")]
+        before, after = (c.read(meta, names) for c, meta in zip((control, itself), metas, strict=True))
+    assert {name for name in names if np.array_equal(before[name], after[name])} == {
+        name for name in names if "router" in name
+    }
+    said = (branched[0] / "said").read_text()
+    assert f"itself freezes 4 of {len(names)} parameters: layers/router/bias, ..." in said
 
 
 def test_steps_that_others_branch_off_from_are_saved_and_stay(branched):

@@ -154,7 +154,9 @@ def _qat(out: Path, shape: dict[str, Any], model: ModelConfig, upcycling: Upcycl
     experts = ""
     if upcycling:
         experts = '    config.model.experts = "blocked"  # drops no token: the router is new, and its load uneven\n'
-        bias = "0.001" + "  # the router is new: its selection biases follow the load" * model.router_bias
+        bias = "0.001  # the router is new: its selection biases follow the load"
+    if not model.router_bias:
+        bias = "0.0  # the router has no selection biases: config.train.balance_weight balances its load"
     named = {"name": f"{out.name}_qat", "model": "{\n" + fields + "}", "grid": _grid(model.dim, model.expert_dim)}
     return _QAT.format(**named, shared=shared, bias=bias, experts=experts)
 
