@@ -35,4 +35,5 @@ def get_config():
     config.train.phases.qat = phase(
         start="trunk", steps=60, warmup=5, decay=30, quantize=True, lr=1e-3, teacher="control", distill=0.5
     )
+    config.train.phases.qat.freeze = "router"  # at this rate the shards of a copy would part ways
     return config

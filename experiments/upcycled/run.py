@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +30,18 @@ from qatmoe.text_table import markdown as table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-CONFIG = "configs/smollm2_moe_2bit.py"
+CONFIG, BRANCH_CONFIG = "configs/smollm2_moe_2bit.py", "configs/smollm2_moe_2bit_branch.py"
 DENSE, MOE, RUN = "models/SmolLM2-135M-Instruct", "runs/smollm2_moe", "runs/smollm2_moe_2bit"
 JUDGED = r"^(trunk|qat)$|^control/(q2_0/(search|gptq)|IQ2_S/imatrix|IQ3_XXS/imatrix|mxfp4/search)$"
 TOKENS, ROUTED_TOKENS = 16_384, 4096
 COPIES, SHARDS, SHARED = 2, 3, 1
 PROMPTS = ("The old house stood", "She was not at all surprised, for")
-BRANCHES = ("trunk", "control", "qat")
+PHASES = ("trunk", "control", "qat")
+OTHERS = {  # more QAT of this trunk by this control: folder, what it freezes
+    "qat, router trained": (f"{RUN}_router", ""),
+    "qat, quantized weights alone": (f"{RUN}_quantized", "^(?!(scales/)?layers/(experts|shared)/)"),
+}
+BRANCHES = {name: (RUN, name) for name in PHASES} | {name: (folder, "qat") for name, (folder, _) in OTHERS.items()}
 
 
 def run(*args: str) -> str:
@@ -52,15 +58,25 @@ def make(wheel: Path) -> None:
     if not (ROOT / MOE).exists():
         run("qatmoe.import_hf", DENSE, f"--out={MOE}", f"--copies={COPIES}", f"--shards={SHARDS}", f"--shared={SHARED}")
     run("qatmoe.train", f"--config={CONFIG}")
+    for folder, freeze in OTHERS.values():
+        asked = (f"--config={BRANCH_CONFIG}", f"--workdir={folder}", f"--config.train.phases.qat.freeze={freeze}")
+        run("qatmoe.train", *asked)
     run("qatmoe.evaluate", f"--run={RUN}", f"--rows={JUDGED}", f"--tokens={TOKENS}")
     for name in ("audit.json", "summary.json"):
         shutil.copy(ROOT / RUN / name, HERE / name)
-    result = {
-        "words": {prompt: {branch: said(prompt, branch) for branch in BRANCHES} for prompt in PROMPTS},
-        "chosen": {branch: chosen(branch) for branch in BRANCHES},
-        "minutes": {name: minutes(name) for name in BRANCHES[1:]},
+    (HERE / "results.json").write_text(json.dumps(results(), indent=1) + "\n")
+
+
+def results() -> dict[str, dict[str, Any]]:
+    """What is not in the run's own audit and summary, by branch."""
+    return {
+        "loss": {
+            name: json.loads((ROOT / of / "summary.json").read_text())["loss"][p] for name, (of, p) in BRANCHES.items()
+        },
+        "words": {prompt: {name: said(prompt, name) for name in PHASES} for prompt in PROMPTS},
+        "chosen": {name: chosen(*of) for name, of in BRANCHES.items()},
+        "minutes": {name: minutes(*of) for name, of in BRANCHES.items() if name != "trunk"},
     }
-    (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def said(prompt: str, branch: str) -> str:
@@ -69,10 +85,10 @@ def said(prompt: str, branch: str) -> str:
     return " ".join(run("qatmoe.generate", f"--run={RUN}", f"--branch={branch}", f"--prompt={prompt}", *limits).split())
 
 
-def chosen(branch: str) -> dict[str, float]:
+def chosen(folder: str, phase: str) -> dict[str, float]:
     """Shares of tokens of the held-out novel, over layers: whose experts are not one copy, or hold one shard twice."""
     text = next(corpus.documents("default", field="data.valid")).text
-    with Branch(ROOT / RUN, branch, rest="F32") as of:
+    with Branch(ROOT / folder, phase, rest="F32") as of:
         weights, model = of.numbers(), dataclasses.replace(of.model, scan_layers=False)
         ids_BL = jnp.asarray(of.tokenizer.encode(text)[:ROUTED_TOKENS].reshape(-1, 256))
     forward = jax.jit(
@@ -85,9 +101,9 @@ def chosen(branch: str) -> dict[str, float]:
     return {"apart": float(apart.mean()), "apart_most": float(apart.mean(1).max()), "missed": float(missed.mean())}
 
 
-def minutes(phase: str) -> float:
+def minutes(folder: str, phase: str) -> float:
     """Of training steps alone."""
-    trained = [r for r in metrics.read(ROOT / RUN) if r["phase"] == phase and r["split"] == "train"]
+    trained = [r for r in metrics.read(ROOT / folder) if r["phase"] == phase and r["split"] == "train"]
     return metrics.training_seconds(trained) / 60
 
 
@@ -96,13 +112,13 @@ def write() -> None:
     rows, summary, result = (
         json.loads((HERE / name).read_text()) for name in ("audit.json", "summary.json", "results.json")
     )
-    loss, ptq = summary["loss"], summary["ptq_rules"]["control"]
-    ends = {**{name: loss[name] for name in BRANCHES}, **{f"control rounded, {rule}": x for rule, x in ptq.items()}}
+    loss = result["loss"]
+    ends = loss | {f"control rounded, {rule}": x for rule, x in summary["ptq_rules"]["control"].items()}
     losses = [["", "loss", "above control", "minutes"]]
     for name, x in ends.items():
         spent = f"{result['minutes'][name]:.0f}" if name in result["minutes"] else ""
         losses.append([name, f"{x:.4f}", f"{x - loss['control']:+.4f}" if name != "control" else "", spent])
-    words = [["prompt", *BRANCHES], *([prompt, *of.values()] for prompt, of in result["words"].items())]
+    words = [["prompt", *PHASES], *([prompt, *of.values()] for prompt, of in result["words"].items())]
     experts = [["% of tokens, mean of layers", "not of one copy", "in the worst layer", "one shard twice"]]
     experts += [[name, *(f"{100 * x:.1f}" for x in of.values())] for name, of in result["chosen"].items()]
     tables = {"losses": losses, "words": words, "experts": experts}
